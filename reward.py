@@ -1,0 +1,258 @@
+"""The reward model: how positive does a passage feel? A classifier head on the GPT trunk.
+
+Third on the reader's path. The curriculum's exercise asks for a classifier on top of the
+pretrained model, trained on soft targets (rating + 2) / 4. Two readers give their log-odds
+of "positive" for every prefix of a passage, and the reward model is their mean:
+
+- deep: the trunk's last hidden state and the mean of all so far, through one linear layer;
+- wide: which tokens and pairs of tokens have occurred, weighted by rarity (TF-IDF),
+  through one linear layer, fitted in closed form (ridge regression).
+
+A trunk that has read five megabytes knows little of word meaning, and alone loses to a bag of
+words; together they beat it (wide and deep: Cheng 2016). Each prefix is a training example:
+augmentation for free, and a start for PPO's value function.
+
+    python reward.py                             trains it (after pretraining), prints what it reaches
+    python reward.py --score FILE.jsonl          prints each line {"text": ...} with "positive": p
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import check_tokenizer, load_checkpoint, load_tokenizer, read_jsonl, run
+from gpt import GPT, GPTConfig
+
+BUCKETS = 1 << 17       # rows of each hash table: of tokens, of pairs
+SHORTEST = 8            # tokens: shorter prefixes say too little to train on
+
+
+class Wide(nn.Module):
+    """The bag of words: a rating from -2 to 2, read as log-odds, for every prefix: (B,T)."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(2 * BUCKETS))
+        self.register_buffer("idf", torch.ones(2 * BUCKETS))
+        self.register_buffer("mean", torch.zeros(()))
+
+    def bag(self, tokens):
+        """Table rows (B,2T) of the tokens and pairs of tokens (B,T), and 1.0 where each first occurs (B,2T)."""
+        before = F.pad(tokens, (1, 0), value=0)[:, :-1]
+        pairs = (before * 1_000_003 + tokens + 1) * 0x9E3779B1 % (1 << 32) >> 15   # Knuth's multiplicative hash
+        rows = torch.stack((tokens % BUCKETS, pairs + BUCKETS), -1).flatten(1)      # token, pair, token, pair ...
+        first = ~(rows[:, :, None] == rows[:, None]).tril(-1).any(-1)
+        return rows, first.float()
+
+    @torch.no_grad()
+    def fit(self, tokens, mask, ratings, ridge=1.0):
+        """Ridge regression of ratings (N,) on the bags of passages tokens, mask (N,T), solved exactly.
+
+        With features X (N, rows) the weights are X' (X X' + ridge I)^-1 (ratings - mean).
+        """
+        N = len(tokens)
+        rows, first = self.bag(tokens)
+        mask = mask.repeat_interleave(2, 1).float()
+        frequency = torch.zeros_like(self.idf).scatter_add_(0, rows.flatten(), (first * mask).flatten())
+        self.idf.copy_(torch.log((1 + N) / (1 + frequency)) + 1)
+        idf = self.idf[rows] * mask
+        values = idf * first / idf.square().sum(1, keepdim=True).sqrt()
+        index = torch.stack((torch.arange(N, device=rows.device)[:, None].expand_as(rows), rows)).flatten(1)
+        x = torch.sparse_coo_tensor(index, values.flatten(), (N, 2 * BUCKETS)).coalesce()
+        self.mean.copy_(ratings.mean())
+        kernel = torch.sparse.mm(x, x.t()).to_dense().double()
+        kernel.diagonal().add_(ridge)
+        dual = torch.linalg.solve(kernel, (ratings - self.mean).double()[:, None])
+        self.weight.copy_(torch.sparse.mm(x.t(), dual.float()).squeeze(1))
+
+    def forward(self, tokens):
+        """The sum over n-grams of their first occurrence, over the norm of all occurrences.
+
+        So a word repeated adds nothing and, by the norm, takes away: repetition does not pay.
+        """
+        rows, first = self.bag(tokens)
+        idf = self.idf[rows]
+        total = (idf * first * self.weight[rows]).cumsum(1)
+        return (self.mean + total / idf.square().cumsum(1).sqrt())[:, 1::2]          # after each pair: (B,T)
+
+
+class RewardModel(nn.Module):
+    """RewardModel(config)(tokens (B,T), mask=None) -> log-odds of positive (B,), of the unmasked tokens."""
+
+    def __init__(self, config, bf16=False):
+        super().__init__()
+        self.trunk = GPT(config, bf16)
+        self.trunk.lm_head = nn.Identity()      # the trunk predicts no tokens here
+        self.head = nn.Linear(2 * config.n_embd, 1)
+        self.wide = Wide()
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def pooled(self, tokens):
+        """Mean and last hidden state of each prefix of tokens (B,T): (B,T,2C)."""
+        hidden = self.trunk.hidden(tokens).float()
+        count = torch.arange(1, tokens.size(1) + 1, device=tokens.device)[:, None]
+        return torch.cat((hidden.cumsum(1) / count, hidden), -1)
+
+    def features(self, tokens):
+        """What is known of each prefix, for a value function: pooled states, both log-odds: (B,T,2C+2)."""
+        pooled = self.pooled(tokens)
+        return torch.cat((pooled, self.head(pooled), self.wide(tokens)[..., None]), -1)
+
+    def forward(self, tokens, mask=None):
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+        tokens = tokens.gather(1, (~mask).int().argsort(dim=1, stable=True))    # unmasked first, padding after
+        deep = self.head(self.pooled(tokens)).squeeze(-1)
+        last = mask.sum(1, keepdim=True) - 1
+        return (0.65 * (deep + self.wide(tokens))).gather(1, last).squeeze(1)
+
+
+# ---- training -----------------------------------------------------------------------------
+
+def pad(passages, length):
+    """Lists of token ids, cut to length: tokens (N,length) and mask (N,length), padded on the right with 0."""
+    tokens, mask = torch.zeros(len(passages), length, dtype=torch.long), torch.zeros(len(passages), length, dtype=torch.bool)
+    for row, ids in enumerate(passages):
+        ids = ids[:length]
+        tokens[row, :len(ids)], mask[row, :len(ids)] = torch.tensor(ids), True
+    return tokens, mask
+
+
+def soft_loss(log_odds, target):
+    """Cross-entropy with a soft target from 0 to 1, elementwise, in nats: at target 1/2 and log-odds 0 it is log 2."""
+    return F.binary_cross_entropy_with_logits(log_odds, target.expand_as(log_odds), reduction="none")
+
+
+def nonsense(tokens, names, generator):
+    """Passages (B,T) spoilt in five ways that word salad is spoilt in, a fifth of the rows each.
+
+    Shuffled; drawn at random from the batch; a few tokens over and over; the first half
+    twice; speakers' names (names, a list of ids) strewn in. None of it should please.
+    """
+    B, T = tokens.shape
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    shuffled = tokens.gather(1, rand(B, T).argsort(1))
+    drawn = tokens.flatten()[(rand(B, T) * B * T).long()]
+    few = tokens.gather(1, (rand(B, T) * (1 + 3 * rand(B, 1))).long() + (rand(B, 1) * (T - 4)).long())
+    twice = torch.cat((tokens[:, :T // 2], tokens[:, :T - T // 2]), 1)
+    heap = torch.where(rand(B, T) < 0.7, names[(rand(B, T) * len(names)).long()], tokens)
+    kind = torch.arange(B) % 5
+    return torch.stack((shuffled, drawn, few, twice, heap))[kind, torch.arange(B)]
+
+
+def make_optimizer(model):
+    """AdamW, fastest for the embeddings: words must learn how kind they are, the layers know the rest."""
+    return torch.optim.AdamW([{"params": model.trunk.blocks.parameters(), "lr": 2e-4},
+                              {"params": model.trunk.embed.parameters(), "lr": 1e-2},
+                              {"params": model.head.parameters(), "lr": 1e-3}],
+                             betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+
+
+def loss_on_prefixes(model, tokens, mask, target, names, generator, noise=0.1, spoilt=8, spoilt_target=0.25):
+    """Mean loss of the deep reader on all prefixes of passages tokens, mask (B,T), soft targets (B,).
+
+    A tenth of the tokens is replaced at random, so that no single word decides; some
+    passages are also shown spoilt (nonsense), with spoilt_target for their last quarter.
+    """
+    device, T = tokens.device, tokens.size(1)
+    replaced = (torch.rand(tokens.shape, generator=generator) < noise).to(device)
+    random = torch.randint(model.trunk.config.vocab_size, tokens.shape, generator=generator).to(device)
+    spoilt = min(spoilt, len(tokens))
+    inputs = torch.cat((torch.where(replaced, random, tokens),
+                        nonsense(tokens[:spoilt].cpu(), names, generator).to(device)))
+    position = torch.arange(T, device=device)
+    weight = torch.cat((mask & (position >= SHORTEST - 1), mask[:spoilt] & (position >= 3 * T // 4))).float()
+    target = torch.cat((target, torch.full((spoilt,), spoilt_target, device=device)))[:, None]
+    loss = soft_loss(model.head(model.pooled(inputs)).squeeze(-1), target)
+    return (loss * weight).sum() / weight.sum().clamp(min=1)
+
+
+# ---- measuring ----------------------------------------------------------------------------
+
+def positive(model, tokens, mask=None):
+    """P(positive given y) of tokens (N,T): (N,)."""
+    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+    with torch.no_grad():
+        return torch.cat([model(t, m) for t, m in zip(tokens.split(64), mask.split(64))]).sigmoid()
+
+
+def rating_metrics(p, ratings, base_rate):
+    """How well p (N,) predicts ratings (N,) from -2 to 2: a dict of floats.
+
+    pearson with the rating; auc of rating above 0 against below 0; log_loss with soft targets in nats,
+    and of the constant predictor base_rate; sign_log_loss, on passages not neutral, likewise;
+    ece, expected calibration error over ten equal bins of p.
+    """
+    p, ratings = p.double().cpu(), ratings.double().cpu()
+    target, sign = (ratings + 2) / 4, (ratings > 0).double()
+    pairs = p[ratings > 0][:, None] - p[ratings < 0]
+    taken = ratings != 0
+
+    def cross_entropy(q, t):
+        return F.binary_cross_entropy(q, t).item()
+
+    bins = (p * 10).long().clamp(0, 9)
+    gaps = [(p - target)[bins == b].sum().abs() for b in range(10)]
+    share = sign[taken].mean()
+    return {"pearson": torch.corrcoef(torch.stack((p, target)))[0, 1].item() if len(p) > 1 else 0.0,
+            "auc": ((pairs > 0).double() + 0.5 * (pairs == 0)).mean().item() if pairs.numel() else 0.5,
+            "log_loss": cross_entropy(p, target),
+            "constant_log_loss": cross_entropy(torch.full_like(p, base_rate), target),
+            "sign_log_loss": cross_entropy(p[taken], sign[taken]) if taken.any() else 0.0,
+            "constant_sign_log_loss": cross_entropy(share.expand(int(taken.sum())), sign[taken]) if taken.any() else 0.0,
+            "ece": (sum(gaps) / len(p)).item()}
+
+
+def score(log_odds, mean, std):
+    """The score r(y) = (log P(positive) - mean) / std of log-odds (B,): (B,)."""
+    return (F.logsigmoid(log_odds) - mean) / std
+
+
+def load_reward(state, device="cpu", bf16=False):
+    """The RewardModel of a checkpoint, frozen."""
+    model = RewardModel(GPTConfig(**state["config"]), bf16)
+    model.load_state_dict(state["model"])
+    return model.requires_grad_(False).to(device)
+
+
+# ---- the command line ---------------------------------------------------------------------
+
+def score_file(path, out, batch=64):
+    """Print each line {"text": ...} of a JSON-lines file with "positive": p added, a batch at a time."""
+    state = load_checkpoint(Path(out) / "reward.pt")
+    tokenizer = load_tokenizer(Path(out) / "tokenizer.tiktoken")
+    check_tokenizer(state, tokenizer, out)
+    model, cut, rows = load_reward(state), 0, read_jsonl(path)
+    while chunk := list(itertools.islice(rows, batch)):
+        passages = [tokenizer.encode_ordinary(row["text"].strip()) for row in chunk]
+        cut += sum(len(ids) > state["length"] for ids in passages)
+        tokens, mask = pad([ids or [0] for ids in passages], state["length"])
+        for row, p in zip(chunk, positive(model, tokens, mask).tolist()):
+            print(json.dumps({**row, "positive": round(p, 6)}, ensure_ascii=False))
+    if cut:
+        print(f"note: {cut} texts are longer than {state['length']} tokens; only their beginning was read", file=sys.stderr)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Train the reward model, or score texts with it.")
+    parser.add_argument("--score", metavar="FILE.jsonl", help='print each line {"text": ...} of this file with "positive" added')
+    parser.add_argument("--out", default="out", help="the folder of reward.pt and tokenizer.tiktoken (default out)")
+    if "--score" in sys.argv or any(a.startswith("--score=") for a in sys.argv):
+        args = parser.parse_args()
+        score_file(args.score, args.out)
+    else:
+        import train             # training is a stage of the study, with the study's options
+        train.main(until="reward")
+
+
+if __name__ == "__main__":
+    run(main)
