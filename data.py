@@ -489,36 +489,32 @@ def locked(folder):
 
 
 def run(main):
-    """Run a script's main(): a UserError ends it with one line and exit code 2, Ctrl-C with 130."""
+    """Run a script's main(): what the user can cause ends it with one line and exit code 2, Ctrl-C with 130."""
+    line, code = None, 2
     try:
         main()
         sys.stdout.flush()
     except UserError as error:
-        sys.exit(fail(f"error: {error}", 2))
-    except KeyboardInterrupt as stop:
-        sys.exit(fail(f"stopped {stop}; run the same command again to go on: {' '.join(sys.argv)}", 130))
+        line = f"error: {error}"
+    except FloatingPointError as error:
+        line = f"stopped: {error}. The last good checkpoint is kept."
     except BrokenPipeError:          # the reader of our output, head say, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except FloatingPointError as error:
-        sys.exit(fail(f"stopped: {error}. The last good checkpoint is kept.", 2))
     except OSError as error:
-        sys.exit(fail(f"error: {error}. What was saved before is intact; free some space or choose another --out.", 2))
-
-
-def fail(line, code):
-    """Print one line to standard error and return the exit code."""
-    print(" ".join(line.split()), file=sys.stderr)
-    return code
+        line = f"error: {error}. What was saved before is intact; free some space or choose another --out."
+    except KeyboardInterrupt as stop:
+        line, code = f"stopped {stop}; to go on, run the same command again: python {' '.join(sys.argv)}", 130
+    if line:
+        print(" ".join(line.split()), file=sys.stderr)
+        sys.exit(code)
 
 
 def main():
     argparse.ArgumentParser(description="Get the corpus, train the tokenizer, print what came of it.").parse_args()
     train, validation = load_corpus()
-    tokens = tiktoken.Encoding("shakespeare", pat_str=PIECES, mergeable_ranks=train_bpe(train, 2048),
-                               special_tokens={}).encode_ordinary(train)
-    print(f"{len(load_plays())} plays; training text {len(train):,} characters, {len(tokens):,} tokens of "
-          f"{len(train.encode()) / len(tokens):.2f} bytes; validation text {len(validation):,} characters")
-    print(f"{len(read_labels(HERE / 'labels.csv')):,} rated passages\n\n{train[:600]}")
+    ranks = train_bpe(train, 2048)
+    print(f"{len(load_plays())} plays, {len(read_labels(HERE / 'labels.csv')):,} rated passages; {len(train):,} characters "
+          f"to train on, {len(validation):,} held out\n\n{train[:400]}\n\nlongest tokens: {sorted(ranks, key=len)[-8:]}")
 
 
 if __name__ == "__main__":

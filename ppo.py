@@ -263,7 +263,7 @@ def best_of_n(scores, n):
 @dataclass
 class PPOConfig:
     beta: float = 0.2            # KL coefficient
-    iterations: int = 25
+    iterations: int = 30
     length: int = 64             # tokens of a completion
     batch: int = 256             # completions an iteration
     minibatch: int = 32          # completions an optimizer step

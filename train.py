@@ -12,6 +12,7 @@ not done again while its inputs stay the same; one that was cut off goes on wher
 import argparse
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import time
@@ -33,10 +34,15 @@ SIZES = {   # what --size sets; tiny shows that all works, small is for a laptop
     "tiny": {"vocab_size": 512, "block_size": 128, "n_layer": 2, "n_head": 2, "n_embd": 64, "pretrain_steps": 150,
              "reward_steps": 60, "iterations": 4, "batch": 64, "rho_samples": 2048, "fresh_samples": 256},
     "small": {"vocab_size": 2048, "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 256, "pretrain_steps": 1000,
-              "reward_steps": 410, "iterations": 25, "batch": 256, "rho_samples": 4096, "fresh_samples": 1024},
+              "reward_steps": 410, "iterations": 30, "batch": 256, "rho_samples": 4096, "fresh_samples": 1024},
     "base": {"vocab_size": 4096, "block_size": 256, "n_layer": 8, "n_head": 8, "n_embd": 512, "pretrain_steps": 2000,
              "reward_steps": 410, "iterations": 60, "batch": 512, "rho_samples": 16384, "fresh_samples": 4096},
 }
+
+
+MIN_ESS = 100   # effective samples below which no optimum is quoted
+PPO_SHOWN = ["score", "positive", "ref_kl", "objective", "clipfrac", "approx_kl", "entropy", "explained_variance"]
+FOLDS = 4       # of the labels: see reward.loss_on_prefixes
 
 
 def parse(argv=None):
@@ -97,14 +103,14 @@ def pick(args, *names):
     return {name: getattr(args, name) for name in ("seed", "bf16", *names)}
 
 
-def progress(name, steps):
-    """A show() for run_stage: a line every few seconds with what is reached and the time left."""
-    shown = [0.0]
+def progress(name, steps, keys=None, pause=5):
+    """A show() for run_stage: every pause seconds a line with the metrics named by keys (all) and the time left."""
+    shown = [-math.inf]
 
     def show(i, metrics, left):
-        if time.monotonic() - shown[0] > 5 or i + 1 == steps:
+        if time.monotonic() - shown[0] >= pause or i + 1 == steps:
             shown[0] = time.monotonic()
-            values = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items() if key != "step")
+            values = "  ".join(f"{key} {metrics[key]:.3g}" for key in keys or metrics if key != "step")
             print(f"{name} {i + 1}/{steps}  {values}  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
     return show
 
@@ -224,6 +230,10 @@ def reward_stage(args, tokenizer, pretrained):
     def build():
         model = reward.RewardModel(GPTConfig(**pretrained["config"]), args.bf16).to(args.device)
         model.trunk.load_state_dict({k: v for k, v in pretrained["model"].items() if k != "lm_head.weight"})
+        # The deep reader is trained beside bags of words that have not seen the passages of its batch.
+        parts = [train[k::FOLDS] for k in range(FOLDS)]
+        bags = [reward.Wide().to(args.device).fit(tokens[rest], mask[rest], ratings[rest].to(args.device))
+                for rest in (torch.cat(parts[:k] + parts[k + 1:]) for k in range(FOLDS))]
         model.wide.fit(tokens[train], mask[train], ratings[train].to(args.device))
         optimizer = reward.make_optimizer(model)
         peaks = [group["lr"] for group in optimizer.param_groups]
@@ -235,8 +245,9 @@ def reward_stage(args, tokenizer, pretrained):
         def step(i):
             for group, lr in zip(optimizer.param_groups, peaks):
                 group["lr"] = lr * min(1, (i + 1) / 20) * (1 - i / steps)
-            rows = train[torch.randint(len(train), (batch,), generator=shuffler)]
-            loss = reward.loss_on_prefixes(model, tokens[rows], mask[rows], targets[rows], names, shuffler)
+            part = parts[i % FOLDS]
+            rows = part[torch.randperm(len(part), generator=shuffler)[:batch]]
+            loss = reward.loss_on_prefixes(model, bags[i % FOLDS], tokens[rows], mask[rows], targets[rows], names, shuffler)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -250,14 +261,13 @@ def reward_stage(args, tokenizer, pretrained):
 
         def result():
             p = reward.positive(model, tokens[held], mask[held]).cpu()
-            prompt = torch.tensor([tokenizer.encode_ordinary(data.BOUNDARY)[:1]], device=args.device)
             rho = load_gpt(pretrained, args.device, args.bf16)
-            samples = sample_completions(rho, prompt, args.rho_samples, args.length, sampler_of(args, 2))
+            samples = sample_completions(rho, boundary(args, tokenizer), args.rho_samples, args.length, sampler_of(args, 2))
             log_odds = in_chunks(model, samples)
             log_p = F.logsigmoid(log_odds)
             return {"kind": "reward", "config": pretrained["config"], "model": model.state_dict(), "tokenizer": pretrained["tokenizer"],
                     "args": plain(args), "length": args.length, "mean": log_p.mean().item(), "std": log_p.std().item(),
-                    "metrics": measure(), "calibration": {"p": p, "rating": ratings[held]},
+                    "metrics": measure(), "held": {"p": p, "rating": ratings[held]},
                     "rho": {"tokens": samples.int().cpu(), "log_odds": log_odds.cpu()}}
         return step, {"model": model, "optimizer": optimizer, "shuffler": shuffler}, result
 
@@ -268,6 +278,11 @@ def reward_stage(args, tokenizer, pretrained):
     return state
 
 
+def boundary(args, tokenizer):
+    """The prompt of unconditional samples (1,1): the blank line between speeches."""
+    return torch.tensor([tokenizer.encode_ordinary(data.BOUNDARY)[:1]], device=args.device)
+
+
 def sampler_of(args, use):
     """A generator on the device for one use (2 rho's samples, 3 fresh samples, 4 PPO); each use has its own seed."""
     return torch.Generator(args.device).manual_seed(1000 * args.seed + use)
@@ -276,8 +291,7 @@ def sampler_of(args, use):
 def ppo_stage(args, beta, tokenizer, pretrained, judge):
     """The policy tuned at one beta, and fresh samples of it: ppo_beta{beta}.pt."""
     config = ppo.PPOConfig(beta=beta, **{f.name: getattr(args, f.name) for f in dataclasses.fields(ppo.PPOConfig) if hasattr(args, f.name) and f.name != "beta"})
-    prompt = torch.tensor([tokenizer.encode_ordinary(data.BOUNDARY)[:1]], device=args.device)
-    steps = config.iterations
+    prompt, steps = boundary(args, tokenizer), config.iterations
 
     def build():
         rho = load_gpt(pretrained, args.device, args.bf16)
@@ -305,17 +319,7 @@ def ppo_stage(args, beta, tokenizer, pretrained, judge):
         return step, {"run": run}, result
 
     inputs = {**pick(args, "fresh_samples"), **dataclasses.asdict(config), "pretrain": data.digest(pretrained["model"]), "reward": data.digest(judge["model"])}
-    state = data.run_stage(args.out / f"ppo_beta{beta:g}.pt", inputs, steps, build, show_ppo(steps), args.checkpoint_every)
-    return {**state, "name": f"ppo_beta{beta:g}"}
-
-
-def show_ppo(steps):
-    """A show() that prints every iteration of PPO with the metrics that tell how it goes."""
-    shown = ["score", "positive", "ref_kl", "objective", "clipfrac", "approx_kl", "entropy", "explained_variance"]
-
-    def show(i, metrics, left):
-        print(f"ppo {i + 1}/{steps}  " + "  ".join(f"{key} {metrics[key]:.3g}" for key in shown) + f"  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
-    return show
+    return data.run_stage(args.out / f"ppo_beta{beta:g}.pt", inputs, steps, build, progress(f"ppo beta {beta:g}", steps, PPO_SHOWN, 0), args.checkpoint_every)
 
 
 def measure_policy(args, policy, rho, model, prompt, judge):
@@ -338,199 +342,187 @@ def collapse(tokens, tokenizer):
 
 # ---- report -------------------------------------------------------------------------------
 
-def scores_of(judge, log_odds):
-    """The score of each completion, float32 on the CPU, from its log-odds."""
-    return reward.score(log_odds, judge["mean"], judge["std"])
-
-
 @torch.no_grad()
 def optima(args, tokenizer, pretrained, judge, runs):
-    """The exact optimum at each run's beta, from samples of rho and of every run pooled (balance heuristic)."""
-    prompt = torch.tensor([tokenizer.encode_ordinary(data.BOUNDARY)[:1]], device=args.device)
-    pools = [judge["rho"]] + [run["fresh"] for run in runs]
+    """The exact optimum of each run's beta, from samples of rho and of every run pooled (balance heuristic).
+
+    Returns (a dict of ppo.optimum for each run, the pooled scores (N,), their log(rho/q) (N,)).
+    """
+    prompt, pools = boundary(args, tokenizer), [judge["rho"]] + [run["fresh"] for run in runs]
     tokens = torch.cat([pool["tokens"] for pool in pools]).long().to(args.device)
-    scores = scores_of(judge, torch.cat([pool["log_odds"] for pool in pools]))
+    scores = torch.cat([scores_of(judge, pool) for pool in pools])
 
     def logprob(state):
         model = load_gpt(state, args.device, args.bf16)
-        return in_chunks(lambda chunk: ppo.token_logprobs(completion_logits(model, prompt, chunk), chunk).double().sum(1), tokens).cpu()
+        return in_chunks(lambda chunk: ppo.token_logprobs(completion_logits(model, prompt, chunk), chunk).sum(1), tokens).cpu()
 
-    logprobs = torch.stack([logprob(state) for state in [pretrained, *runs]])
-    weights = ppo.mixture_log_weights(logprobs, [len(pool["tokens"]) for pool in pools])
-    return [ppo.optimum(scores, run["beta"], weights) if run["beta"] > 0 else None for run in runs], scores, weights
+    weights = ppo.mixture_log_weights(torch.stack([logprob(state) for state in [pretrained, *runs]]),
+                                      [len(pool["tokens"]) for pool in pools])
+    return [ppo.optimum(scores, run["beta"], weights) if run["beta"] else {"ess": 0} for run in runs], scores, weights
+
+
+def scores_of(judge, pool):
+    """The scores (N,) of completions kept with their log-odds."""
+    return reward.score(pool["log_odds"], judge["mean"], judge["std"])
 
 
 def summarise(args, pretrained, judge, runs, best):
-    """summary.json: the numbers of the study. Optima with an effective sample size below 100 are left null."""
-    rho_score = scores_of(judge, judge["rho"]["log_odds"]).mean().item()
-    rows = []
+    """The numbers of summary.json. An optimum whose effective sample size is below 100 is left null."""
+    rho, rows = scores_of(judge, judge["rho"]).mean().item(), []
     for run, optimum in zip(runs, best):
-        scores, kl = scores_of(judge, run["fresh"]["log_odds"]), run["fresh"]["ref_kl"]
-        objective = (scores - run["beta"] * kl)
-        known = optimum is not None and optimum["ess"] >= 100
+        scores, kl, known = scores_of(judge, run["fresh"]), run["fresh"]["ref_kl"], optimum["ess"] >= MIN_ESS
+        objective = scores - run["beta"] * kl
         rows.append({
             "beta": run["beta"], "iterations": len(run["history"]), "score": scores.mean().item(),
             "positive": run["fresh"]["log_odds"].sigmoid().mean().item(), "ref_kl": kl.mean().item(),
-            "objective": objective.mean().item(), "objective_se": objective.std().item() / len(kl) ** 0.5, "reference_objective": rho_score,
-            "optimum": {key: optimum[key] if known or key == "ess" else None for key in optimum} if optimum else None,
-            "fraction_of_optimum": (objective.mean().item() - rho_score) / (optimum["objective"] - rho_score) if known else None,
+            "objective": objective.mean().item(), "objective_se": objective.std().item() / len(kl) ** 0.5,
+            "reference_objective": rho,
+            "optimum": {key: value if known or key == "ess" else None for key, value in optimum.items()},
+            "fraction_of_optimum": (objective.mean().item() - rho) / (optimum["objective"] - rho) if known else None,
             "seconds_per_iteration": run["seconds"] / len(run["history"])})
-    seconds = {"data": args.seconds["data"], "pretrain": pretrained["seconds"], "reward": judge["seconds"],
+    seconds = {"data": args.data_seconds, "pretrain": pretrained["seconds"], "reward": judge["seconds"],
                "ppo": {f"{run['beta']:g}": run["seconds"] for run in runs}}
-    return {"size": args.size, "device": args.device.type, "seconds": {**seconds, "total": sum(seconds["ppo"].values()) + sum(v for v in seconds.values() if not isinstance(v, dict))},
-            "pretrain": {"parameters": pretrained["parameters"], "val_bits_per_byte": pretrained["val_bits_per_byte"]},
-            "reward": {**{f"val_{key}": value for key, value in judge["metrics"].items()}, "mean": judge["mean"], "std": judge["std"],
-                       "reference_positive": judge["rho"]["log_odds"].sigmoid().mean().item()}, "ppo": rows}
+    seconds["total"] = sum(seconds["ppo"].values()) + seconds["data"] + seconds["pretrain"] + seconds["reward"]
+    return {"size": args.size, "device": args.device.type, "seconds": seconds,
+            "pretrain": {key: pretrained[key] for key in ("parameters", "val_bits_per_byte")},
+            "reward": {**{f"val_{key}": value for key, value in judge["metrics"].items()}, "mean": judge["mean"],
+                       "std": judge["std"], "reference_positive": judge["rho"]["log_odds"].sigmoid().mean().item()},
+            "ppo": rows}
 
 
-def save_figure(figure, path):
-    """A matplotlib figure as a PNG, written whole."""
-    import io
-    buffer = io.BytesIO()
+def draw(path, *panels, size=(4.4, 3.4)):
+    """A PNG of panels side by side, at most three in a row.
+
+    A panel is (title, x label, y label, curves), a curve (xs, ys, matplotlib's format, label or None).
+    """
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows), squeeze=False)
+    for axis in axes.flat[len(panels):]:
+        axis.remove()
+    for axis, (title, x, y, curves) in zip(axes.flat, panels):
+        for xs, ys, style, label in curves:
+            axis.plot(xs, ys, style, label=label, markersize=14 if "*" in style else 4)
+        axis.set(title=title, xlabel=x, ylabel=y)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(buffer, dpi=110, metadata={"Software": None})
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
     plt.close(figure)
     data.write_file(path, buffer.getvalue())
 
 
-def panels(titles, width=3):
-    """A figure with a panel for each title, (x label, y label, title)."""
-    rows = math.ceil(len(titles) / width)
-    figure, axes = plt.subplots(rows, width, figsize=(4.4 * width, 3.3 * rows), squeeze=False)
-    for axis in axes.flat[len(titles):]:
-        axis.remove()
-    for axis, (x, y, title) in zip(axes.flat, titles):
-        axis.set(xlabel=x, ylabel=y, title=title)
-        axis.grid(alpha=0.3)
-    return figure, axes.flat
-
-
 def draw_training(folder, pretrained, judge):
-    """pretrain.png and reward.png: learning curves and calibration."""
-    figure, (axis,) = panels([("step", "nats per token", "Pretraining loss")], 1)
-    axis.plot(*zip(*[(row["step"], row["loss"]) for row in pretrained["history"]]), alpha=0.6, label="training, nats per token")
-    axis.plot(*zip(*[(row["step"], row["val_bits_per_byte"]) for row in pretrained["history"] if "val_bits_per_byte" in row]), "o-", label="held out, bits per byte")
-    axis.legend()
-    save_figure(figure, folder / "pretrain.png")
-    figure, (left, middle, right) = panels([("step", "Pearson, AUC", "Reward model on held-out passages"), ("step", "nats", "Log loss on held-out passages"),
-                                            ("mean P(positive) of the bin", "mean (rating + 2) / 4", "Calibration")])
-    rows = [row for row in judge["history"] if "val_pearson" in row]
-    for key in ("val_pearson", "val_auc"):
-        left.plot([row["step"] for row in rows], [row[key] for row in rows], "o-", label=key[4:])
-    middle.plot([row["step"] for row in rows], [row["val_log_loss"] for row in rows], "o-", label="reward model")
-    middle.axhline(judge["metrics"]["constant_log_loss"], color="gray", linestyle=":", label="constant predictor")
-    p, target = judge["calibration"]["p"], (judge["calibration"]["rating"] + 2) / 4
+    """pretrain.png and reward.png: learning curves, and the calibration of the reward model."""
+    def curve(state, key, style, label=None):
+        rows = [row for row in state["history"] if key in row]
+        return [row["step"] for row in rows], [row[key] for row in rows], style, label or key.replace("val_", "")
+
+    draw(folder / "pretrain.png", ("Pretraining", "step", "nats per token; bits per byte", [
+        curve(pretrained, "loss", "C0-", "training loss, nats per token"),
+        curve(pretrained, "val_bits_per_byte", "C1o-", "held-out plays, bits per byte")]), size=(7, 4))
+    p, target = judge["held"]["p"], (judge["held"]["rating"] + 2) / 4
     bins = [rows for rows in p.argsort().chunk(8) if len(rows)]
-    right.plot([p[rows].mean() for rows in bins], [target[rows].mean() for rows in bins], "o-", label="an eighth of the passages each")
-    right.plot([0, 1], [0, 1], ":", color="gray", label="perfect")
-    for axis in (left, middle, right):
-        axis.legend()
-    save_figure(figure, folder / "reward.png")
+    steps = [row["step"] for row in judge["history"]]
+    draw(folder / "reward.png",
+         ("Reward model, held-out passages", "step", "from 0 to 1", [curve(judge, "val_pearson", "C0o-"), curve(judge, "val_auc", "C1o-")]),
+         ("Log loss, held-out passages", "step", "nats", [
+             curve(judge, "val_log_loss", "C0o-", "reward model"),
+             ([steps[0], steps[-1]], [judge["metrics"]["constant_log_loss"]] * 2, "k:", "constant predictor")]),
+         ("Calibration, held-out passages", "mean P(positive) of an eighth", "mean (rating + 2) / 4 of the eighth", [
+             ([p[rows].mean() for rows in bins], [target[rows].mean() for rows in bins], "C0o-", "reward model"),
+             ([0, 1], [0, 1], "k:", "perfect")]))
 
 
-def draw_ppo(folder, runs, best):
-    """ppo.png and collapse.png: what changes over iterations, a line for each beta."""
-    draw = {"ppo.png": [("score", "score", "Score"), ("ref_kl", "nats per completion", "KL to the reference (ref_kl)"), ("objective", "score - beta KL", "Objective J; dotted: J*"),
-                        ("clipfrac", "share of tokens", "Clip fraction"), ("policy_loss", "-mean(min(q A, clip(q) A))", "Train loss (clipped surrogate)"), ("positive", "P(positive)", "Mean P(positive)")],
-            "collapse.png": [("separators", "share of characters", "Separators: newline space , ."), ("distinct_2", "share of pairs", "Distinct pairs of tokens"), ("duplicates", "share of completions", "Duplicate completions"),
-                             ("ref_logprob", "nats per token", "Mean log-probability under rho"), ("entropy", "nats per token", "Entropy of the policy")]}
-    for name, keys in draw.items():
-        figure, axes = panels([("iteration", y, title) for _, y, title in keys])
-        for axis, (key, *_) in zip(axes, keys):
-            for run, optimum in zip(runs, best):
-                line, = axis.plot([row["step"] for row in run["history"]], [row[key] for row in run["history"]], label=f"beta {run['beta']:g}")
-                if key == "objective" and optimum and optimum["ess"] >= 100:
-                    axis.axhline(optimum["objective"], color=line.get_color(), linestyle=":")
-        axes[0].legend()
-        save_figure(figure, folder / name)
+def draw_ppo(folder, judge, runs, best, scores, weights):
+    """ppo.png, collapse.png: metrics against iteration. frontier.png: score against drift, and what is possible."""
+    def panel(title, y, key, extra=()):
+        return (title, "iteration", y, [([row["step"] for row in run["history"]], [row[key] for row in run["history"]],
+                                         f"C{i}-", f"beta {run['beta']:g}") for i, run in enumerate(runs)] + list(extra))
+
+    known = [(i, run, o) for i, (run, o) in enumerate(zip(runs, best)) if o["ess"] >= MIN_ESS]
+    floors = [([1, len(run["history"])], [o["objective"]] * 2, f"C{i}:", f"J* of beta {run['beta']:g}") for i, run, o in known]
+    draw(folder / "ppo.png", panel("Score", "deviations of rho's score", "score"),
+         panel("Drift", "ref_kl, nats per completion", "ref_kl"), panel("Objective J", "score - beta KL", "objective", floors),
+         panel("Train loss", "clipped surrogate", "policy_loss"), panel("Clip fraction", "share of tokens", "clipfrac"),
+         panel("Sentiment", "mean P(positive)", "positive"))
+    draw(folder / "collapse.png", panel("Separators: newline space , .", "share of characters", "separators"),
+         panel("Distinct pairs of tokens", "share of pairs", "distinct_2"), panel("Duplicates", "share of completions", "duplicates"),
+         panel("Likelihood under rho", "nats per token", "ref_logprob"), panel("Entropy", "nats per token", "entropy"))
+
+    def root(kl):
+        return max(kl, 0.0) ** 0.5
+
+    frontier = [o for o in (ppo.optimum(scores, 10 ** (e / 20), weights) for e in range(40, -40, -1)) if o["ess"] >= MIN_ESS]
+    bests = [ppo.best_of_n(scores_of(judge, judge["rho"]), 2 ** k) for k in range(9)]
+    draw(folder / "frontier.png", ("How much score for how much drift?", "sqrt(KL to rho), KL in nats per completion", "score, deviations of rho's", [
+        ([root(o["ref_kl"]) for o in frontier], [o["score"] for o in frontier], "k-", "exact frontier: no policy is above it"),
+        ([root(kl) for _, kl in bests], [score for score, _ in bests], "s--", "best of n = 1, 2, 4 ... 256 (KL at most)"),
+        *(([root(row["exact_kl"]) for row in run["history"]], [row["score"] for row in run["history"]], f"C{i}.-", f"PPO, beta {run['beta']:g}")
+          for i, run in enumerate(runs)),
+        *(([root(o["ref_kl"])], [o["score"]], f"C{i}*", f"exact optimum of beta {run['beta']:g}") for i, run, o in known)]), size=(8, 5.5))
 
 
-def draw_frontier(folder, judge, runs, best, scores, weights):
-    """frontier.png: score against sqrt(KL), the exact frontier, best-of-n and each run's path."""
-    figure, (axis,) = panels([("sqrt(KL to rho), KL in nats per completion", "score (deviations of rho's)", "How much score for how much drift?")], 1)
-    figure.set_size_inches(7.5, 5.5)
-    frontier = [o for o in (ppo.optimum(scores, 10 ** (e / 20), weights) for e in range(30, -40, -1)) if o["ess"] >= 100]
-    axis.plot([math.sqrt(max(o["ref_kl"], 0)) for o in frontier], [o["score"] for o in frontier], "k-", label="exact frontier: nothing lies above it")
-    rho = scores_of(judge, judge["rho"]["log_odds"])
-    points = [ppo.best_of_n(rho, n) for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
-    axis.plot([math.sqrt(kl) for _, kl in points], [score for score, _ in points], "s--", color="gray", label="best of n = 1, 2, 4 ... 256 (KL at most)")
-    for run, optimum in zip(runs, best):
-        line, = axis.plot([math.sqrt(max(row["exact_kl"], 0)) for row in run["history"]], [row["score"] for row in run["history"]], ".-", alpha=0.7, label=f"PPO, beta {run['beta']:g}")
-        if optimum and optimum["ess"] >= 100:
-            axis.plot(math.sqrt(optimum["ref_kl"]), optimum["score"], "*", color=line.get_color(), markersize=15)
-    axis.plot([], [], "k*", markersize=12, label="exact optimum of that beta")
-    axis.legend(fontsize=8)
-    save_figure(figure, folder / "frontier.png")
-
-
-def sample_text(tokenizer, tokens, log_odds, judge, ref_kl=None):
-    """One sample as printed: the text, and under it what the reward model says."""
-    p, score = torch.sigmoid(log_odds).item(), scores_of(judge, log_odds).item()
-    kl = "" if ref_kl is None else f"   KL: {ref_kl.item():.1f} nats"
-    return f"{tokenizer.decode(tokens.tolist())}\n\nPositive Prob: {100 * p:.1f}%   Score: {score:.2f}{kl}\n"
+def write_samples(args, tokenizer, judge, pool, name):
+    """samples/{name}.txt: twenty completions with what the reward model says of each. Returns them as a list."""
+    texts = []
+    for tokens, log_odds, score, kl in zip(pool["tokens"][:20], pool["log_odds"], scores_of(judge, pool), pool["ref_kl"]):
+        texts.append(f"{tokenizer.decode(tokens.tolist())}\n\nPositive Prob: {100 * log_odds.sigmoid():.1f}%"
+                     f"   Score: {score:.2f}   KL: {kl:.1f} nats")
+    data.write_file(args.out / "samples" / f"{name}.txt", f"\n\n{'-' * 60}\n\n".join(texts) + "\n")
+    return texts
 
 
 def write_report(args, tokenizer, pretrained, judge, runs):
-    """samples/*.txt, figures/*.png, summary.json and report.md."""
+    """samples/*.txt, figures/*.png, summary.json and report.md; prints samples before and after, and the table."""
     best, scores, weights = optima(args, tokenizer, pretrained, judge, runs)
     for name in ("figures", "samples"):
         (args.out / name).mkdir(exist_ok=True)
-    before = [sample_text(tokenizer, t, o, judge) for t, o in zip(judge["rho"]["tokens"][:20], judge["rho"]["log_odds"])]
-    data.write_file(args.out / "samples" / "rho.txt", ("\n" + "-" * 60 + "\n").join(before))
-    after = {}
-    for run in runs:
-        fresh = run["fresh"]
-        after[run["name"]] = [sample_text(tokenizer, *row, judge, kl) for *row, kl in zip(fresh["tokens"][:20], fresh["log_odds"], fresh["ref_kl"])]
-        data.write_file(args.out / "samples" / f"{run['name']}.txt", ("\n" + "-" * 60 + "\n").join(after[run["name"]]))
     draw_training(args.out / "figures", pretrained, judge)
-    draw_ppo(args.out / "figures", runs, best)
-    draw_frontier(args.out / "figures", judge, runs, best, scores, weights)
+    draw_ppo(args.out / "figures", judge, runs, best, scores, weights)
     summary = summarise(args, pretrained, judge, runs, best)
     data.write_file(args.out / "summary.json", json.dumps(summary, indent=1))
 
     def cell(x):
         return "" if x is None else f"{x:.3g}" if isinstance(x, float) else str(x)
 
-    columns = ["beta", "iterations", "score", "positive", "ref_kl", "objective", "fraction_of_optimum"]
-    lines = ["# Report of one study", "", f"Size {args.size} on {args.device.type}, seed {args.seed}. Pretraining: {pretrained['val_bits_per_byte']:.3f} bits per byte on held-out text. "
-             f"Reward model, on held-out passages: Pearson {judge['metrics']['pearson']:.3f}, AUC {judge['metrics']['auc']:.3f}. "
-             f"Samples of rho: P(positive) {summary['reward']['reference_positive']:.3f}, score {summary['ppo'][0]['reference_objective']:.3f} by {len(judge['rho']['tokens'])} samples.", "",
+    columns = ["beta", "score", "positive", "ref_kl", "objective", "objective_se", "fraction_of_optimum"]
+    lines = ["# Report of one study", "", f"Size {args.size} on {args.device.type}, seed {args.seed}. Pretraining: "
+             f"{pretrained['val_bits_per_byte']:.3f} bits per byte on held-out text. Reward model on held-out passages: "
+             f"Pearson {judge['metrics']['pearson']:.3f}, AUC {judge['metrics']['auc']:.3f}. Samples of rho: P(positive) "
+             f"{summary['reward']['reference_positive']:.3f}, score 0.", "",
              "| " + " | ".join([*columns, "J*", "score*", "KL*", "ESS"]) + " |", "|" + "---|" * (len(columns) + 4)]
-    for row in summary["ppo"]:
-        optimum = row["optimum"] or {}
-        lines.append("| " + " | ".join([*(cell(row[c]) for c in columns), *(cell(optimum.get(c)) for c in ("objective", "score", "ref_kl", "ess"))]) + " |")
-    lines += ["", "Each beta is measured on fresh samples; ref_kl in nats per completion. J* is left empty where the effective sample size (ESS) is below 100.", ""]
+    for row, optimum in zip(summary["ppo"], best):
+        stars = [row["optimum"].get(key) for key in ("objective", "score", "ref_kl", "ess")]
+        lines.append("| " + " | ".join(cell(x) for x in [*(row[c] for c in columns), *stars]) + " |")
+    lines += ["", f"Measured on {args.fresh_samples} fresh samples of each policy; ref_kl in nats per completion. J*, the exact "
+              f"optimum, is left out where its effective sample size (ESS) is below {MIN_ESS}.", ""]
+    print("\n".join(lines[4:]))
     lines += [f"![{name}](figures/{name}.png)\n" for name in ("frontier", "ppo", "collapse", "pretrain", "reward")]
-    for name, texts in after.items():
-        lines += [f"## Before and after: {name}", ""]
-        for old, new in zip(before[:4], texts):
-            lines += ["Before:", "```", old.rstrip(), "```", "After:", "```", new.rstrip(), "```", ""]
+    before = write_samples(args, tokenizer, judge, {**judge["rho"], "ref_kl": torch.zeros(20)}, "rho")
+    for run in runs:
+        name = f"ppo_beta{run['beta']:g}"
+        pairs = list(zip(before, write_samples(args, tokenizer, judge, run["fresh"], name)))
+        print("\n".join(f"\n===== before\n{old}\n\n===== after, beta {run['beta']:g}\n{new}" for old, new in pairs[:2]))
+        lines += [f"## {name}, before and after", ""]
+        lines += [f"```\n{old}\n```\n\nafter:\n\n```\n{new}\n```\n" for old, new in pairs[:4]]
     data.write_file(args.out / "report.md", "\n".join(lines))
-    return summary, before, after
 
 
 def main(argv=None, until="report"):
     args = parse(argv)
-    began, args.seconds = time.monotonic(), {}
+    began = time.monotonic()
     with data.locked(args.out):
         texts, tokenizer = data_stage(args)
-        args.seconds["data"] = time.monotonic() - began
+        args.data_seconds = time.monotonic() - began
         pretrained = pretrain_stage(args, texts)
-        if until == "pretrain":
-            return
-        judge = reward_stage(args, tokenizer, pretrained)
-        if until == "reward":
-            return
-        runs = [ppo_stage(args, beta, tokenizer, pretrained, judge) for beta in sorted(set(args.beta))]
-        if until == "ppo":
-            return
-        summary, before, after = write_report(args, tokenizer, pretrained, judge, runs)
-        for name, texts in after.items():
-            for old, new in zip(before[:2], texts):
-                print(f"===== before\n{old}===== after: {name}\n{new}")
-        for row in summary["ppo"]:
-            print("  ".join(f"{k} {v:.3g}" for k, v in row.items() if isinstance(v, (int, float))))
-        print(f"report: {args.out / 'report.md'}, after {(time.monotonic() - began) / 60:.1f} minutes")
+        judge = reward_stage(args, tokenizer, pretrained) if until != "pretrain" else None
+        runs = [ppo_stage(args, beta, tokenizer, pretrained, judge) for beta in sorted(set(args.beta))] if until in ("ppo", "report") else []
+        if until == "report":
+            write_report(args, tokenizer, pretrained, judge, runs)
+            print(f"\n{args.out / 'report.md'} has the figures and more samples. {(time.monotonic() - began) / 60:.1f} minutes.")
 
 
 if __name__ == "__main__":

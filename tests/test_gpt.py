@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 import gpt
 from conftest import chi_square_p, close, loops, randn
-from gpt import GPT, GPTConfig, KVCache, causal_attention, generate, make_optimizers, norm, rotate, sample_tokens
+from gpt import (GPT, Block, GPTConfig, KVCache, causal_attention, generate, make_optimizers, norm, rotate,
+                 sample_tokens)
 
 # A statistical test passes at p > ALPHA: with a fresh seed it would fail once in 10,000 runs.
 ALPHA = 1e-4
@@ -40,7 +41,7 @@ def bigram(probs):
 
 # ---- the pieces -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("T, S", [(7, 7), (1, 7), (3, 7), (1, 1)])
+@pytest.mark.parametrize("T, S", [(7, 7), (1, 7), (2, 7), (5, 7), (1, 1)])
 def test_attention_is_scaled_dot_product_attention_over_the_past(T, S):
     """softmax(q k' / sqrt(d)) v (Vaswani 2017, equation 1); the T queries are the last of S positions."""
     q, k, v = randn(2, 3, T, 4), randn(2, 3, S, 4, seed=1), randn(2, 3, S, 4, seed=2)
@@ -75,6 +76,16 @@ def test_rotary_products_depend_on_relative_position_only():
     assert products[0].std() > 0.1, "the product ignores positions altogether"
 
 
+def test_reading_the_same_text_at_later_positions_changes_nothing(trained):
+    """Queries and keys both turn, values do not: only distances between tokens reach the logits."""
+    later, tokens = copy.deepcopy(trained), streams(8, 10)
+    later.cos, later.sin = trained.cos[7:], trained.sin[7:]
+    close(later(tokens), trained(tokens), "logits depend on where the text stands: are queries and keys both rotated?",
+          atol=1e-4, rtol=1e-4)
+    later.cos, later.sin = trained.cos[:1].expand(24, -1), trained.sin[:1].expand(24, -1)
+    assert (later(tokens) - trained(tokens)).abs().max() > 0.1, "the model does not use positions at all"
+
+
 def test_the_cache_returns_everything_appended_so_far_for_each_layer():
     """Keys stay keys, values stay values, layers stay apart, in the order of reading."""
     config = GPTConfig(vocab_size=4, block_size=8, n_layer=2, n_head=3, n_embd=12)
@@ -86,6 +97,15 @@ def test_the_cache_returns_everything_appended_so_far_for_each_layer():
             close(keys, k[layer, :, :, :end], "the cache lost or moved keys")
             close(values, v[layer, :, :, :end], "the cache lost or moved values")
         cache.length = end
+
+
+def test_a_block_adds_attention_and_then_a_squared_relu():
+    """x + proj(attention), then + out(relu(fc(norm(x)))^2) (So 2021); over a single token attention is v."""
+    config = GPTConfig(vocab_size=4, block_size=8, n_layer=1, n_head=2, n_embd=16)
+    block, x = Block(config).double(), randn(3, 1, 16)
+    h = x + block.proj(block.qkv(norm(x))[..., 32:])
+    block_output = block(x, torch.ones(1, 4).double(), torch.zeros(1, 4).double())
+    close(block_output, h + block.out(block.fc(norm(h)).clamp(min=0) ** 2), "a layer is not attention and then the mlp")
 
 
 # ---- logits -----------------------------------------------------------------------------------
@@ -132,7 +152,7 @@ def test_sampling_further_leaves_the_tokens_sampled_so_far_unchanged(trained):
     assert torch.equal(short, long[:, :9]), "the length still to come changed the tokens already drawn"
 
 
-@pytest.mark.parametrize("pieces", [[1] * 20, [5] + [1] * 15, [20], [3, 7, 10]], ids=str)
+@pytest.mark.parametrize("pieces", [[1] * 20, [5] + [1] * 15, [20], [3, 2, 5, 10]], ids=str)
 def test_logits_with_the_cache_equal_logits_of_the_whole_sequence(trained, pieces):
     """Reading a batch in pieces through the key-value cache is reading it at once."""
     tokens = streams(8, 20)
@@ -189,13 +209,14 @@ def test_cpu_and_gpu_log_probabilities_agree(trained):
 
 # ---- sampling ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
-def test_one_step_samples_match_the_softmax(temperature):
+@pytest.mark.parametrize("options, temperature", [({}, 1), ({"temperature": 0.5}, 0.5), ({"temperature": 2.0}, 2)])
+def test_one_step_samples_match_the_softmax(options, temperature):
     """100,000 draws of softmax(logits / temperature), by chi-square; 4 tokens of probability 0 never come."""
     logits = randn(20, dtype=torch.float32) * 2
     logits[[0, 7, 8, 19]] = -math.inf
-    draws = sample_tokens(logits.expand(100_000, 20), temperature, generator=seeded())
-    assert chi_square_p(draws, (logits / temperature).softmax(-1)) > ALPHA, "samples do not follow softmax(logits / temperature)"
+    draws = sample_tokens(logits.expand(100_000, 20), **options, generator=seeded())
+    p = chi_square_p(draws, (logits / temperature).softmax(-1))
+    assert p > ALPHA, f"samples do not follow softmax(logits / {temperature})"
 
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, 1), (1.0, 5), (0.5, 5), (1.0, 20), (1.0, 25)])
@@ -205,7 +226,8 @@ def test_top_k_samples_the_k_likeliest_tokens_in_proportion(temperature, top_k):
     probs = (logits / temperature).softmax(-1)
     probs[probs.argsort(descending=True)[top_k:]] = 0
     draws = sample_tokens(logits.expand(20_000, 20), temperature, top_k, generator=seeded())
-    assert chi_square_p(draws, probs / probs.sum()) > ALPHA, f"top-{top_k} samples do not follow the softmax cut to {top_k}"
+    p = chi_square_p(draws, probs / probs.sum())
+    assert p > ALPHA, f"top-{top_k} samples do not follow the softmax cut to {top_k} tokens"
 
 
 def test_rows_are_sampled_from_their_own_logits():
@@ -221,6 +243,13 @@ def test_no_uniform_number_reaches_a_token_of_probability_0(monkeypatch, uniform
     monkeypatch.setattr(torch, "rand", lambda *shape, **like: torch.full(shape, uniform, dtype=like.get("dtype")))
     logits = torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])
     assert sample_tokens(logits).item() == token, f"u = {uniform} should give token {token} of (0, 1/2, 1/2, 0)"
+
+
+def test_rounding_of_the_cumulative_sum_never_yields_a_token_that_does_not_exist(monkeypatch):
+    """A sum of 2,048 rounded probabilities may end below 1: the largest u < 1 still gives one of them."""
+    monkeypatch.setattr(torch, "rand", lambda *shape, **like: torch.full(shape, 1 - 2 ** -53, dtype=like.get("dtype")))
+    tokens = sample_tokens(randn(100, 2048, dtype=torch.float32))
+    assert tokens.max() < 2048, "the draw fell off the end of the vocabulary"
 
 
 def test_temperature_0_is_greedy(trained):

@@ -1,0 +1,100 @@
+"""Samples from any checkpoint: the last step of the reader's path.
+
+    python sample.py                                                   the pretrained model's, from out/
+    python sample.py --checkpoint out/ppo_beta0.2.pt --num 20          a tuned model's, with Positive Prob
+    python sample.py --checkpoint out/ppo_beta0.2.pt --compare         the pretrained model's before each
+    python sample.py --checkpoint out/ppo_beta0.2.pt --jsonl           {"text":, "positive":, "ref_kl":} a line
+
+Positive Prob is what the reward model beside the checkpoint says of the text; ref_kl is
+log pi - log rho of the tokens drawn, in nats: one sample's share of KL(pi to rho).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+import data
+import reward
+from gpt import completion_logits, generate, in_chunks, load_gpt
+from ppo import token_logprobs
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--checkpoint", default="out/pretrain.pt", help="pretrain.pt or ppo_beta*.pt, in the folder that train.py wrote")
+    parser.add_argument("--num", type=int, default=5, help="how many samples")
+    parser.add_argument("--length", type=int, default=64, help="tokens of each")
+    parser.add_argument("--prompt", default="", help="text to continue; empty: begin where a speech begins")
+    parser.add_argument("--temperature", type=float, default=1.0, help="below 1 plays safe, 0 always takes the likeliest token")
+    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only (unset: from all, as in training)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same samples")
+    parser.add_argument("--best-of", type=int, default=1, metavar="N", help="of N samples show the one that the reward model likes best")
+    parser.add_argument("--compare", action="store_true", help="show the pretrained model's samples as well, side by side")
+    parser.add_argument("--jsonl", action="store_true", help="one JSON object a line, for other programs")
+    args = parser.parse_args()
+    for name, low in (("num", 1), ("length", 1), ("temperature", 0), ("best_of", 1), ("seed", 0)):
+        if getattr(args, name) < low:
+            parser.error(f"--{name.replace('_', '-')} must be at least {low}")
+    if args.top_k is not None and args.top_k < 1:
+        parser.error("--top-k must be at least 1")
+    return args
+
+
+def load(path):
+    """(GPT, its checkpoint, tokenizer) of a checkpoint file and the tokenizer beside it."""
+    state = data.load_checkpoint(path)
+    if state["kind"] not in ("pretrain", "ppo"):
+        raise data.UserError(f"{path} is a {state['kind']} checkpoint, not a language model. Give pretrain.pt or ppo_beta*.pt.")
+    tokenizer = data.load_tokenizer(path.with_name("tokenizer.tiktoken"))
+    data.check_tokenizer(state, tokenizer, path.parent)
+    return load_gpt(state), state, tokenizer
+
+
+@torch.no_grad()
+def draw(model, prompt, args, judge, rho):
+    """args.num samples as (tokens, P(positive) or None, ref_kl or None); of each args.best_of the likeliest positive."""
+    generator = torch.Generator().manual_seed(args.seed)
+    start = prompt.size(1)
+    skip = 0 if args.prompt else start                  # an unprompted sample is shown and judged without the boundary
+    samples = []
+    for _ in range(args.num):
+        tokens = generate(model, prompt.expand(args.best_of, -1), args.length, args.temperature, args.top_k, generator)
+        p = reward.positive(judge, tokens[:, skip:]) if judge else torch.zeros(len(tokens))
+        best = tokens[p.argmax()][None]
+        new = best[:, start:]
+        kl = [token_logprobs(completion_logits(m, prompt, new), new).sum().item() for m in (model, rho)] if rho else None
+        samples.append((best[0, skip:].tolist(), p.max().item() if judge else None, kl[0] - kl[1] if kl else None))
+    return samples
+
+
+def main():
+    args = parse()
+    path = Path(args.checkpoint)
+    model, state, tokenizer = load(path)
+    beside = {name: path.with_name(name) for name in ("pretrain.pt", "reward.pt")}
+    judge = reward.load_reward(data.load_checkpoint(beside["reward.pt"])) if beside["reward.pt"].exists() else None
+    if judge is None and args.best_of > 1:
+        raise data.UserError(f"--best-of needs the reward model, and {beside['reward.pt']} is not there. Run train.py first.")
+    rho = load(beside["pretrain.pt"])[0] if state["kind"] == "ppo" and beside["pretrain.pt"].exists() else None
+    ids = tokenizer.encode_ordinary(args.prompt) if args.prompt else tokenizer.encode_ordinary(data.BOUNDARY)[:1]
+    if len(ids) + args.length > model.config.block_size:
+        raise data.UserError(f"a prompt of {len(ids)} tokens and --length {args.length} do not fit the context of "
+                             f"{model.config.block_size} tokens. Shorten either.")
+    prompt = torch.tensor([ids])
+    rows = [draw(model, prompt, args, judge, rho)]
+    if args.compare and rho:
+        rows.insert(0, draw(rho, prompt, args, judge, None))
+    for number, together in enumerate(zip(*rows), 1):
+        for name, (tokens, p, kl) in zip(["before", "after"] if len(rows) > 1 else [""], together):
+            text = tokenizer.decode(tokens)
+            if args.jsonl:
+                print(json.dumps({"text": text, "positive": p, "ref_kl": kl, **({"model": name} if name else {})}, ensure_ascii=False))
+                continue
+            print(f"----- {number} {name}".rstrip() + f"\n{text}\n")
+            print("   ".join([f"Positive Prob: {100 * p:.1f}%"] * (p is not None) + [f"KL: {kl:.1f} nats"] * (kl is not None)) + "\n")
+
+
+if __name__ == "__main__":
+    data.run(main)

@@ -1,0 +1,156 @@
+"""How fast is one PPO iteration, and how far from what the machine could do?
+
+    python tests/benchmark.py            a table
+    python tests/benchmark.py --json     one JSON object on one line
+
+Times, medians of several repeats after a warm-up, of one iteration as ppo.PPO does it: rollout
+(sampling), scoring (policy, reference, reward model, values), update (all epochs and the value
+function). Beside them the machine's measured matrix-product rate, the arithmetic floor that follows from it (multiply-adds
+of the iteration at that rate), and a naive twin: no key-value cache, float32, the whole prefix read for each token.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from gpt import GPT, GPTConfig, has_bf16, make_optimizers, sample_completions, sample_tokens  # noqa: E402
+from ppo import PPO, PPOConfig, gae, kl_penalised_rewards, whiten  # noqa: E402
+from reward import RewardModel  # noqa: E402
+
+
+def median_seconds(function, repeats, device):
+    """Median wall-clock seconds of function() after one warm-up."""
+    times = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def matmul_rate(config, rows, dtype, device, repeats):
+    """Multiply-adds a second, times two, of the model's own largest product: rows x n_embd by n_embd x 4 n_embd."""
+    a = torch.randn(rows, config.n_embd, device=device, dtype=dtype)
+    b = torch.randn(4 * config.n_embd, config.n_embd, device=device, dtype=dtype)
+    many = 20
+    seconds = median_seconds(lambda: [F.linear(a, b) for _ in range(many)], repeats, device) / many
+    return 2 * a.numel() * b.size(0) / seconds
+
+
+def iteration_flops(config, batch, length, epochs):
+    """Arithmetic of one iteration: 2 a parameter and token forward, 6 with backward, and attention's products.
+
+    Forward passes: sampling, policy, reference, reward model's trunk (no output layer); update: epochs.
+    """
+    blocks = 12 * config.n_layer * config.n_embd ** 2 + 2 * config.n_layer * config.n_embd * length / 2
+    output = config.n_embd * config.vocab_size
+    tokens = batch * length
+    return tokens * (2 * (4 * blocks + 3 * output) + 6 * epochs * (blocks + output))
+
+
+@torch.no_grad()
+def naive_rollout(model, prompt, batch, length, generator):
+    """Sampling without a cache: the whole prefix is read again for each token."""
+    tokens = prompt.expand(batch, -1)
+    for _ in range(length):
+        tokens = torch.cat((tokens, sample_tokens(model(tokens)[:, -1], generator=generator)[:, None]), 1)
+    return tokens[:, prompt.size(1):]
+
+
+def make_run(args, bf16, device):
+    """A PPO run on random weights of the shape asked for; speed does not depend on what they say."""
+    torch.manual_seed(0)
+    config = GPTConfig(args.vocab, max(128, args.length + 1), args.layers, args.width // 64 or 1, args.width)
+    rho = GPT(config, bf16).to(device)
+    for parameter in rho.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model = RewardModel(config, bf16).requires_grad_(False).to(device)
+    ppo_config = PPOConfig(batch=args.batch, length=args.length, minibatch=args.minibatch, epochs=args.epochs, target_kl=1e9)
+    return PPO(rho, model, torch.zeros(1, 1, dtype=torch.long, device=device), ppo_config, 0, model.features)
+
+
+def time_iteration(run, repeats, device, sampler):
+    """Median seconds of rollout, scoring and update. sampler(run) draws the completions."""
+    config, kept = run.config, {}
+
+    def rollout():
+        kept["tokens"] = sampler(run)
+
+    def scoring():
+        parts = [run.read(chunk) for chunk in kept["tokens"].split(config.minibatch)]
+        kept["batch"] = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    def update():
+        batch = kept["batch"]
+        rewards = kl_penalised_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], config.beta)
+        advantages, returns = gae(rewards, batch["values"])
+        run.update(batch, whiten(advantages))
+        run.fit_values(batch["features"], returns, epochs=4)
+
+    return [median_seconds(part, repeats, device) for part in (rollout, scoring, update)]
+
+
+def pretrain_rate(args, bf16, device):
+    """Pretraining tokens a second, in batches of 16 windows of 128 tokens."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(args.vocab, 128, args.layers, args.width // 64 or 1, args.width), bf16).to(device)
+    optimizers = make_optimizers(model, 0.02, 0.01)
+    tokens = torch.randint(args.vocab, (16, 129), device=device)
+
+    def step():
+        F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return 16 * 128 / median_seconds(lambda: [step() for _ in range(4)], args.repeats, device) * 4
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    shape = {"batch": 128, "length": 64, "epochs": 4, "layers": 4, "width": 256, "vocab": 2048, "minibatch": 32}
+    for name, value in shape.items():
+        parser.add_argument(f"--{name}", type=int, default=value, help="of the iteration timed")
+    parser.add_argument("--repeats", type=int, default=3, help="of which the median is taken")
+    parser.add_argument("--fp32", action="store_true", help="no bfloat16")
+    parser.add_argument("--no-naive", action="store_true", help="leave the naive twin out: it takes longest")
+    parser.add_argument("--json", action="store_true", help="one JSON object on one line")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bf16 = has_bf16(device) and not args.fp32
+    run = make_run(args, bf16, device)
+    rollout, scoring, update = time_iteration(run, args.repeats, device, lambda r: sample_completions(
+        r.policy, r.prompt, args.batch, args.length, r.sampler))
+    memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**20
+    rate = matmul_rate(run.ref.config, args.minibatch * args.length, torch.bfloat16 if bf16 else torch.float32, device, args.repeats)
+    total, floor = rollout + scoring + update, iteration_flops(run.ref.config, args.batch, args.length, args.epochs) / rate
+    naive = None
+    if not args.no_naive:
+        naive = sum(time_iteration(make_run(args, False, device), 1, device, lambda r: naive_rollout(
+            r.policy, r.prompt, args.batch, args.length, r.sampler)))
+    result = {"shape": {name: getattr(args, name) for name in shape}, "dtype": "bfloat16" if bf16 else "float32",
+              "rollout_seconds": rollout, "scoring_seconds": scoring, "update_seconds": update, "total_seconds": total,
+              "rollout_tokens_per_second": args.batch * args.length / rollout, "pretrain_tokens_per_second": pretrain_rate(args, bf16, device),
+              "peak_memory_mb": memory, "matmul_gflops": rate / 1e9, "floor_seconds": floor, "floor_ratio": total / floor,
+              "naive_seconds": naive, "naive_ratio": naive and naive / total}
+    if args.json:
+        print(json.dumps(result))
+    else:
+        for key, value in result.items():
+            print(f"{key:28s} {value:.4g}" if isinstance(value, float) else f"{key:28s} {value}")
+
+
+if __name__ == "__main__":
+    main()

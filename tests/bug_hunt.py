@@ -1,0 +1,296 @@
+"""Real bugs of public RLHF code, put into ours one at a time: which test catches each?
+
+    python tests/bug_hunt.py --list        the bugs, as an exercise: no answers
+    python tests/bug_hunt.py               puts in each, runs the tests, prints who caught it (10 minutes)
+    python tests/bug_hunt.py --only 5      one bug
+    python tests/bug_hunt.py --check       only that every edit still fits the source (at once, no test is run)
+
+None of these bugs crashes. The loss goes down, samples change, plots look like plots; most were
+found in repositories that people had trained with and learnt from. Each is told in one
+sentence and is an edit of a few words, applied to a temporary copy of the project. The fast
+tests run there, those of the files most likely to fail first, and the first that fails is
+the answer. The exit code is 0 only if every bug was caught.
+
+The exercise: take a bug of --list. Say what would be seen in the plots (often: nothing), which
+equation no longer holds, and which test you would write; then look who caught it. Harder:
+edit the source yourself so that the mathematics is wrong and every test still passes, then
+write the test that was missing.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+FAST = ["ppo", "gpt", "loop", "reward", "data"]         # tests/test_*.py that a bug is shown to
+
+
+class Bug(NamedTuple):
+    title: str
+    seen: str           # where
+    wrong: str          # what goes wrong, in a sentence
+    tests: str          # the test files most likely to catch it
+    file: str           # of ours
+    edits: list         # (old text, new text); old text occurs exactly once in file
+
+
+BUGS = [
+    # ---- sampling is scoring
+    Bug("sampling without the causal mask", "ZiyueWang25/RLHF-Shakespeare",
+        "The sampler re-reads the text with no mask, the scorer with one, so tokens are drawn from another distribution than their log-probabilities say.",
+        "gpt loop", "gpt.py",
+        [("    if T > 1:\n", '    if T > 1 and globals().get("causal", True):\n'),
+         ("            logits = model(new, cache)[:, -1] ",
+          "            global causal\n            causal = False\n            logits = model(tokens[:, :t])[:, -1]\n            causal = True ")]),
+    Bug("temperature in the sampler, not in the scorer", "ARENA, no-magic",
+        "Completions come from a sharper distribution than the one whose KL and ratio are computed.",
+        "loop gpt", "gpt.py",
+        [("length, generator=generator)\n", "length, temperature=0.7, generator=generator)\n")]),
+    Bug("top-k in the sampler, full softmax in the scorer", "nanochat, ttumiel/minRLHF",
+        "Tokens outside the top k are never drawn but share the probability, so KL estimates are biased and can be negative.",
+        "loop gpt", "gpt.py",
+        [("length, generator=generator)\n", "length, top_k=50, generator=generator)\n")]),
+    Bug("positions counted otherwise in sampling than in scoring", "trlx #509, OpenRLHF #217",
+        "With the cache every token is read as if it stood at position 0, and the ratio is not 1 before the first step.",
+        "gpt", "gpt.py",
+        [("self.cos[start:start + T].to(dtype), self.sin[start:start + T].to(dtype)", "self.cos[:T].to(dtype), self.sin[:T].to(dtype)")]),
+    Bug("token t scored by the logits at t", "lucidrains/PaLM-rlhf-pytorch #31",
+        "A token's log-probability is read one position too late, from logits that predict the next one.",
+        "loop gpt", "gpt.py",
+        [("inputs = torch.cat((prompt.expand(len(tokens), -1), tokens), 1)[:, :-1]", "inputs = torch.cat((prompt.expand(len(tokens), -1), tokens), 1)"),
+         ("model.hidden(inputs)[:, prompt.size(1) - 1:]", "model.hidden(inputs)[:, prompt.size(1):]")]),
+    Bug("logits of the last position only", "nanoGPT's shortcut, taken over into RLHF code",
+        "forward() without targets returns one position, which is enough to sample and too little to score.",
+        "gpt", "gpt.py",
+        [("return self.logits(self.hidden(tokens, cache))", "return self.logits(self.hidden(tokens, cache)[:, -1:])")]),
+    Bug("dropout on while scoring", "vallari24",
+        "Two passes over the same text disagree, so ratios are not 1 and the KL of a policy to itself is not 0.",
+        "gpt", "gpt.py",
+        [("return x + self.out(y * y)", "return x + self.out(F.dropout(y * y, 0.1, self.training))")]),
+    Bug("log-softmax in half precision", "minimind #814",
+        "Log-probabilities carry errors of a hundredth, which the ratio takes for a change of the policy.",
+        "ppo", "ppo.py",
+        [("    logits = logits.float()\n    return logits.gather", "    logits = logits.bfloat16()\n    return logits.gather")]),
+
+    # ---- the reward model
+    Bug("the last sampled token never reaches the reward model", "ZiyueWang25, ckkissane, minRLHF",
+        "The token that earns the score is not in the text that is scored, so it is rewarded at random.",
+        "loop", "ppo.py",
+        [('"scores": self.score_fn(tokens)', '"scores": self.score_fn(tokens[:, :-1])')]),
+    Bug("reward z-scored in every batch", "ZiyueWang25, ckkissane",
+        "The score's unit changes from batch to batch, so beta has no fixed meaning and the optimum is another one.",
+        "loop", "ppo.py",
+        [('kl_penalised_rewards(batch["scores"], ',
+          'kl_penalised_rewards((batch["scores"] - batch["scores"].mean()) / (batch["scores"].std() + 1e-8), ')]),
+    Bug("sign of the score flipped", "a refactoring at OpenAI (Ziegler 2019, section 4.4)",
+        "The policy becomes as bad as it can be, in fluent English.",
+        "ppo", "ppo.py",
+        [("scores.detach().to(rewards.dtype)", "-scores.detach().to(rewards.dtype)")]),
+    Bug("train/test split shuffled twice", "ckkissane",
+        "The rows to train on and the rows to measure on come from two shuffles, so test items are trained on and all looks well.",
+        "reward data loop", "train.py",
+        [("train = (~held).nonzero().squeeze(1)", "train = torch.randperm(len(held))[held.sum():]")]),
+    Bug("softmax applied before cross-entropy", "nanoChatGPT",
+        "A probability from 0 to 1 is read as log-odds, so no passage can come out below one half, and gradients are small.",
+        "reward", "reward.py",
+        [("binary_cross_entropy_with_logits(log_odds, ", "binary_cross_entropy_with_logits(log_odds.sigmoid(), ")]),
+
+    # ---- reward shaping and KL
+    Bug("KL penalty inside the surrogate, own token only", "ZiyueWang25",
+        "The penalty is a live term of the loss: a token pays for its own drift and not for where it leads, and the fixed point is not pi*.",
+        "loop", "ppo.py",
+        [('batch["ref_logprobs"], beta)\n', 'batch["ref_logprobs"], 0.0)\n'),
+         ("                infos.append({**info",
+          '                k1, ratio = logprobs - batch["ref_logprobs"][rows], (logprobs - batch["logprobs"][rows]).exp()\n'
+          "                loss = loss + self.controller.beta * (ratio * k1).mean()\n"
+          "                infos.append({**info")]),
+    Bug("gradient through the reward", "ZiyueWang25",
+        "Rewards are data; without the detach their own gradient, -beta grad log pi, joins the policy's.",
+        "ppo", "ppo.py",
+        [("(logprobs - ref_logprobs).detach()", "(logprobs - ref_logprobs)")]),
+    Bug("k1's sign flipped", "rlhf-book",
+        "Drift from the reference is paid for, not charged.",
+        "ppo", "ppo.py",
+        [("(logprobs - ref_logprobs).detach()", "(ref_logprobs - logprobs).detach()")]),
+    Bug("k3 inverted", "ZiyueWang25, trlx, llm_optimization, rlhf-book",
+        "exp(k1) - 1 - k1 is positive and looks like a KL, but estimates another quantity.",
+        "ppo", "ppo.py",
+        [("torch.expm1(-k1) + k1", "torch.expm1(k1) - k1")]),
+    Bug("reference shares weights with the policy", "nanoChatGPT",
+        "The reference moves along, KL is always 0, and nothing holds the policy.",
+        "loop", "ppo.py",
+        [("self.policy = copy.deepcopy(ref).requires_grad_(True)", "self.policy = self.ref.requires_grad_(True)")]),
+    Bug("score added on padding", "trl #3750",
+        "The score lands on the last column and not on the last real token, so short completions earn nothing.",
+        "ppo", "ppo.py",
+        [("last = (mask * torch.arange(1, T + 1, device=mask.device)).argmax(1, keepdim=True)",
+          "last = torch.full((len(k1), 1), T - 1, device=mask.device)")]),
+    Bug("controller fed per-token KL", "trlx #438",
+        "The target is in nats per completion, the measurement per token, so beta falls for ever.",
+        "loop ppo", "ppo.py",
+        [("self.controller.update(ref_kl.mean().item(), ", "self.controller.update(ref_kl.mean().item() / config.length, ")]),
+
+    # ---- advantages and losses
+    Bug("rewards used where returns belong", "rlhf-book #216",
+        "A token's advantage is its own reward: what it leads to, the score above all, does not count.",
+        "ppo", "ppo.py",
+        [("returns = rewards.flip(1).cumsum(1).flip(1)", "returns = rewards")]),
+    Bug("advantages whitened inside each sequence, padding included", "thomfoster/minRLHF",
+        "Good and bad completions come out alike, for each has mean 0.",
+        "ppo", "ppo.py",
+        [("    mean = masked_mean(x, mask)\n", "    mean = x.mean(1, keepdim=True)\n"),
+         ("variance = masked_mean((x - mean) ** 2, mask)", "variance = ((x - mean) ** 2).mean(1, keepdim=True)")]),
+    Bug("returns built from whitened advantages", "ash80/RLHF_in_notebooks",
+        "The value function is fitted to numbers in another unit than rewards have.",
+        "ppo", "ppo.py",
+        [("return advantages, advantages + values", "return advantages, whiten(advantages, mask) + values")]),
+    Bug("whitening that adds the mean back", "ash80/RLHF_in_notebooks",
+        "Advantages keep their mean, so every token drawn is pushed up, or every one down.",
+        "ppo", "ppo.py",
+        [("def whiten(x, mask=None, shift_mean=True)", "def whiten(x, mask=None, shift_mean=False)")]),
+    Bug("value function sees the token it is a baseline for", "asked at alibaba/ROLL #3",
+        "The value before token t is read after it, so good tokens are explained away and earn no advantage.",
+        "loop", "ppo.py",
+        [("F.pad(self.net(features), (0, 0, 1, -1))", "self.net(features)")]),
+    Bug("mask shifted by one", "trlx #582",
+        "The loss reads the first padding token and leaves out the last real one.",
+        "ppo", "ppo.py",
+        [("log_ratio, mask = _masked(logprobs - old_logprobs, mask)",
+          "log_ratio, mask = _masked(logprobs - old_logprobs, None if mask is None else mask.roll(1, 1))")]),
+    Bug("clip taken with max for negative advantages", "rasbt/reasoning-from-scratch",
+        "For A < 0 the larger term is taken: a token that has become unlikelier is pushed down without end, one that has become likelier is let go.",
+        "ppo", "ppo.py",
+        [("surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)",
+          "one, two = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages\n"
+          "    surrogate = torch.where(advantages < 0, torch.max(one, two), torch.min(one, two))")]),
+    Bug("old log-probabilities taken from the policy of now", "tensorforce #312",
+        "The ratio is always 1, nothing is ever clipped, and approx_kl never stops an update.",
+        "loop", "ppo.py",
+        [('policy_loss(logprobs, batch["logprobs"][rows], ', "policy_loss(logprobs, logprobs.detach(), ")]),
+
+    # ---- the loop
+    Bug("early stop leaks stale gradients", "thomfoster/minRLHF",
+        "The minibatch that stops an update has been through backward(), and its gradient joins the first step of the next one.",
+        "loop", "ppo.py",
+        [('                if info["approx_kl"] > self.config.target_kl:\n                    break\n'
+          "                self.optimizer.zero_grad(set_to_none=True)\n                loss.backward()\n",
+          '                loss.backward()\n                if info["approx_kl"] > self.config.target_kl:\n                    break\n'),
+         ("                self.optimizer.step()\n", "                self.optimizer.step()\n                self.optimizer.zero_grad(set_to_none=True)\n"),
+         ("        self.optimizer.zero_grad(set_to_none=True)\n        return", "        return")]),
+    Bug("metrics of the last minibatch for those of the update", "cleanrl #522",
+        "clipfrac and approx_kl are logged as they stood at the end, one minibatch's worth of noise.",
+        "loop", "ppo.py",
+        [("**mean_info(infos)", "**mean_info(infos[-1:])")]),
+    Bug("beta lost on resume", "verl #2653",
+        "An adapted beta is not in the checkpoint, so a run cut off goes on with the first one.",
+        "loop", "ppo.py",
+        [(', "controller": self.controller}', "}")]),
+    Bug("reference lost on resume", "NeMo-RL #3722",
+        "The reference is made from the loaded policy, KL starts at 0 again, and each resume allows the drift once more.",
+        "loop", "ppo.py",
+        [("            part.load_state_dict(state[name])\n",
+          '            part.load_state_dict(state[name])\n        self.ref.load_state_dict(state["policy"])\n')]),
+]
+
+
+def edited(bug):
+    """The source of bug.file with the bug in it; ValueError where an old text is not there exactly once."""
+    source = (ROOT / bug.file).read_text()
+    for old, new in bug.edits:
+        count = source.count(old)
+        if count != 1:
+            raise ValueError(f"{bug.title}: this text occurs {count} times in {bug.file}, not once:\n{old}")
+        source = source.replace(old, new)
+    compile(source, bug.file, "exec")
+    return source
+
+
+def check(bugs):
+    """All edits on all sources, before any test is run: exit where one no longer fits."""
+    wrong = []
+    for bug in bugs:
+        try:
+            edited(bug)
+        except (ValueError, SyntaxError) as error:
+            wrong.append(str(error))
+    if wrong:
+        sys.exit("The source has changed; bring these edits up to date.\n\n" + "\n\n".join(wrong))
+
+
+def test_files(names):
+    return [f"tests/test_{name}.py" for name in names if (ROOT / "tests" / f"test_{name}.py").exists()]
+
+
+def first_failure(files, bug=None):
+    """The first test of files that fails on a copy of the project with the bug in it, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for path in [*ROOT.glob("*.py"), ROOT / "labels.csv", ROOT / "pytest.ini"]:
+            if path.exists():
+                shutil.copy(path, copy)
+        for name in ("tests", "corpus"):
+            if (ROOT / name).exists():
+                shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.lock"))
+        if bug:
+            (copy / bug.file).write_text(edited(bug))
+        # -B: a bytecode file is known by second and size, and one edit may leave both as they were.
+        done = subprocess.run([sys.executable, "-B", "-m", "pytest", "-x", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider", *files],
+                              cwd=copy, capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    for line in done.stdout.splitlines():
+        word, _, rest = line.partition(" ")
+        if word in ("FAILED", "ERROR") and "::" in rest:
+            return rest.split(" - ")[0].removeprefix("tests/")
+    sys.exit(f"{bug.title if bug else 'the project as it is'}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+def hunt(bug):
+    """The first test that fails with this bug, likely files first; None if none does."""
+    likely = test_files(bug.tests.split())
+    rest = [file for file in test_files(FAST) if file not in likely]
+    return (likely and first_failure(likely, bug)) or (rest and first_failure(rest, bug)) or None
+
+
+def show_list(numbered):
+    """The exercise: each bug, where it was seen, what goes wrong. No answers."""
+    print(f"Here are {len(numbered)} real bugs of public RLHF code. Which test would catch each?\n")
+    for number, bug in numbered:
+        print(f"{number:2}. {bug.title}   ({bug.file}; seen: {bug.seen})")
+        print(textwrap.fill(bug.wrong, 96, initial_indent="    ", subsequent_indent="    ") + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print the bugs as an exercise, without answers")
+    parser.add_argument("--check", action="store_true", help="only check that each edit fits the source")
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", choices=range(1, len(BUGS) + 1), help="these bugs alone, by number")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="bugs tried at the same time")
+    args = parser.parse_args()
+    numbered = [(n, bug) for n, bug in enumerate(BUGS, 1) if not args.only or n in args.only]
+    if args.list:
+        return show_list(numbered)
+    check([bug for _, bug in numbered])
+    if args.check:
+        return print(f"all {len(numbered)} edits fit the source")
+    broken = first_failure(test_files(FAST))
+    if broken:
+        sys.exit(f"{broken} fails on the source as it is; a bug is caught only where all tests pass without it")
+    missed = 0
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for (number, bug), test in zip(numbered, pool.map(hunt, [bug for _, bug in numbered])):
+            missed += test is None
+            print(f"{number:2}. {bug.title:<60}  {bug.seen:<52}  {test or 'NOT CAUGHT'}", flush=True)
+    print(f"{len(numbered) - missed} of {len(numbered)} bugs caught")
+    return sys.exit(missed > 0)
+
+
+if __name__ == "__main__":
+    main()
