@@ -275,7 +275,7 @@ class PPOConfig:
     advantage: str = "gae"       # or "score": reward-to-go less its mean, no value function
     target_kl: float = 0.05      # approx_kl, nats per token, at which an update stops early
     kl_target: float = 0.0       # ref_kl, nats per completion, that beta adapts to reach; 0: beta stays
-    kl_horizon: float = 2000.0   # completions in which beta can change e-fold
+    kl_horizon: float = 500.0    # completions: beta moves by at most 0.2 * batch / horizon an iteration
 
 
 class ValueFunction(nn.Module):
@@ -440,6 +440,20 @@ def check_finite(batch, i):
     for name, x in batch.items():
         if not torch.isfinite(x).all():
             raise FloatingPointError(f"iteration {i}: {name} of the completions are not finite")
+
+
+def diagnose(metrics, epochs):
+    """What an experienced eye would say of an iteration's metrics: a list of sentences, empty when all is well."""
+    said = []
+    if metrics["ref_kl"] < -5 * metrics["ref_kl_se"]:
+        said.append("ref_kl is negative by 5 standard errors: the sampler and the scorer differ")
+    if metrics["exact_kl"] > 10:
+        said.append("KL to the reference is above 10 nats: samples stop reading like rho's; raise --beta or stop")
+    if metrics["entropy"] < 0.5:
+        said.append("entropy is below half a nat a token: the policy is collapsing; raise --beta or lower --lr")
+    if metrics["epochs"] < epochs:
+        said.append("the update stopped early, too far from the policy that sampled: lower --lr or --epochs")
+    return said
 
 
 def main():

@@ -307,6 +307,7 @@ def ppo_stage(args, beta, tokenizer, pretrained, judge):
             metrics = {"step": i + 1, **run.step(i)}
             metrics["positive"] = (run.batch["scores"] * judge["std"] + judge["mean"]).exp().mean().item()
             metrics |= collapse(run.batch["tokens"].cpu(), tokenizer)
+            print("".join(f"warning: {line}\n" for line in ppo.diagnose(metrics, config.epochs)), end="")
             if (i + 1) % 5 == 0:
                 for row in range(2):
                     print(f"--- score {run.batch['scores'][row]:.2f}\n{tokenizer.decode(run.batch['tokens'][row].tolist())}")
