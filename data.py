@@ -57,6 +57,13 @@ class UserError(Exception):
     """What the user can put right: one line, what is wrong and what to do."""
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, like all others."""
+
+    def error(self, message):
+        raise UserError(f"{message}. See python {self.prog} --help.")
+
+
 # ---- files ----------------------------------------------------------------------------
 
 def read_file(path, what):
@@ -510,7 +517,7 @@ def run(main):
 
 
 def main():
-    argparse.ArgumentParser(description="Get the corpus, train the tokenizer, print what came of it.").parse_args()
+    Parser(description="Get the corpus, train the tokenizer, print what came of it.").parse_args()
     train, validation = load_corpus()
     ranks = train_bpe(train, 2048)
     print(f"{len(load_plays())} plays, {len(read_labels(HERE / 'labels.csv')):,} rated passages; {len(train):,} characters "

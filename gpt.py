@@ -1,7 +1,7 @@
 """The transformer: a small GPT, its key-value cache, and sampling from it.
 
 Step 1 of the reader's path after data.py. The model follows nanoGPT (Karpathy) with the
-changes that paid most at this size: rotary positions (Su 2021), RMS norm without weights,
+changes that paid most at this size: rotary positions (Su 2021), layer norm without weights,
 normalised queries and keys, squared ReLU (So 2021), output projections that start at zero,
 and Muon for the matrices. Two things differ from nanoGPT because PPO needs them:
 
@@ -52,7 +52,7 @@ class KVCache:
 
 
 def norm(x):
-    """Root-mean-square norm over features, no weights (Zhang 2019)."""
+    """Layer norm over features, no weights (Ba 2016); on the CPU torch fuses it, and not the RMS norm."""
     return F.layer_norm(x, (x.size(-1),))
 
 
@@ -168,7 +168,8 @@ def sample_tokens(logits, temperature=1.0, top_k=None, generator=None):
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+        best = logits.topk(top_k)
+        logits = torch.full_like(logits, -math.inf).scatter(1, best.indices, best.values)
     cdf = logits.double().softmax(-1).cumsum(-1)                                    # (B,V)
     u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device, generator=generator)
     # The first token whose cdf exceeds u: a token of probability 0 never does first.

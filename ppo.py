@@ -126,9 +126,9 @@ def policy_loss(logprobs, old_logprobs, advantages, clip=0.2, mask=None):
     tokens. info: approx_kl = KL(pi_old to pi) in nats per token (k3), clipfrac = share of
     tokens whose ratio lies outside the clip range, ratio = its mean.
     """
-    log_ratio, mask = _masked(logprobs - old_logprobs, mask)
+    log_ratio, mask = _masked(logprobs - old_logprobs.detach(), mask)
     advantages, _ = _masked(advantages.detach(), mask)
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(max=80).exp()       # exp(89) is infinite in float32, and its gradient no number
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     with torch.no_grad():
         info = {"approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, mask),
@@ -145,7 +145,7 @@ def value_loss(values, old_values, returns, clip=0.2, mask=None):
     values, mask = _masked(values, mask)
     old_values, _ = _masked(old_values.detach(), mask)
     returns, _ = _masked(returns.detach(), mask)
-    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    clipped = values.clamp(old_values - clip, old_values + clip)
     error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     info = {"value_clipfrac": masked_mean((clipped_error > error).float(), mask).detach()}
     return 0.5 * masked_mean(torch.max(error, clipped_error), mask), info
@@ -169,9 +169,7 @@ def exact_kl(logits, ref_logits):
 
 def entropy(logits):
     """Entropy of softmax(logits) (B,T,V), from the whole distribution: (B,T), nats."""
-    logits = logits.float()
-    lse = logits.logsumexp(-1)
-    return lse - ((logits - lse[..., None]).exp() * logits).sum(-1)
+    return torch.special.entr(logits.float().softmax(-1)).sum(-1)
 
 
 def explained_variance(values, returns):
@@ -244,7 +242,7 @@ def best_of_n(scores, n):
     The expectation over all subsets of n of the scores (N,) given: the i-th smallest is the
     best of C(i-1, n-1) of the C(N, n). The bound is log n - (n-1)/n.
     """
-    scores = torch.as_tensor(scores, dtype=torch.float64).sort().values
+    scores = torch.as_tensor(scores, dtype=torch.float64).cpu().sort().values
     N = len(scores)
     if not 1 <= n <= N:
         raise ValueError(f"n must be from 1 to the number of scores, {N}, not {n}")
@@ -291,7 +289,7 @@ class ValueFunction(nn.Module):
     def forward(self, features):
         """features (B,T,F) of the prefixes that end at each token -> values (B,T) before each token."""
         B, T, _ = features.shape
-        h = F.pad(self.net(features), (0, 0, 1, -1))        # before token t the prefix ends at t-1; before the first is none
+        h = F.pad(self.net(features), (0, 0, 1, -1))        # before token t the prefix ends at t-1, if there is one
         time = (torch.arange(T, device=h.device) / T).expand(B, T)
         return self.out(torch.cat((h, time[..., None]), -1)).squeeze(-1)
 

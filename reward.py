@@ -17,7 +17,6 @@ augmentation for free, and a start for PPO's value function.
     python reward.py --score FILE.jsonl          prints each line {"text": ...} with "positive": p
 """
 
-import argparse
 import itertools
 import json
 import sys
@@ -28,7 +27,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import check_tokenizer, load_checkpoint, load_tokenizer, read_jsonl, run
+from data import Parser, check_tokenizer, load_checkpoint, load_tokenizer, read_jsonl, run
 from gpt import GPT, GPTConfig
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support")      # one product in Wide.fit uses it
@@ -122,7 +121,8 @@ class RewardModel(nn.Module):
 
 def pad(passages, length):
     """Lists of token ids, cut to length: tokens (N,length) and mask (N,length), padded on the right with 0."""
-    tokens, mask = torch.zeros(len(passages), length, dtype=torch.long), torch.zeros(len(passages), length, dtype=torch.bool)
+    tokens = torch.zeros(len(passages), length, dtype=torch.long)
+    mask = torch.zeros(len(passages), length, dtype=torch.bool)
     for row, ids in enumerate(passages):
         ids = ids[:length]
         tokens[row, :len(ids)], mask[row, :len(ids)] = torch.tensor(ids), True
@@ -165,9 +165,10 @@ def make_optimizer(model):
 def loss_on_prefixes(model, wide, tokens, mask, target, names, generator, noise=0.1, spoilt=8, spoilt_target=0.25):
     """Mean loss on all prefixes of passages tokens, mask (B,T), soft targets (B,), in nats.
 
-    wide: a bag of words fitted on other passages than these. On those it was fitted on, it leaves
-    errors far smaller than on new ones, and the deep reader would learn to trust it. A tenth of the tokens is replaced at random, so that no single word decides; some
-    passages are also shown spoilt (nonsense), with spoilt_target for their last quarter.
+    wide: a bag of words fitted on other passages than these: on those it was fitted on its errors
+    are far smaller than on new ones, and the deep reader would learn to trust it. A tenth of
+    the tokens is replaced at random, so that no single word decides; some passages are also
+    shown spoilt (nonsense), with spoilt_target for their last quarter.
     """
     device, T = tokens.device, tokens.size(1)
     replaced = (torch.rand(tokens.shape, generator=generator) < noise).to(device)
@@ -249,7 +250,7 @@ def score_file(path, out, batch=64):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Train the reward model, or score texts with it.")
+    parser = Parser(description="Train the reward model, or score texts with it.")
     parser.add_argument("--score", metavar="FILE.jsonl", help='print each line {"text": ...} of this file with "positive" added')
     parser.add_argument("--out", default="out", help="the folder of reward.pt and tokenizer.tiktoken (default out)")
     if "--score" in sys.argv or any(a.startswith("--score=") for a in sys.argv):

@@ -38,69 +38,87 @@ SIZES = {   # what --size sets; tiny shows that all works, small is for a laptop
     "base": {"vocab_size": 4096, "block_size": 256, "n_layer": 8, "n_head": 8, "n_embd": 512, "pretrain_steps": 2000,
              "reward_steps": 410, "iterations": 60, "batch": 512, "rho_samples": 16384, "fresh_samples": 4096},
 }
-
-
 MIN_ESS = 100   # effective samples below which no optimum is quoted
 PPO_SHOWN = ["score", "positive", "ref_kl", "objective", "clipfrac", "approx_kl", "entropy", "explained_variance"]
 FOLDS = 4       # of the labels: see reward.loss_on_prefixes
 
 
+def number(kind, low, high=math.inf):
+    """An argparse type: a number of this kind from low to high."""
+    def check(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return kind(text)
+    check.__name__ = kind.__name__
+    return check
+
+
 def parse(argv=None):
-    """The options of the study, those that --size sets filled in."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """The options of the study, with those filled in that --size sets."""
+    parser = data.Parser(description=__doc__.split("\n")[0])
+    count, rate, defaults = number(int, 1), number(float, 0.0, 10.0), ppo.PPOConfig()
 
-    def number(kind, low, high=math.inf):
-        def check(text):
-            value = kind(text)
-            if not low <= value <= high:
-                raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-            return value
-        check.__name__ = kind.__name__
-        return check
+    def group(title, **options):
+        section = parser.add_argument_group(title)
+        for name, (text, settings) in options.items():
+            shown = " (default %(default)s)" if settings.get("default") is not None else ""
+            section.add_argument("--" + name.replace("_", "-"), help=text + shown, **settings)
 
-    count, rate = number(int, 1), number(float, 0.0, 10.0)
-    study = parser.add_argument_group("the study")
-    study.add_argument("--size", choices=SIZES, help="model and budget; unset: base on CUDA, small on a CPU")
-    study.add_argument("--beta", type=rate, nargs="+", default=[0.2], help="KL coefficients: smaller lets the policy drift farther from rho for reward")
-    study.add_argument("--out", default="out", help="folder of checkpoints, figures and report; another one keeps this study")
-    study.add_argument("--seed", type=number(int, 0, 2**31), default=0, help="another seed shows how far results are chance")
-    study.add_argument("--device", help="cpu or cuda; unset: cuda where there is one")
-    study.add_argument("--fp32", action="store_true", help="no bfloat16: slower, for comparing with other machines")
-    study.add_argument("--checkpoint-every", type=number(float, 0), default=45.0, help="seconds of work that a crash may cost")
-    texts = parser.add_argument_group("texts")
-    texts.add_argument("--corpus", metavar="FILE.txt", help="a text of your own instead of Shakespeare's plays")
-    texts.add_argument("--labels", metavar="FILE.csv", default=str(data.HERE / "labels.csv"), help="your own ratings: play, first_line, last_line, rating; or text, rating")
-    texts.add_argument("--tokenizer", choices=["own", "gpt2"], default="own", help="gpt2 (downloaded once) compares with models that use it")
-    texts.add_argument("--vocab-size", type=number(int, 257, 65535), help="tokens of the tokenizer trained here: more make shorter texts, rarer tokens")
-    budget = parser.add_argument_group("budgets (unset: as --size sets them)")
-    for name, text in {"pretrain_steps": "more steps make a better writer", "reward_steps": "more steps fit the labels more closely",
-                       "iterations": "more PPO iterations come closer to the optimum", "batch": "completions an iteration: more mean less noise"}.items():
-        budget.add_argument("--" + name.replace("_", "-"), type=count, help=text)
-    tune = parser.add_argument_group("PPO")
-    defaults = ppo.PPOConfig()
-    for name, kind, text in [("lr", rate, "falls linearly to 0; too high spends KL on noise"), ("epochs", count, "passes over each batch"),
-                             ("minibatch", count, "completions an optimizer step"), ("clip", rate, "how far a ratio may go before its gradient stops"),
-                             ("lam", number(float, 0, 1), "GAE's lambda: lower trusts the value function more"),
-                             ("length", number(int, 4), "tokens of a completion"),
-                             ("kl_target", rate, "nats per completion that an adaptive beta keeps (Ziegler 2019); 0: beta stays")]:
-        tune.add_argument("--" + name.replace("_", "-"), type=kind, default=getattr(defaults, name), help=text)
-    tune.add_argument("--advantage", choices=["gae", "score"], default="gae", help="score: the exercise's simpler form, without a value function")
+    group("the study",
+          size=("model and budget; unset: base on CUDA, small on a CPU", {"choices": list(SIZES)}),
+          beta=("KL coefficients: smaller lets the policy drift farther for reward (default 0.2)", {"type": rate, "nargs": "+"}),
+          out=("folder of checkpoints, figures and report; another one keeps this study", {"default": "out"}),
+          seed=("another seed shows how far results are chance", {"type": number(int, 0, 2**31), "default": 0}),
+          device=("unset: cuda where there is one", {"choices": ["cpu", "cuda"]}),
+          fp32=("no bfloat16: slower, to compare with machines that lack it", {"action": "store_true"}),
+          checkpoint_every=("seconds of work that a crash may cost", {"type": number(float, 0), "default": 45.0}))
+    group("texts",
+          corpus=("a text of your own instead of the plays", {"metavar": "FILE.txt"}),
+          labels=("your own ratings instead of labels.csv: play, first_line, last_line, rating; or text, rating",
+                  {"metavar": "FILE.csv"}),
+          tokenizer=("gpt2 (downloaded once) compares with models that use it", {"choices": ["own", "gpt2"], "default": "own"}),
+          vocab_size=("tokens of the tokenizer trained here: more make texts shorter, tokens rarer", {"type": number(int, 257, 65535)}))
+    group("budgets, set by --size where you do not",
+          pretrain_steps=("more make a better writer", {"type": count}),
+          reward_steps=("more fit the labels more closely", {"type": count}),
+          iterations=("more PPO iterations come closer to the optimum", {"type": count}),
+          batch=("completions an iteration: more mean less noise", {"type": count}))
+    group("PPO",
+          lr=("falls linearly to 0; too high spends KL on noise", {"type": rate, "default": defaults.lr}),
+          epochs=("passes over each batch", {"type": count, "default": defaults.epochs}),
+          minibatch=("completions an optimizer step", {"type": count, "default": defaults.minibatch}),
+          clip=("how far a ratio may go before its gradient stops", {"type": rate, "default": defaults.clip}),
+          lam=("GAE's lambda: lower trusts the value function more", {"type": number(float, 0, 1), "default": defaults.lam}),
+          length=("tokens of a completion", {"type": number(int, 4), "default": defaults.length}),
+          advantage=("score: the exercise's simpler form, without a value function",
+                     {"choices": ["gae", "score"], "default": defaults.advantage}),
+          kl_target=("nats per completion that an adaptive beta keeps (Ziegler 2019); 0: beta stays",
+                     {"type": number(float, 0), "default": defaults.kl_target}))
     args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here; leave the option out")
     args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     args.size = args.size or ("base" if args.device.type == "cuda" else "small")
-    for name, value in SIZES[args.size].items():
+    for name, value in {"beta": [0.2], **SIZES[args.size]}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     if args.length + 1 > args.block_size:
-        parser.error(f"--length {args.length} does not fit the context of {args.block_size} tokens: give at most {args.block_size - 1}")
+        parser.error(f"--length {args.length} does not fit the context: give at most {args.block_size - 1}")
     args.bf16 = not args.fp32 and has_bf16(args.device)
     args.out = Path(args.out)
     return args
 
 
-def pick(args, *names):
-    """Some of the options as a dict of plain values: what a stage's result depends on."""
-    return {name: getattr(args, name) for name in ("seed", "bf16", *names)}
+def stage(args, name, inputs, steps, build, keys=None, pause=5):
+    """data.run_stage for --out/name.pt: its inputs are these, the seed and the precision. Returns its checkpoint."""
+    def build_named():
+        step, parts, result = build()
+        options = {key: value if isinstance(value, (int, float, bool, list, type(None))) else str(value)
+                   for key, value in vars(args).items()}
+        return step, parts, lambda: {"kind": name.split("_")[0], "args": options, **result()}
+
+    return data.run_stage(args.out / f"{name}.pt", {**inputs, "seed": args.seed, "bf16": args.bf16}, steps, build_named,
+                          progress(name, steps, keys, pause), args.checkpoint_every)
 
 
 def progress(name, steps, keys=None, pause=5):
@@ -120,7 +138,8 @@ def progress(name, steps, keys=None, pause=5):
 def data_stage(args):
     """Corpus -> tokenizer.tiktoken and token arrays."""
     texts = data.load_corpus(args.corpus)
-    inputs = {**pick(args, "tokenizer", "vocab_size"), "corpus": [hashlib.sha256(t.encode()).hexdigest()[:16] for t in texts]}
+    inputs = {"tokenizer": args.tokenizer, "vocab_size": args.vocab_size,
+              "corpus": [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]}
     path = args.out / "tokenizer.tiktoken"
     if not path.exists():
         (args.out / "data.pt").unlink(missing_ok=True)
@@ -130,13 +149,13 @@ def data_stage(args):
         tokenizer = data.load_tokenizer(path)
         tokens = [torch.tensor(tokenizer.encode_ordinary(text), dtype=torch.int32) for text in texts]
         size = [len(token) for token in tokenizer.decode_tokens_bytes(list(range(tokenizer.n_vocab)))]
-        return {"kind": "data", "tokenizer": data.tokenizer_hash(tokenizer), "train": tokens[0], "validation": tokens[1],
+        return {"tokenizer": data.tokenizer_hash(tokenizer), "train": tokens[0], "validation": tokens[1],
                 "bytes": torch.tensor(size)}
 
-    state = data.run_stage(args.out / "data.pt", inputs, 0, lambda: (None, {}, result), None)
+    state = stage(args, "data", inputs, 0, lambda: (None, {}, result))
     tokenizer = data.load_tokenizer(path)
     data.check_tokenizer(state, tokenizer, args.out)
-    print(f"data: {len(state['train']):,} training tokens, {len(state['validation']):,} held out, vocabulary {tokenizer.n_vocab}")
+    print(f"data: {len(state['train']):,} training tokens, {len(state['validation']):,} held out, of {tokenizer.n_vocab:,} kinds")
     return state, tokenizer
 
 
@@ -196,30 +215,25 @@ def pretrain_stage(args, texts):
             return metrics
 
         def result():
-            return {"kind": "pretrain", "config": config, "model": model.state_dict(), "tokenizer": texts["tokenizer"], "args": plain(args),
+            return {"config": config, "model": model.state_dict(), "tokenizer": texts["tokenizer"],
                     "parameters": sum(p.numel() for p in model.parameters()),
                     "val_bits_per_byte": bits_per_byte(model, texts["validation"], sizes, args.device)}
         return step, {"model": model, "muon": optimizers[0], "adam": optimizers[1], "sampler": sampler}, result
 
-    inputs = {**pick(args, "pretrain_steps"), **config, "data": texts["inputs"]}
-    state = data.run_stage(args.out / "pretrain.pt", inputs, steps, build, progress("pretrain", steps), args.checkpoint_every)
+    state = stage(args, "pretrain", {"pretrain_steps": steps, **config, "data": texts["inputs"]}, steps, build)
     print(f"pretrain: {state['parameters']:,} parameters, {state['val_bits_per_byte']:.3f} bits per byte on held-out text")
     return state
-
-
-def plain(args):
-    """The options as plain values, to be kept with a checkpoint."""
-    return {key: value if isinstance(value, (int, float, bool, list, type(None))) else str(value) for key, value in vars(args).items()}
 
 
 def reward_stage(args, tokenizer, pretrained):
     """A reward model on the pretrained trunk, and the constants of its score from samples of rho: reward.pt."""
     steps, batch = args.reward_steps, 32
-    passages = data.read_labels(args.labels, args.corpus)
+    path = args.labels or data.HERE / "labels.csv"
+    passages = data.read_labels(path, args.corpus)
     ratings = torch.tensor([rating for _, rating in passages], dtype=torch.float32)
     held = torch.tensor([data.text_fold(text, 10) == 0 for text, _ in passages])
     if not 1 < held.sum() < len(held) - 1:
-        raise data.UserError(f"labels {args.labels} have too few passages to train and to measure on. Give a hundred or more.")
+        raise data.UserError(f"labels {path} have too few passages to train and to measure on. Give a hundred or more.")
     tokens, mask = reward.pad([tokenizer.encode_ordinary(text) for text, _ in passages], args.length)
     train = (~held).nonzero().squeeze(1)
     names = torch.tensor([i for i, token in enumerate(tokenizer.decode_tokens_bytes(list(range(tokenizer.n_vocab))))
@@ -256,24 +270,27 @@ def reward_stage(args, tokenizer, pretrained):
                 return None
             metrics = {"step": i + 1, "loss": loss.item()}
             if (i + 1) % 50 == 0 or i + 1 == steps:
-                metrics |= {"val_" + key: value for key, value in measure().items() if key in ("pearson", "auc", "log_loss")}
+                measured = measure()
+                metrics |= {"val_" + key: measured[key] for key in ("pearson", "auc", "log_loss")}
             return metrics
 
         def result():
             p = reward.positive(model, tokens[held], mask[held]).cpu()
             rho = load_gpt(pretrained, args.device, args.bf16)
-            samples = sample_completions(rho, boundary(args, tokenizer), args.rho_samples, args.length, sampler_of(args, 2))
+            prompt = boundary(args, tokenizer)
+            samples = sample_completions(rho, prompt, args.rho_samples, args.length, sampler_of(args, 2))
             log_odds = in_chunks(model, samples)
             log_p = F.logsigmoid(log_odds)
-            return {"kind": "reward", "config": pretrained["config"], "model": model.state_dict(), "tokenizer": pretrained["tokenizer"],
-                    "args": plain(args), "length": args.length, "mean": log_p.mean().item(), "std": log_p.std().item(),
+            return {"config": pretrained["config"], "model": model.state_dict(), "tokenizer": pretrained["tokenizer"],
+                    "length": args.length, "mean": log_p.mean().item(), "std": log_p.std().item(),
                     "metrics": measure(), "held": {"p": p, "rating": ratings[held]},
                     "rho": {"tokens": samples.int().cpu(), "log_odds": log_odds.cpu()}}
         return step, {"model": model, "optimizer": optimizer, "shuffler": shuffler}, result
 
-    inputs = {**pick(args, "reward_steps", "length", "rho_samples"), "pretrain": data.digest(pretrained["model"]),
+    inputs = {"reward_steps": steps, "length": args.length, "rho_samples": args.rho_samples,
+              "pretrain": data.digest(pretrained["model"]),
               "labels": hashlib.sha256(json.dumps(passages).encode()).hexdigest()[:16]}
-    state = data.run_stage(args.out / "reward.pt", inputs, steps, build, progress("reward", steps), args.checkpoint_every)
+    state = stage(args, "reward", inputs, steps, build)
     print("reward: " + "  ".join(f"{key} {value:.3f}" for key, value in state["metrics"].items()))
     return state
 
@@ -290,7 +307,8 @@ def sampler_of(args, use):
 
 def ppo_stage(args, beta, tokenizer, pretrained, judge):
     """The policy tuned at one beta, and fresh samples of it: ppo_beta{beta}.pt."""
-    config = ppo.PPOConfig(beta=beta, **{f.name: getattr(args, f.name) for f in dataclasses.fields(ppo.PPOConfig) if hasattr(args, f.name) and f.name != "beta"})
+    fields = [field.name for field in dataclasses.fields(ppo.PPOConfig) if hasattr(args, field.name)]
+    config = ppo.PPOConfig(**{**{name: getattr(args, name) for name in fields}, "beta": beta})
     prompt, steps = boundary(args, tokenizer), config.iterations
 
     def build():
@@ -309,18 +327,19 @@ def ppo_stage(args, beta, tokenizer, pretrained, judge):
             metrics |= collapse(run.batch["tokens"].cpu(), tokenizer)
             print("".join(f"warning: {line}\n" for line in ppo.diagnose(metrics, config.epochs)), end="")
             if (i + 1) % 5 == 0:
-                for row in range(2):
-                    print(f"--- score {run.batch['scores'][row]:.2f}\n{tokenizer.decode(run.batch['tokens'][row].tolist())}")
+                for tokens, score in zip(run.batch["tokens"][:2], run.batch["scores"]):
+                    print(f"--- score {score:.2f}\n{tokenizer.decode(tokens.tolist())}")
             return metrics
 
         def result():
             fresh = measure_policy(args, run.policy, rho, model, prompt, judge)
-            return {"kind": "ppo", "config": pretrained["config"], "model": run.policy.state_dict(), "value": run.value.state_dict(),
-                    "tokenizer": pretrained["tokenizer"], "args": plain(args), "beta": beta, "final_beta": run.controller.beta, "fresh": fresh}
+            return {"config": pretrained["config"], "model": run.policy.state_dict(), "value": run.value.state_dict(),
+                    "tokenizer": pretrained["tokenizer"], "beta": run.controller.beta, "fresh": fresh}
         return step, {"run": run}, result
 
-    inputs = {**pick(args, "fresh_samples"), **dataclasses.asdict(config), "pretrain": data.digest(pretrained["model"]), "reward": data.digest(judge["model"])}
-    return data.run_stage(args.out / f"ppo_beta{beta:g}.pt", inputs, steps, build, progress(f"ppo beta {beta:g}", steps, PPO_SHOWN, 0), args.checkpoint_every)
+    inputs = {**dataclasses.asdict(config), "fresh_samples": args.fresh_samples,
+              "pretrain": data.digest(pretrained["model"]), "reward": data.digest(judge["model"])}
+    return stage(args, f"ppo_beta{beta:g}", inputs, steps, build, PPO_SHOWN, pause=0)
 
 
 def measure_policy(args, policy, rho, model, prompt, judge):
@@ -355,7 +374,7 @@ def optima(args, tokenizer, pretrained, judge, runs):
 
     def logprob(state):
         model = load_gpt(state, args.device, args.bf16)
-        return in_chunks(lambda chunk: ppo.token_logprobs(completion_logits(model, prompt, chunk), chunk).sum(1), tokens).cpu()
+        return in_chunks(lambda y: ppo.token_logprobs(completion_logits(model, prompt, y), y).sum(1), tokens).cpu()
 
     weights = ppo.mixture_log_weights(torch.stack([logprob(state) for state in [pretrained, *runs]]),
                                       [len(pool["tokens"]) for pool in pools])
@@ -428,7 +447,8 @@ def draw_training(folder, pretrained, judge):
     bins = [rows for rows in p.argsort().chunk(8) if len(rows)]
     steps = [row["step"] for row in judge["history"]]
     draw(folder / "reward.png",
-         ("Reward model, held-out passages", "step", "from 0 to 1", [curve(judge, "val_pearson", "C0o-"), curve(judge, "val_auc", "C1o-")]),
+         ("Reward model, held-out passages", "step", "from 0 to 1",
+          [curve(judge, "val_pearson", "C0o-"), curve(judge, "val_auc", "C1o-")]),
          ("Log loss, held-out passages", "step", "nats", [
              curve(judge, "val_log_loss", "C0o-", "reward model"),
              ([steps[0], steps[-1]], [judge["metrics"]["constant_log_loss"]] * 2, "k:", "constant predictor")]),
@@ -440,36 +460,45 @@ def draw_training(folder, pretrained, judge):
 def draw_ppo(folder, judge, runs, best, scores, weights):
     """ppo.png, collapse.png: metrics against iteration. frontier.png: score against drift, and what is possible."""
     def panel(title, y, key, extra=()):
-        return (title, "iteration", y, [([row["step"] for row in run["history"]], [row[key] for row in run["history"]],
-                                         f"C{i}-", f"beta {run['beta']:g}") for i, run in enumerate(runs)] + list(extra))
+        return (title, "iteration", y, [(column(run, "step"), column(run, key), f"C{i}-", names[i])
+                                        for i, run in enumerate(runs)] + list(extra))
 
+    def column(run, key):
+        return [row[key] for row in run["history"]]
+
+    names = [f"beta {run['beta']:.3g}" for run in runs]
     known = [(i, run, o) for i, (run, o) in enumerate(zip(runs, best)) if o["ess"] >= MIN_ESS]
-    floors = [([1, len(run["history"])], [o["objective"]] * 2, f"C{i}:", f"J* of beta {run['beta']:g}") for i, run, o in known]
+    floors = [([1, len(run["history"])], [o["objective"]] * 2, f"C{i}:", f"J*, {names[i]}") for i, run, o in known]
     draw(folder / "ppo.png", panel("Score", "deviations of rho's score", "score"),
-         panel("Drift", "ref_kl, nats per completion", "ref_kl"), panel("Objective J", "score - beta KL", "objective", floors),
-         panel("Train loss", "clipped surrogate", "policy_loss"), panel("Clip fraction", "share of tokens", "clipfrac"),
+         panel("Drift", "ref_kl, nats per completion", "ref_kl"),
+         panel("Objective J", "score - beta KL", "objective", floors), panel("Train loss", "clipped surrogate", "policy_loss"), panel("Clip fraction", "share of tokens", "clipfrac"),
          panel("Sentiment", "mean P(positive)", "positive"))
     draw(folder / "collapse.png", panel("Separators: newline space , .", "share of characters", "separators"),
-         panel("Distinct pairs of tokens", "share of pairs", "distinct_2"), panel("Duplicates", "share of completions", "duplicates"),
+         panel("Distinct pairs of tokens", "share of pairs", "distinct_2"),
+         panel("Duplicates", "share of completions", "duplicates"),
          panel("Likelihood under rho", "nats per token", "ref_logprob"), panel("Entropy", "nats per token", "entropy"))
 
     def root(kl):
         return max(kl, 0.0) ** 0.5
 
-    frontier = [o for o in (ppo.optimum(scores, 10 ** (e / 20), weights) for e in range(40, -40, -1)) if o["ess"] >= MIN_ESS]
+    frontier = [ppo.optimum(scores, 10 ** (e / 20), weights) for e in range(40, -40, -1)]
+    frontier = [o for o in frontier if o["ess"] >= MIN_ESS]
     bests = [ppo.best_of_n(scores_of(judge, judge["rho"]), 2 ** k) for k in range(9)]
-    draw(folder / "frontier.png", ("How much score for how much drift?", "sqrt(KL to rho), KL in nats per completion", "score, deviations of rho's", [
+    draw(folder / "frontier.png", ("How much score for how much drift?", "sqrt(KL to rho), KL in nats per completion",
+                                   "score, deviations of rho's", [
         ([root(o["ref_kl"]) for o in frontier], [o["score"] for o in frontier], "k-", "exact frontier: no policy is above it"),
         ([root(kl) for _, kl in bests], [score for score, _ in bests], "s--", "best of n = 1, 2, 4 ... 256 (KL at most)"),
-        *(([root(row["exact_kl"]) for row in run["history"]], [row["score"] for row in run["history"]], f"C{i}.-", f"PPO, beta {run['beta']:g}")
+        *(([root(kl) for kl in column(run, "exact_kl")], column(run, "score"), f"C{i}.-", f"PPO, {names[i]}")
           for i, run in enumerate(runs)),
-        *(([root(o["ref_kl"])], [o["score"]], f"C{i}*", f"exact optimum of beta {run['beta']:g}") for i, run, o in known)]), size=(8, 5.5))
+        *(([root(o["ref_kl"])], [o["score"]], f"C{i}*", f"exact optimum, {names[i]}") for i, run, o in known)]),
+        size=(8, 5.5))
 
 
 def write_samples(args, tokenizer, judge, pool, name):
     """samples/{name}.txt: twenty completions with what the reward model says of each. Returns them as a list."""
     texts = []
-    for tokens, log_odds, score, kl in zip(pool["tokens"][:20], pool["log_odds"], scores_of(judge, pool), pool["ref_kl"]):
+    rows = zip(pool["tokens"][:20], pool["log_odds"], scores_of(judge, pool), pool["ref_kl"])
+    for tokens, log_odds, score, kl in rows:
         texts.append(f"{tokenizer.decode(tokens.tolist())}\n\nPositive Prob: {100 * log_odds.sigmoid():.1f}%"
                      f"   Score: {score:.2f}   KL: {kl:.1f} nats")
     data.write_file(args.out / "samples" / f"{name}.txt", f"\n\n{'-' * 60}\n\n".join(texts) + "\n")
@@ -520,10 +549,12 @@ def main(argv=None, until="report"):
         args.data_seconds = time.monotonic() - began
         pretrained = pretrain_stage(args, texts)
         judge = reward_stage(args, tokenizer, pretrained) if until != "pretrain" else None
-        runs = [ppo_stage(args, beta, tokenizer, pretrained, judge) for beta in sorted(set(args.beta))] if until in ("ppo", "report") else []
+        if until in ("ppo", "report"):
+            runs = [ppo_stage(args, beta, tokenizer, pretrained, judge) for beta in sorted(set(args.beta))]
         if until == "report":
             write_report(args, tokenizer, pretrained, judge, runs)
-            print(f"\n{args.out / 'report.md'} has the figures and more samples. {(time.monotonic() - began) / 60:.1f} minutes.")
+            minutes = (time.monotonic() - began) / 60
+            print(f"\n{args.out / 'report.md'} has the figures and more samples. {minutes:.1f} minutes.")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 import gpt
 from conftest import chi_square_p, close, loops, randn
-from gpt import (GPT, Block, GPTConfig, KVCache, causal_attention, generate, make_optimizers, norm, rotate,
-                 sample_tokens)
+from gpt import (GPT, Block, GPTConfig, KVCache, causal_attention, completion_logits, generate, in_chunks, make_optimizers,
+                 norm, rotate, sample_completions, sample_tokens)
 
 # A statistical test passes at p > ALPHA: with a fresh seed it would fail once in 10,000 runs.
 ALPHA = 1e-4
@@ -317,6 +317,29 @@ def test_token_t_is_scored_by_the_logits_at_t_minus_1():
     logprobs = model(tokens)[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])
     close(logprobs.flatten().exp(), torch.tensor([1 / 2, 1 / 4, 1 / 8, 3 / 4]), "a token was scored by the wrong position",
           atol=1e-4, rtol=0)
+
+
+def test_completions_are_scored_by_the_logits_one_position_earlier(trained):
+    """Completion token t stands at T0 + t, so the logits at T0 + t - 1 predict it; the last token's predict nothing."""
+    prompt, tokens = streams(1, 4), streams(8, 20)
+    whole = trained(torch.cat((prompt.expand(8, 4), tokens), dim=1))
+    close(completion_logits(trained, prompt, tokens), whole[:, 3:-1], "completions are scored at shifted positions",
+          atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 10, 13])
+def test_sample_completions_draws_n_from_the_whole_softmax_without_the_prompt(trained, n):
+    """Batches of 5 share one generator, so 13 completions are those of generate for 5, 5 and 3 rows."""
+    prompt, generator = streams(1, 4), seeded()
+    expected = torch.cat([generate(trained, prompt.expand(len(rows), 4), 20, generator=generator)[:, 4:]
+                          for rows in torch.arange(n).split(5)])
+    assert torch.equal(sample_completions(trained, prompt, n, 20, seeded(), batch=5), expected), "other completions than generate's"
+
+
+def test_chunks_give_what_the_whole_gives(trained):
+    """Rows are independent: 13 of them by 5 come back in order, none lost or read twice."""
+    tokens = streams(13, 10)
+    close(in_chunks(trained, tokens, size=5), trained(tokens), "chunks lost, moved or changed rows", atol=1e-5, rtol=1e-5)
 
 
 def test_a_model_that_always_says_the_next_number_counts():
