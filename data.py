@@ -261,7 +261,7 @@ def load_tokenizer(path):
     Raises UserError unless ranks run from 0 without a gap and every single byte has one.
     """
     ranks = {}
-    for number, line in enumerate(read_file(path, "tokenizer").split(b"\n")[:-1], 1):
+    for number, line in enumerate(read_file(path, "tokenizer").splitlines(), 1):
         try:
             token, rank = line.split(b" ")
             ranks[base64.b64decode(token, validate=True)] = int(rank)
@@ -302,7 +302,7 @@ def read_labels(path, corpus=None):
         for row in rows:
             passages.append(read_passage(row, own))
     except (UserError, csv.Error) as error:
-        raise UserError(f"labels {path} line {max(rows.line_num, 1)}: {error}. Correct that line.") from None
+        raise UserError(f"labels {path} line {max(rows.reader.line_num, 1)}: {error}. Correct that line.") from None
     if not passages:
         raise UserError(f"labels {path} has no passages. Give at least one row.")
     return passages
@@ -325,7 +325,7 @@ def read_passage(row, own):
         lines = own[play] if play in own else load_plays().get(play)
         if lines is None:
             raise UserError(f"play {play!r} is not in the corpus")
-        if not (row["first_line"].isdecimal() and row["last_line"].isdecimal()
+        if not (re.fullmatch("[0-9]{1,9}", row["first_line"]) and re.fullmatch("[0-9]{1,9}", row["last_line"])
                 and 1 <= int(row["first_line"]) <= int(row["last_line"]) <= len(lines)):
             raise UserError(f"lines {row['first_line']} to {row['last_line']} are not in {play}, "
                             f"which has lines 1 to {len(lines)}")
@@ -352,6 +352,7 @@ def read_jsonl(path):
                     continue
                 try:
                     row = json.loads(line)
+                    json.dumps(row, ensure_ascii=False).encode()        # half a surrogate pair could not be printed
                 except (ValueError, RecursionError):
                     row = None
                 if not isinstance(row, dict) or not isinstance(row.get("text"), str):
@@ -443,7 +444,7 @@ def run_stage(path, inputs, steps, build, show, every=60.0):
                 lines.write(json.dumps(metrics) + "\n")
                 lines.flush()
                 show(i, metrics, seconds / (i + 1) * (steps - i - 1))
-            if i + 1 < steps and (interrupted or time.monotonic() - saved > every):
+            if interrupted or i + 1 < steps and time.monotonic() - saved > every:
                 save_checkpoint(partial, {
                     "kind": "partial", "inputs": inputs, "step": i + 1, "seconds": seconds, "history": history,
                     "parts": {name: part.state_dict() for name, part in parts.items()}, "rng": torch.get_rng_state()})

@@ -93,7 +93,8 @@ def main():
                 print(json.dumps({"text": text, "positive": p, "ref_kl": kl, **({"model": name} if name else {})}, ensure_ascii=False))
                 continue
             print(f"----- {number} {name}".rstrip() + f"\n{text}\n")
-            print("   ".join([f"Positive Prob: {100 * p:.1f}%"] * (p is not None) + [f"KL: {kl:.1f} nats"] * (kl is not None)) + "\n")
+            said = [] if p is None else [f"Positive Prob: {100 * p:.1f}%"]
+            print("   ".join(said if kl is None else [*said, f"KL: {kl:.1f} nats"]) + "\n")
 
 
 if __name__ == "__main__":

