@@ -24,7 +24,7 @@ step 6 costs next to nothing and cannot disturb the policy.
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn as nn
@@ -258,22 +258,27 @@ def best_of_n(scores, n):
 
 # ---- the loop -----------------------------------------------------------------------------
 
+def option(default, text, *choices):
+    """A field of PPOConfig: its default, and what --help says of it."""
+    return field(default=default, metadata={"help": text, "choices": choices or None})
+
+
 @dataclass
 class PPOConfig:
-    beta: float = 0.2            # KL coefficient
-    iterations: int = 30
-    length: int = 64             # tokens of a completion
-    batch: int = 256             # completions an iteration
-    minibatch: int = 32          # completions an optimizer step
-    epochs: int = 2              # passes over the batch
-    lr: float = 1.5e-4           # at the start; falls linearly to 0
-    clip: float = 0.2
-    gamma: float = 1.0
-    lam: float = 0.95
-    advantage: str = "gae"       # or "score": reward-to-go less its mean, no value function
-    target_kl: float = 0.05      # approx_kl, nats per token, at which an update stops early
-    kl_target: float = 0.0       # ref_kl, nats per completion, that beta adapts to reach; 0: beta stays
-    kl_horizon: float = 500.0    # completions: beta moves by at most 0.2 * batch / horizon an iteration
+    """The settings of a PPO run; each is an option of train.py."""
+    beta: float = option(0.2, "KL coefficient")
+    iterations: int = option(30, "of sampling and updating")
+    length: int = option(64, "tokens of a completion")
+    batch: int = option(256, "completions an iteration")
+    minibatch: int = option(32, "completions an optimizer step")
+    epochs: int = option(2, "passes over each batch")
+    lr: float = option(1.5e-4, "learning rate at the start, falls linearly to 0; too high spends KL on noise")
+    clip: float = option(0.2, "how far from 1 a ratio may go before its gradient stops")
+    lam: float = option(0.95, "GAE's lambda: lower trusts the value function more")
+    advantage: str = option("gae", "score: reward-to-go less its mean, without a value function", "gae", "score")
+    target_kl: float = option(0.05, "approx_kl, nats per token, at which an update stops early")
+    kl_target: float = option(0.0, "ref_kl, nats per completion, that an adaptive beta keeps (Ziegler 2019); 0: beta stays")
+    kl_horizon: float = option(500.0, "completions: beta moves by at most 0.2 batch / horizon an iteration")
 
 
 class ValueFunction(nn.Module):
@@ -363,7 +368,7 @@ class PPO:
         rewards = kl_penalised_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], beta)
         # 4. advantages and returns, then whitening over the whole batch
         if config.advantage == "gae":
-            advantages, returns = gae(rewards, batch["values"], config.gamma, config.lam)
+            advantages, returns = gae(rewards, batch["values"], lam=config.lam)
         else:
             advantages, returns = reward_to_go(rewards)
         # 5. and 6. update the policy, fit the value function

@@ -56,7 +56,7 @@ def number(kind, low, high=math.inf):
 def parse(argv=None):
     """The options of the study, with those filled in that --size sets."""
     parser = data.Parser(description=__doc__.split("\n")[0])
-    count, rate, defaults = number(int, 1), number(float, 0.0, 10.0), ppo.PPOConfig()
+    count = number(int, 1)
 
     def group(title, **options):
         section = parser.add_argument_group(title)
@@ -66,7 +66,8 @@ def parse(argv=None):
 
     group("the study",
           size=("model and budget; unset: base on CUDA, small on a CPU", {"choices": list(SIZES)}),
-          beta=("KL coefficients: smaller lets the policy drift farther for reward (default 0.2)", {"type": rate, "nargs": "+"}),
+          beta=("KL coefficients: smaller lets the policy drift farther for reward (default 0.2)",
+                {"type": number(float, 0), "nargs": "+"}),
           out=("folder of checkpoints, figures and report; another one keeps this study", {"default": "out"}),
           seed=("another seed shows how far results are chance", {"type": number(int, 0, 2**31), "default": 0}),
           device=("unset: cuda where there is one", {"choices": ["cpu", "cuda"]}),
@@ -83,17 +84,10 @@ def parse(argv=None):
           reward_steps=("more fit the labels more closely", {"type": count}),
           iterations=("more PPO iterations come closer to the optimum", {"type": count}),
           batch=("completions an iteration: more mean less noise", {"type": count}))
-    group("PPO",
-          lr=("falls linearly to 0; too high spends KL on noise", {"type": rate, "default": defaults.lr}),
-          epochs=("passes over each batch", {"type": count, "default": defaults.epochs}),
-          minibatch=("completions an optimizer step", {"type": count, "default": defaults.minibatch}),
-          clip=("how far a ratio may go before its gradient stops", {"type": rate, "default": defaults.clip}),
-          lam=("GAE's lambda: lower trusts the value function more", {"type": number(float, 0, 1), "default": defaults.lam}),
-          length=("tokens of a completion", {"type": number(int, 4), "default": defaults.length}),
-          advantage=("score: the exercise's simpler form, without a value function",
-                     {"choices": ["gae", "score"], "default": defaults.advantage}),
-          kl_target=("nats per completion that an adaptive beta keeps (Ziegler 2019); 0: beta stays",
-                     {"type": number(float, 0), "default": defaults.kl_target}))
+    kinds = {int: count, float: number(float, 0), str: str}
+    group("PPO", **{field.name: (field.metadata["help"], {"type": kinds[field.type], "default": field.default,
+                                                          "choices": field.metadata["choices"]})
+                    for field in dataclasses.fields(ppo.PPOConfig) if field.name not in ("beta", "iterations", "batch")})
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here; leave the option out")
@@ -104,6 +98,10 @@ def parse(argv=None):
             setattr(args, name, value)
     if args.length + 1 > args.block_size:
         parser.error(f"--length {args.length} does not fit the context: give at most {args.block_size - 1}")
+    if args.length < 4:
+        parser.error(f"--length {args.length} is too short to have a feeling: give at least 4")
+    if args.kl_horizon == 0:
+        parser.error("--kl-horizon must be above 0")
     args.bf16 = not args.fp32 and has_bf16(args.device)
     args.out = Path(args.out)
     return args
@@ -307,8 +305,8 @@ def sampler_of(args, use):
 
 def ppo_stage(args, beta, tokenizer, pretrained, judge):
     """The policy tuned at one beta, and fresh samples of it: ppo_beta{beta}.pt."""
-    fields = [field.name for field in dataclasses.fields(ppo.PPOConfig) if hasattr(args, field.name)]
-    config = ppo.PPOConfig(**{**{name: getattr(args, name) for name in fields}, "beta": beta})
+    config = ppo.PPOConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(ppo.PPOConfig)})
+    config.beta = beta
     prompt, steps = boundary(args, tokenizer), config.iterations
 
     def build():

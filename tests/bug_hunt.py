@@ -162,8 +162,8 @@ BUGS = [
     Bug("mask shifted by one", "trlx #582",
         "The loss reads the first padding token and leaves out the last real one.",
         "ppo", "ppo.py",
-        [("log_ratio, mask = _masked(logprobs - old_logprobs, mask)",
-          "log_ratio, mask = _masked(logprobs - old_logprobs, None if mask is None else mask.roll(1, 1))")]),
+        [("log_ratio, mask = _masked(logprobs - old_logprobs.detach(), mask)",
+          "log_ratio, mask = _masked(logprobs - old_logprobs.detach(), None if mask is None else mask.roll(1, 1))")]),
     Bug("clip taken with max for negative advantages", "rasbt/reasoning-from-scratch",
         "For A < 0 the larger term is taken: a token that has become unlikelier is pushed down without end, one that has become likelier is let go.",
         "ppo", "ppo.py",
@@ -200,9 +200,9 @@ BUGS = [
 ]
 
 
-def edited(bug):
+def edited(bug, folder=ROOT):
     """The source of bug.file with the bug in it; ValueError where an old text is not there exactly once."""
-    source = (ROOT / bug.file).read_text()
+    source = (folder / bug.file).read_text()
     for old, new in bug.edits:
         count = source.count(old)
         if count != 1:
@@ -224,26 +224,26 @@ def check(bugs):
         sys.exit("The source has changed; bring these edits up to date.\n\n" + "\n\n".join(wrong))
 
 
-def test_files(names):
-    return [f"tests/test_{name}.py" for name in names if (ROOT / "tests" / f"test_{name}.py").exists()]
+def copy_project(source, folder):
+    """What the tests need, from one folder to another: scripts, tests, labels, settings and the cached corpus."""
+    for path in [*source.glob("*.py"), source / "labels.csv", source / "pytest.ini"]:
+        if path.exists():
+            shutil.copy(path, folder)
+    for name in ("tests", "corpus"):
+        if (source / name).exists():
+            shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
-def failures(files, bug=None, known=()):
+def failures(project, files, bug=None, known=()):
     """Tests of files that fail on a copy of the project: with a bug in it the first one, known ones aside, else all."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder)
-        for path in [*ROOT.glob("*.py"), ROOT / "labels.csv", ROOT / "pytest.ini"]:
-            if path.exists():
-                shutil.copy(path, copy)
-        for name in ("tests", "corpus"):
-            if (ROOT / name).exists():
-                shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.lock"))
+        copy_project(project, Path(folder))
         if bug:
-            (copy / bug.file).write_text(edited(bug))
-        # -B: a bytecode file is known by second and size, and one edit may leave both as they were.
+            Path(folder, bug.file).write_text(edited(bug, project))
+        # -B: a bytecode file is known by second and size, and an edit may leave both as they were.
         command = [sys.executable, "-B", "-m", "pytest", "-q", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
         command += ["-x"] * bool(bug) + [f"--deselect={test}" for test in known] + files
-        done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     failed = [rest.split(" - ")[0] for word, _, rest in (line.partition(" ") for line in done.stdout.splitlines())
               if word in ("FAILED", "ERROR") and "::" in rest]
     if done.returncode and not failed:
@@ -251,12 +251,11 @@ def failures(files, bug=None, known=()):
     return failed
 
 
-def hunt(bug, known):
+def hunt(project, bug, known):
     """The first test that fails with this bug and not without it, likely files first; None if none does."""
-    likely = test_files(bug.tests.split())
-    rest = [file for file in test_files(FAST) if file not in likely]
-    for files in filter(None, (likely, rest)):
-        if failed := failures(files, bug, known):
+    for names in (bug.tests.split(), [name for name in FAST if name not in bug.tests.split()]):
+        files = [f"tests/test_{name}.py" for name in names if (project / "tests" / f"test_{name}.py").exists()]
+        if files and (failed := failures(project, files, bug, known)):
             return failed[0].removeprefix("tests/")
 
 
@@ -281,16 +280,19 @@ def main():
     check([bug for _, bug in numbered])
     if args.check:
         return print(f"all {len(numbered)} edits fit the source")
-    known = failures(test_files(FAST))
-    for test in known:
-        print(f"{test} fails on the source as it is, so it counts for nothing here", flush=True)
     missed = 0
-    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
-        for (number, bug), test in zip(numbered, pool.map(lambda item: hunt(item[1], known), numbered)):
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        project = Path(folder)
+        copy_project(ROOT, project)         # one state of the source for all bugs, whatever is edited meanwhile
+        files = [f"tests/test_{name}.py" for name in FAST if (project / "tests" / f"test_{name}.py").exists()]
+        known = sum(pool.map(lambda file: failures(project, [file]), files), [])
+        for test in known:
+            print(f"{test} fails on the source as it is, so it counts for nothing here", flush=True)
+        for (number, bug), test in zip(numbered, pool.map(lambda item: hunt(project, item[1], known), numbered)):
             missed += test is None
             print(f"{number:2}. {bug.title:<60}  {bug.seen:<52}  {test or 'NOT CAUGHT'}", flush=True)
     print(f"{len(numbered) - missed} of {len(numbered)} bugs caught")
-    return sys.exit(missed > 0 or len(known) > 0)
+    sys.exit(missed > 0 or len(known) > 0)
 
 
 if __name__ == "__main__":
