@@ -175,6 +175,12 @@ def bits_per_byte(model, tokens, sizes, device, most=10**9):
     return nats / math.log(2) / size
 
 
+def must_be_finite(loss, name):
+    """Stop, before the weights are touched, where a loss is not a number: then the last checkpoint is good."""
+    if not loss.isfinite():
+        raise FloatingPointError(f"the {name} is not finite: try --fp32 or another --seed")
+
+
 def trapezoid(i, steps):
     """Learning rate as a share of its peak: 20 steps up, level, down to 0 over the last 60 percent."""
     return min(1.0, (i + 1) / 20, (1 - i / steps) / 0.6)
@@ -197,6 +203,7 @@ def pretrain_stage(args, texts):
             starts = torch.randint(len(texts["train"]) - args.block_size, (batch,), generator=sampler)
             tokens = windows(texts["train"], starts, args.block_size + 1).to(args.device)
             loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+            must_be_finite(loss, f"pretraining loss of step {i + 1}")
             loss.backward()
             for optimizer, peak in zip(optimizers, peaks):
                 for group, lr in zip(optimizer.param_groups, peak):
@@ -205,8 +212,6 @@ def pretrain_stage(args, texts):
                 optimizer.zero_grad(set_to_none=True)
             if (i + 1) % 10 and i + 1 < steps:
                 return None
-            if not loss.isfinite():
-                raise FloatingPointError(f"pretraining loss is not finite at step {i + 1}: use --fp32 or another --seed")
             metrics = {"step": i + 1, "loss": loss.item()}
             if (i + 1) % 100 == 0 or i + 1 == steps:
                 metrics["val_bits_per_byte"] = bits_per_byte(model, texts["validation"], sizes, args.device, 40_000)
@@ -260,6 +265,7 @@ def reward_stage(args, tokenizer, pretrained):
             part = parts[i % FOLDS]
             rows = part[torch.randperm(len(part), generator=shuffler)[:batch]]
             loss = reward.loss_on_prefixes(model, bags[i % FOLDS], tokens[rows], mask[rows], targets[rows], names, shuffler)
+            must_be_finite(loss, f"reward model's loss of step {i + 1}")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

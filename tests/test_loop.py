@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import ppo
@@ -18,22 +19,39 @@ from gpt import GPT, GPTConfig, completion_logits, sample_completions
 from ppo import PPO, PPOConfig, kl_penalised_rewards, mixture_log_weights, optimum, policy_loss, token_logprobs, whiten
 
 SEQUENCES = torch.cartesian_prod(*[torch.arange(3)] * 4)                            # all completions (81,4)
-PROMPT = torch.zeros(1, 1, dtype=torch.long)
-SCORES = randn(81, seed=7)
+PLACES = torch.tensor([27, 9, 3, 1])        # a completion read as a number to base 3 is its row in SEQUENCES
+PROMPT = torch.tensor([[0, 1]])             # two tokens: after 0 alone, attention could not count how many 0 follow
+SCORES = 0.3 * randn(81, seed=7)
 
 
 def score_fn(tokens):
     """The score of completions (B,4), out of a table of 81."""
-    return SCORES[(tokens * torch.tensor([27, 9, 3, 1])).sum(1)].float()
+    return SCORES[(tokens * PLACES).sum(1)].float()
 
 
 @functools.cache
 def rho():
-    """A GPT with random weights; as built, its logits would be uniform."""
-    model = GPT(GPTConfig(vocab_size=3, block_size=8, n_layer=1, n_head=2, n_embd=32)).requires_grad_(False)
+    """A GPT that was taught to tell the 40 prefixes apart, with a random output layer.
+
+    Its hidden states then nearly make a table, so that PPO is what is tested here, and not how
+    fast a tiny transformer learns: one with random weights needs ten times the iterations.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, guess = GPT(GPTConfig(vocab_size=3, block_size=8, n_layer=1, n_head=4, n_embd=64)), nn.Linear(64, 40)
     for seed, weight in enumerate(model.parameters()):
-        weight.copy_(randn(*weight.shape, seed=seed) / weight.size(1) ** 0.5)
-    return model
+        weight.data.copy_(randn(*weight.shape, seed=seed) / weight.size(1) ** 0.5)
+    inputs = torch.cat((PROMPT.expand(81, -1), SEQUENCES), 1)[:, :-1]
+    prefix = torch.stack([torch.arange(81) // 3 ** (4 - t) + (3 ** t - 1) // 2 for t in range(4)], 1)    # 0 to 39
+    optimizer = torch.optim.Adam([*model.parameters(), *guess.parameters()], lr=5e-3)
+    for _ in range(200):
+        loss = F.cross_entropy(guess(model.hidden(inputs)[:, 1:]).flatten(0, 1), prefix.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.zero_grad()
+    model.lm_head.weight.data.copy_(randn(3, 64, seed=5) / 8)
+    return model.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -61,7 +79,7 @@ def objective(policy, beta):
 
 def new_run(seed=0, score=score_fn, **options):
     """A PPO run that has not begun."""
-    settings = {"length": 4, "batch": 256, "minibatch": 64, "epochs": 4, "iterations": 60, "lr": 4e-3, "lam": 1.0}
+    settings = {"length": 4, "batch": 512, "minibatch": 128, "epochs": 2, "iterations": 40, "lr": 2e-3}
     with torch.random.fork_rng():
         torch.manual_seed(0)                # of the value function's first weights
         return PPO(rho(), score, PROMPT, PPOConfig(**{**settings, **options}), seed)
@@ -118,19 +136,19 @@ def test_without_a_value_function_it_gets_there_too():
 
 def test_beta_0_goes_greedy():
     """Nothing holds the policy back: it puts its mass on the best of the 81 completions."""
-    p = logprobs(tuned(beta=0.0, iterations=40)[0].policy).exp()
+    p = logprobs(tuned(beta=0.0)[0].policy).exp()
     assert p[SCORES.argmax()] > 0.9, f"the best completion has probability {p[SCORES.argmax()]:.2f}"
 
 
 def test_a_large_beta_stays_at_rho():
     """beta = 50: KL(pi* to rho) is about Var(r) / (2 beta^2), next to nothing."""
-    gap = kl(logprobs(tuned(beta=50.0, iterations=40)[0].policy), logprobs(rho()))
+    gap = kl(logprobs(tuned(beta=50.0, iterations=20)[0].policy), logprobs(rho()))
     assert gap < 1e-2, f"a huge penalty let the policy drift {gap:.4f} nats"
 
 
 def test_a_larger_beta_ends_nearer_to_rho():
     """KL(pi to rho) falls along the sweep, from greedy to standing still."""
-    sweep = [{"beta": 0.0, "iterations": 40}, {"beta": 0.3}, {"beta": 0.5}, {"beta": 1.0}, {"beta": 50.0, "iterations": 40}]
+    sweep = [{"beta": 0.0}, {"beta": 0.3}, {"beta": 0.5}, {"beta": 1.0}, {"beta": 50.0, "iterations": 20}]
     drift = [kl(logprobs(tuned(**options)[0].policy), logprobs(rho())) for options in sweep]
     assert drift == sorted(drift, reverse=True), f"KL to rho from small to large beta: {drift}"
 
@@ -166,19 +184,18 @@ def test_two_well_known_bugs_end_elsewhere(bug, monkeypatch):
     Both have another fixed point than pi* (ZiyueWang25/RLHF-Shakespeare has both).
     """
     patch = functools.partial(monkeypatch.setattr, ppo)
+    right = kl(logprobs(tuned(beta=0.3)[0].policy), best(0.3)[0])
     patch("kl_penalised_rewards", own_token_credit) if bug == "own token" else penalty_in_the_loss(patch)
-    gap = kl(logprobs(train(beta=0.5)[0].policy), best(0.5)[0])
-    right = kl(logprobs(tuned(beta=0.5)[0].policy), best(0.5)[0])
+    gap = kl(logprobs(train(beta=0.3)[0].policy), best(0.3)[0])
     assert gap > max(1e-2, 2 * right), f"broken on purpose, yet {gap:.4f} nats from pi*, {right:.4f} when right"
 
 
-@pytest.mark.parametrize("beta, moved", [(0.05, "up"), (5.0, "down")])
-def test_an_adaptive_beta_brings_ref_kl_to_its_target(beta, moved):
-    """Ziegler 2019, section 2.2: from a beta far too small or large, ref_kl ends near 0.5 nats."""
-    run, history = tuned(beta=beta, kl_target=0.5, kl_horizon=500.0, iterations=40)
+def test_an_adaptive_beta_brings_ref_kl_to_its_target():
+    """Ziegler 2019, section 2.2: from a beta far too large, ref_kl ends near 0.2 nats per completion."""
+    run, history = tuned(beta=2.0, kl_target=0.2, kl_horizon=1000.0)
     end = kl(logprobs(run.policy), logprobs(rho()))
-    assert abs(end - 0.5) < 0.15, f"ref_kl ends at {end:.2f} nats, its target is 0.5"
-    assert (history[-1]["beta"] > beta) == (moved == "up"), f"beta should go {moved} from {beta}"
+    assert abs(end - 0.2) < 0.06, f"ref_kl ends at {end:.2f} nats, its target is 0.2, beta {history[-1]['beta']:.2f}"
+    assert history[-1]["beta"] < 1.5, "beta should have fallen from 2"
 
 
 def test_without_a_target_beta_stays_to_the_last_bit():
@@ -217,7 +234,7 @@ def test_pooled_samples_of_rho_and_the_tuned_policy_give_the_optimum():
     """J* from 2,000 samples of rho and 2,000 of pi with weights rho / mixture, within 4 standard errors of beta log Z."""
     generator, policy = torch.Generator().manual_seed(0), tuned(beta=0.3)[0].policy
     y = torch.cat([sample_completions(model, PROMPT, 2000, 4, generator) for model in (rho(), policy)])
-    index = (y * torch.tensor([27, 9, 3, 1])).sum(1)
+    index = (y * PLACES).sum(1)
     pooled = mixture_log_weights(torch.stack([logprobs(rho()), logprobs(policy)])[:, index], [2000, 2000])
     target, J_best = best(0.3)
     for says, found in (("rho alone", optimum(SCORES[index[:2000]], 0.3)), ("both pooled", optimum(SCORES[index], 0.3, pooled))):
@@ -277,11 +294,11 @@ def test_with_learning_rate_0_the_ratio_is_1_in_every_minibatch_of_every_epoch(m
     monkeypatch.setattr(ppo, "policy_loss", spy)
     run = new_run(lr=0.0)
     metrics = run.step(0)
-    assert len(infos) == 16, "4 epochs of 4 minibatches"
+    assert len(infos) == 8, "2 epochs of 4 minibatches"
     for info in infos:
         close(info["ratio"].item(), 1.0, "nothing moved, so the ratio should be 1", atol=1e-6, rtol=0)
         assert info["clipfrac"] == 0 and abs(info["approx_kl"]) < 1e-9, "nothing moved, so nothing should be clipped"
-    assert metrics["clipfrac"] == 0 and metrics["epochs"] == 4, "4 epochs without a clipped token"
+    assert metrics["clipfrac"] == 0 and metrics["epochs"] == 2, "2 epochs without a clipped token"
     assert same(weights(run.policy), weights(rho())), "learning rate 0 moved the policy"
 
 
@@ -294,7 +311,7 @@ def test_each_completion_is_used_once_an_epoch_in_a_new_order(monkeypatch):
         batch, advantages = all_once(run)
         seen.clear()
         run.update(batch, advantages)
-        return (torch.cat(seen) * torch.tensor([27, 9, 3, 1])).sum(1).view(3, 81)
+        return (torch.cat(seen) * PLACES).sum(1).view(3, 81)
 
     epochs = order(seed=0)
     assert torch.equal(epochs.sort(1).values, torch.arange(81).expand(3, 81)), "some completion was used twice, or not at all"
@@ -403,7 +420,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run():
 @pytest.mark.parametrize("advantage", ["gae", "score"])
 def test_going_on_from_a_checkpoint_gives_the_same_bits(advantage):
     """6 iterations = 3, saved and loaded into a new run, and 3 more: optimizers, random streams, beta, reference."""
-    options = {"advantage": advantage, "iterations": 6, "kl_target": 0.1, "beta": 0.2}
+    options = {"advantage": advantage, "iterations": 6, "kl_target": 0.1, "beta": 0.2, "batch": 128}
     whole, first, second = (new_run(seed=s, **options) for s in (1, 1, 99))
     expected = [whole.step(i) for i in range(6)]
     metrics, file = [first.step(i) for i in range(3)], io.BytesIO()
