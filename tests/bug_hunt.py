@@ -1,7 +1,7 @@
 """Real bugs of public RLHF code, put into ours one at a time: which test catches each?
 
     python tests/bug_hunt.py --list        the bugs, as an exercise: no answers
-    python tests/bug_hunt.py               puts in each, runs the tests, prints who caught it (10 minutes)
+    python tests/bug_hunt.py               puts in each, runs the tests, prints who caught it (5 to 10 minutes)
     python tests/bug_hunt.py --only 5      one bug
     python tests/bug_hunt.py --check       only that every edit still fits the source (at once, no test is run)
 
@@ -51,11 +51,11 @@ BUGS = [
           "            global causal\n            causal = False\n            logits = model(tokens[:, :t])[:, -1]\n            causal = True ")]),
     Bug("temperature in the sampler, not in the scorer", "ARENA, no-magic",
         "Completions come from a sharper distribution than the one whose KL and ratio are computed.",
-        "loop gpt", "gpt.py",
+        "gpt loop", "gpt.py",
         [("length, generator=generator)\n", "length, temperature=0.7, generator=generator)\n")]),
     Bug("top-k in the sampler, full softmax in the scorer", "nanochat, ttumiel/minRLHF",
         "Tokens outside the top k are never drawn but share the probability, so KL estimates are biased and can be negative.",
-        "loop gpt", "gpt.py",
+        "gpt loop", "gpt.py",
         [("length, generator=generator)\n", "length, top_k=50, generator=generator)\n")]),
     Bug("positions counted otherwise in sampling than in scoring", "trlx #509, OpenRLHF #217",
         "With the cache every token is read as if it stood at position 0, and the ratio is not 1 before the first step.",
@@ -95,7 +95,7 @@ BUGS = [
         [("scores.detach().to(rewards.dtype)", "-scores.detach().to(rewards.dtype)")]),
     Bug("train/test split shuffled twice", "ckkissane",
         "The rows to train on and the rows to measure on come from two shuffles, so test items are trained on and all looks well.",
-        "reward data loop", "train.py",
+        "reward", "train.py",
         [("train = (~held).nonzero().squeeze(1)", "train = torch.randperm(len(held))[held.sum():]")]),
     Bug("softmax applied before cross-entropy", "nanoChatGPT",
         "A probability from 0 to 1 is read as log-odds, so no passage can come out below one half, and gradients are small.",

@@ -188,8 +188,8 @@ def test_reference_and_held_out_passages_stay_out_of_training(study, texts):
     for stage in ("pretrain", "reward"):
         assert inputs[stage] == data.digest(data.load_checkpoint(study / f"{stage}.pt")["model"]), f"PPO changed {stage}.pt"
     passages = data.read_labels(texts / "labels.csv", texts / "play.txt")
-    held = [text for text, _ in passages if data.text_fold(text, 10) == 0]
-    assert len(data.load_checkpoint(study / "reward.pt")["calibration"]["p"]) == len(held), "measured on other passages than those held out"
+    held = [rating for text, rating in passages if data.text_fold(text, 10) == 0]
+    assert data.load_checkpoint(study / "reward.pt")["held"]["rating"].tolist() == held, "measured on other passages than those held out"
 
 
 # ---- running it again ---------------------------------------------------------------------------
@@ -475,8 +475,8 @@ def test_a_damaged_file_is_explained(texts, again, command, script, name, damage
 @pytest.mark.parametrize("options, says", [
     ("--checkpoint none.pt", "checkpoint none.pt: No such file or directory"),
     ("--checkpoint .", "checkpoint .: Is a directory"),
-    ("--checkpoint reward.pt", "is a reward checkpoint, not a language model"),
-    ("--checkpoint data.pt", "is a data checkpoint, not a language model"),
+    ("--checkpoint reward.pt", "is a reward checkpoint, where one of kind pretrain or ppo is needed"),
+    ("--checkpoint data.pt", "is a data checkpoint, where one of kind pretrain or ppo is needed"),
     ("--checkpoint summary.json", "checkpoint summary.json"),
     ("--top-k 0", "--top-k must be at least 1"),
     ("--num 0", "--num must be at least 1"),
@@ -563,7 +563,7 @@ def test_compare_shows_the_pretrained_model_too(study, command, drawn):
 def test_scoring_keeps_what_a_line_holds_and_adds_positive(study, tmp_path, command):
     """One line out for each line in, in order, other keys kept; nothing else on standard output."""
     rows = [{"text": "My love", "id": 7, "tags": ["a", None]}, {"n": 1.5, "text": "Grief and death \N{EM DASH} and \N{GRINNING FACE}"},
-            {"text": ""}, {"text": "My love", "positive": "old"}, {"text": "\ud800"}, *({"text": f"Sea {i}"} for i in range(70))]
+            {"text": ""}, {"text": "My love", "positive": "old"}, *({"text": f"Sea {i}"} for i in range(70))]
     (tmp_path / "in.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
     code, out, err = command(reward, "--score", tmp_path / "in.jsonl", "--out", study)
     assert (code, err) == (0, ""), err
@@ -587,7 +587,8 @@ def test_a_text_too_long_is_read_as_far_as_it_goes_and_that_is_said(study, tmp_p
     ('{"words": "love"}\n', 'with a "text"'),
     ('{"text": 5}\n', 'with a "text"'),
     ("[" * 100_000, "line 1 is not a JSON object"),
-], ids=["missing", "not JSON", "no object", "no text", "a number", "deep"])
+    ('{"text": "\\ud800"}\n', "line 1 is not a JSON object"),
+], ids=["missing", "not JSON", "no object", "no text", "a number", "deep", "half a surrogate pair"])
 def test_bad_lines_to_score_are_explained(study, tmp_path, command, lines, says):
     """By their number."""
     if lines is not None:
