@@ -364,3 +364,14 @@ def test_every_parameter_has_exactly_one_optimizer_and_a_step_lowers_the_loss(tr
     for optimizer in optimizers:
         optimizer.step()
     assert loss() < before, "a small step along the gradient should lower the loss"
+
+
+def test_completions_come_from_the_whole_softmax_at_temperature_1():
+    """What rollouts draw from, by chi-square: 200 tokens, a long tail, so a top-k or a temperature in the sampler shows."""
+    model = GPT(GPTConfig(vocab_size=200, block_size=4, n_layer=1, n_head=1, n_embd=8)).requires_grad_(False)
+    model.lm_head.weight.copy_(randn(200, 8) / 3)
+    prompt = torch.zeros(1, 1, dtype=torch.long)
+    draws = sample_completions(model, prompt, 20_000, 1, seeded(), batch=5000)
+    assert draws.shape == (20_000, 1), "completions come without the prompt"
+    assert chi_square_p(draws[:, 0], model(prompt)[0, -1].softmax(-1)) > ALPHA, \
+        "rollouts are drawn from another distribution than they are scored with"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 import data
 import reward
+import train
 from conftest import close, loops, randn
-from gpt import GPTConfig
+from gpt import GPT, GPTConfig
 from reward import RewardModel, Wide, loss_on_prefixes, nonsense, pad, positive, rating_metrics, score, soft_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")     # pytest undoes reward.py's own filter
@@ -542,3 +544,33 @@ def test_a_loaded_reward_model_is_frozen_and_reads_alike(folder):
     tokens = torch.randint(280, (4, 16), generator=seeded())
     close(models[0](tokens), models[1](tokens), "two loads differ", atol=0, rtol=0)
     assert not any(p.requires_grad for p in models[0].parameters()), "a reward model should not be trained by PPO"
+
+
+def test_passages_measured_on_are_never_trained_on(monkeypatch, tmp_path):
+    """Every passage is on one side of the split, through the whole stage (ckkissane shuffled twice: on both).
+
+    Both readers are watched, the bags of words as they are fitted and the deep reader as it learns.
+    """
+    seen = {"trained on": set(), "measured on": set()}
+
+    def spy(owner, name, side, at):
+        function = getattr(owner, name)
+
+        def watched(*inputs):
+            seen[side].update(map(tuple, inputs[at].tolist()))
+            return function(*inputs)
+        monkeypatch.setattr(owner, name, watched)
+
+    spy(reward.Wide, "fit", "trained on", 1)
+    spy(reward, "loss_on_prefixes", "trained on", 2)
+    spy(reward, "positive", "measured on", 1)
+    (tmp_path / "labels.csv").write_text("text,rating\n" + "".join(f"passage number {i} of all,{i % 5 - 2}\n" for i in range(200)))
+    args = train.parse(["--size", "tiny", "--device", "cpu", "--length", "24", "--reward-steps", "12",
+                        "--labels", str(tmp_path / "labels.csv"), "--out", str(tmp_path)])
+    args.rho_samples = 8
+    config = {"vocab_size": 256, "block_size": 32, "n_layer": 1, "n_head": 1, "n_embd": 8}
+    tokenizer = SimpleNamespace(n_vocab=256, encode_ordinary=lambda text: list(text.encode()),
+                                decode_tokens_bytes=lambda ids: [bytes([i]) for i in ids])
+    train.reward_stage(args, tokenizer, {"config": config, "model": GPT(GPTConfig(**config)).state_dict(), "tokenizer": ""})
+    assert len(seen["trained on"] | seen["measured on"]) == 200, "some passage is on neither side"
+    assert not seen["trained on"] & seen["measured on"], "passages were trained on and measured on"
