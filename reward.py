@@ -10,7 +10,7 @@ of "positive", for every prefix of a passage:
   trained to correct the other.
 
 A trunk that has read five megabytes knows little of word meaning, and alone loses to a bag of
-words; together they beat it (wide and deep: Cheng 2016). Each prefix is a training example:
+words; together their log loss is lower (wide and deep: Cheng 2016). Each prefix is a training example:
 augmentation for free, and a start for PPO's value function.
 
     python reward.py                             trains it (after pretraining), prints what it reaches
@@ -210,7 +210,7 @@ def rating_metrics(p, ratings, base_rate):
     bins = (p * 10).long().clamp(0, 9)
     gaps = [(p - target)[bins == b].sum().abs() for b in range(10)]
     share = sign[taken].mean()
-    return {"pearson": torch.corrcoef(torch.stack((p, target)))[0, 1].item() if len(p) > 1 else 0.0,
+    return {"pearson": torch.corrcoef(torch.stack((p, target))).nan_to_num()[0, 1].item() if len(p) > 1 else 0.0,
             "auc": ((pairs > 0).double() + 0.5 * (pairs == 0)).mean().item() if pairs.numel() else 0.5,
             "log_loss": cross_entropy(p, target),
             "constant_log_loss": cross_entropy(torch.full_like(p, base_rate), target),
@@ -250,15 +250,18 @@ def score_file(path, out, batch=64):
 
 
 def main():
-    parser = Parser(description="Train the reward model, or score texts with it.")
+    parser = Parser(description="Score texts with the reward model, or train it.", allow_abbrev=False,
+                    epilog="Without --score it is trained, with the options of train.py.")
     parser.add_argument("--score", metavar="FILE.jsonl", help='print each line {"text": ...} of this file with "positive" added')
     parser.add_argument("--out", default="out", help="the folder of reward.pt and tokenizer.tiktoken (default out)")
-    if "--score" in sys.argv or any(a.startswith("--score=") for a in sys.argv):
-        args = parser.parse_args()
-        score_file(args.score, args.out)
-    else:
+    args, rest = parser.parse_known_args()
+    if args.score is None:
         import train             # training is a stage of the study, with the study's options
-        train.main(until="reward")
+        train.main(["--out", args.out, *rest], until="reward")
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    else:
+        score_file(args.score, args.out)
 
 
 if __name__ == "__main__":

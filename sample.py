@@ -6,7 +6,7 @@
     python sample.py --checkpoint out/ppo_beta0.2.pt --jsonl           {"text":, "positive":, "ref_kl":} a line
 
 Positive Prob is what the reward model beside the checkpoint says of the text; ref_kl is
-log pi - log rho of the tokens drawn, in nats: one sample's share of KL(pi to rho).
+log pi - log rho of the tokens drawn, in nats: at temperature 1 its mean is KL(pi to rho).
 """
 
 import argparse
@@ -50,6 +50,18 @@ def load(path):
     return load_gpt(state), state, tokenizer
 
 
+def beside(path, state, kind):
+    """The pretrain or reward checkpoint beside a checkpoint, None if there is none; UserError unless they belong together."""
+    file = path.with_name(f"{kind}.pt")
+    if not file.exists():
+        return None
+    found = data.load_checkpoint(file, kind)
+    one, other = (state["inputs"][kind], found["model"]) if state["kind"] == "ppo" else (found["inputs"]["pretrain"], state["model"])
+    if one != data.digest(other):
+        raise data.UserError(f"{file} and {path} are not of the same study. Run train.py again.")
+    return found
+
+
 @torch.no_grad()
 def draw(model, prompt, args, judge, rho):
     """args.num samples as (tokens, P(positive) or None, ref_kl or None); of each args.best_of the likeliest positive."""
@@ -71,11 +83,12 @@ def main():
     args = parse()
     path = Path(args.checkpoint)
     model, state, tokenizer = load(path)
-    beside = {name: path.with_name(name) for name in ("pretrain.pt", "reward.pt")}
-    judge = reward.load_reward(data.load_checkpoint(beside["reward.pt"], "reward")) if beside["reward.pt"].exists() else None
+    judged, base = beside(path, state, "reward"), beside(path, state, "pretrain") if state["kind"] == "ppo" else None
+    judge, rho = judged and reward.load_reward(judged), base and load_gpt(base)
     if judge is None and args.best_of > 1:
-        raise data.UserError(f"--best-of needs the reward model, and {beside['reward.pt']} is not there. Run train.py first.")
-    rho = load(beside["pretrain.pt"])[0] if state["kind"] == "ppo" and beside["pretrain.pt"].exists() else None
+        raise data.UserError(f"--best-of needs the reward model, and {path.with_name('reward.pt')} is not there. Run train.py first.")
+    if args.compare and rho is None:
+        raise data.UserError("--compare needs a ppo checkpoint with its pretrain.pt beside it.")
     ids = tokenizer.encode_ordinary(args.prompt) if args.prompt else tokenizer.encode_ordinary(data.BOUNDARY)[:1]
     if len(ids) + args.length > model.config.block_size:
         raise data.UserError(f"a prompt of {len(ids)} tokens and --length {args.length} do not fit the context of "

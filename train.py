@@ -6,7 +6,7 @@ not done again while its inputs stay the same; one that was cut off goes on wher
 
     python train.py                             everything at beta 0.2
     python train.py --beta 0.02 0.1 0.2 0.4     the sweep; stages already done are reused
-    python train.py --size tiny                 a smoke run (about a minute)
+    python train.py --size tiny                 a smoke run (half a minute)
 """
 
 import argparse
@@ -43,7 +43,7 @@ PPO_SHOWN = ["score", "positive", "ref_kl", "objective", "clipfrac", "approx_kl"
 FOLDS = 4       # of the labels: see reward.loss_on_prefixes
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=10**9):
     """An argparse type: a number of this kind from low to high."""
     def check(text):
         if not low <= kind(text) <= high:
@@ -67,7 +67,7 @@ def parse(argv=None):
     group("the study",
           size=("model and budget; unset: base on CUDA, small on a CPU", {"choices": list(SIZES)}),
           beta=("KL coefficients: smaller lets the policy drift farther for reward (default 0.2)",
-                {"type": number(float, 0), "nargs": "+"}),
+                {"type": number(float, 0, 10), "nargs": "+"}),
           out=("folder of checkpoints, figures and report; another one keeps this study", {"default": "out"}),
           seed=("another seed shows how far results are chance", {"type": number(int, 0, 2**31), "default": 0}),
           device=("unset: cuda where there is one", {"choices": ["cpu", "cuda"]}),
@@ -84,7 +84,7 @@ def parse(argv=None):
           reward_steps=("more fit the labels more closely", {"type": count}),
           iterations=("more PPO iterations come closer to the optimum", {"type": count}),
           batch=("completions an iteration: more mean less noise", {"type": count}))
-    kinds = {int: count, float: number(float, 0), str: str}
+    kinds = {int: count, float: number(float, 0, 10**6), str: str}
     group("PPO", **{field.name: (field.metadata["help"], {"type": kinds[field.type], "default": field.default,
                                                           "choices": field.metadata["choices"]})
                     for field in dataclasses.fields(ppo.PPOConfig) if field.name not in ("beta", "iterations", "batch")})
@@ -98,10 +98,10 @@ def parse(argv=None):
             setattr(args, name, value)
     if args.length + 1 > args.block_size:
         parser.error(f"--length {args.length} does not fit the context: give at most {args.block_size - 1}")
-    if args.length < 4:
-        parser.error(f"--length {args.length} is too short to have a feeling: give at least 4")
-    if args.kl_horizon == 0:
-        parser.error("--kl-horizon must be above 0")
+    if args.length < reward.SHORTEST:
+        parser.error(f"--length {args.length} is too short to have a feeling: give at least {reward.SHORTEST}")
+    if args.kl_target and args.kl_horizon <= 0.2 * args.batch:
+        parser.error(f"--kl-horizon must be above 0.2 of --batch, {0.2 * args.batch:g}, or beta could become negative")
     args.bf16 = not args.fp32 and has_bf16(args.device)
     args.out = Path(args.out)
     return args
@@ -115,7 +115,7 @@ def stage(args, name, inputs, steps, build, keys=None, pause=5):
                    for key, value in vars(args).items()}
         return step, parts, lambda: {"kind": name.split("_")[0], "args": options, **result()}
 
-    return data.run_stage(args.out / f"{name}.pt", {**inputs, "seed": args.seed, "bf16": args.bf16}, steps, build_named,
+    return data.run_stage(args.out / f"{name}.pt", {**inputs, "seed": args.seed, "bf16": args.bf16, "device": args.device.type}, steps, build_named,
                           progress(name, steps, keys, pause), args.checkpoint_every)
 
 
@@ -175,9 +175,9 @@ def bits_per_byte(model, tokens, sizes, device, most=10**9):
     return nats / math.log(2) / size
 
 
-def must_be_finite(loss, name):
-    """Stop, before the weights are touched, where a loss is not a number: then the last checkpoint is good."""
-    if not loss.isfinite():
+def must_be_finite(norm, name):
+    """Stop, before the weights are touched, where a gradient is not finite: then the last checkpoint is good."""
+    if not norm.isfinite():
         raise FloatingPointError(f"the {name} is not finite: try --fp32 or another --seed")
 
 
@@ -190,7 +190,7 @@ def pretrain_stage(args, texts):
     """A GPT that predicts the next token of the plays: pretrain.pt."""
     steps, batch, sizes = args.pretrain_steps, 16, texts["bytes"]
     config = {"vocab_size": len(sizes), **{k: getattr(args, k) for k in ("block_size", "n_layer", "n_head", "n_embd")}}
-    if len(texts["validation"]) < args.block_size + 2:
+    if min(len(texts[part]) for part in ("train", "validation")) < args.block_size + 2:
         raise data.UserError("the corpus is too short for the model's context. Give a longer text.")
 
     def build():
@@ -203,8 +203,8 @@ def pretrain_stage(args, texts):
             starts = torch.randint(len(texts["train"]) - args.block_size, (batch,), generator=sampler)
             tokens = windows(texts["train"], starts, args.block_size + 1).to(args.device)
             loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-            must_be_finite(loss, f"pretraining loss of step {i + 1}")
             loss.backward()
+            must_be_finite(torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf), f"pretraining gradient of step {i + 1}")
             for optimizer, peak in zip(optimizers, peaks):
                 for group, lr in zip(optimizer.param_groups, peak):
                     group["lr"] = lr * trapezoid(i, steps)
@@ -237,21 +237,21 @@ def reward_stage(args, tokenizer, pretrained):
     held = torch.tensor([data.text_fold(text, 10) == 0 for text, _ in passages])
     if not 1 < held.sum() < len(held) - 1:
         raise data.UserError(f"labels {path} have too few passages to train and to measure on. Give a hundred or more.")
-    tokens, mask = reward.pad([tokenizer.encode_ordinary(text) for text, _ in passages], args.length)
+    passages_cpu, mask_cpu = reward.pad([tokenizer.encode_ordinary(text) for text, _ in passages], args.length)
     train = (~held).nonzero().squeeze(1)
     names = torch.tensor([i for i, token in enumerate(tokenizer.decode_tokens_bytes(list(range(tokenizer.n_vocab))))
                           if token.isupper() and len(token) > 2] or [0])
     base_rate = ((ratings[train] + 2) / 4).mean().item()
-    tokens, mask, targets = tokens.to(args.device), mask.to(args.device), ((ratings + 2) / 4).to(args.device)
+    tokens, mask, targets = (x.to(args.device) for x in (passages_cpu, mask_cpu, (ratings + 2) / 4))
 
     def build():
         model = reward.RewardModel(GPTConfig(**pretrained["config"]), args.bf16).to(args.device)
         model.trunk.load_state_dict({k: v for k, v in pretrained["model"].items() if k != "lm_head.weight"})
         # The deep reader is trained beside bags of words that have not seen the passages of its batch.
         parts = [train[k::FOLDS] for k in range(FOLDS)]
-        bags = [reward.Wide().to(args.device).fit(tokens[rest], mask[rest], ratings[rest].to(args.device))
+        bags = [reward.Wide().fit(passages_cpu[rest], mask_cpu[rest], ratings[rest]).to(args.device)
                 for rest in (torch.cat(parts[:k] + parts[k + 1:]) for k in range(FOLDS))]
-        model.wide.fit(tokens[train], mask[train], ratings[train].to(args.device))
+        model.wide.cpu().fit(passages_cpu[train], mask_cpu[train], ratings[train]).to(args.device)
         optimizer = reward.make_optimizer(model)
         peaks = [group["lr"] for group in optimizer.param_groups]
         shuffler = data.Generator().manual_seed(args.seed + 1)
@@ -265,10 +265,10 @@ def reward_stage(args, tokenizer, pretrained):
             part = parts[i % FOLDS]
             rows = part[torch.randperm(len(part), generator=shuffler)[:batch]]
             loss = reward.loss_on_prefixes(model, bags[i % FOLDS], tokens[rows], mask[rows], targets[rows], names, shuffler)
-            must_be_finite(loss, f"reward model's loss of step {i + 1}")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            must_be_finite(norm, f"reward model's gradient of step {i + 1}")
             optimizer.step()
             if (i + 1) % 10 and i + 1 < steps:
                 return None
@@ -341,7 +341,7 @@ def ppo_stage(args, beta, tokenizer, pretrained, judge):
                     "tokenizer": pretrained["tokenizer"], "beta": run.controller.beta, "fresh": fresh}
         return step, {"run": run}, result
 
-    inputs = {**dataclasses.asdict(config), "fresh_samples": args.fresh_samples,
+    inputs = {**dataclasses.asdict(config), "fresh_samples": args.fresh_samples, "mean": judge["mean"], "std": judge["std"],
               "pretrain": data.digest(pretrained["model"]), "reward": data.digest(judge["model"])}
     return stage(args, f"ppo_beta{beta:g}", inputs, steps, build, PPO_SHOWN, pause=0)
 
@@ -382,7 +382,8 @@ def optima(args, tokenizer, pretrained, judge, runs):
 
     weights = ppo.mixture_log_weights(torch.stack([logprob(state) for state in [pretrained, *runs]]),
                                       [len(pool["tokens"]) for pool in pools])
-    return [ppo.optimum(scores, run["beta"], weights) if run["beta"] else {"ess": 0} for run in runs], scores, weights
+    return [ppo.optimum(scores, run["beta"], weights) if run["beta"] else
+            {"objective": None, "score": None, "ref_kl": None, "ess": 0.0} for run in runs], scores, weights
 
 
 def scores_of(judge, pool):
@@ -403,9 +404,9 @@ def summarise(args, pretrained, judge, runs, best):
             "reference_objective": rho,
             "optimum": {key: value if known or key == "ess" else None for key, value in optimum.items()},
             "fraction_of_optimum": (objective.mean().item() - rho) / (optimum["objective"] - rho) if known else None,
-            "seconds_per_iteration": run["seconds"] / len(run["history"])})
+            "seconds_per_iteration": run["step_seconds"] / len(run["history"])})
     seconds = {"data": args.data_seconds, "pretrain": pretrained["seconds"], "reward": judge["seconds"],
-               "ppo": {f"{run['beta']:g}": run["seconds"] for run in runs}}
+               "ppo": {f"{run['inputs']['beta']:g}": run["seconds"] for run in runs}}
     seconds["total"] = sum(seconds["ppo"].values()) + seconds["data"] + seconds["pretrain"] + seconds["reward"]
     return {"size": args.size, "device": args.device.type, "seconds": seconds,
             "pretrain": {key: pretrained[key] for key in ("parameters", "val_bits_per_byte")},
@@ -537,7 +538,7 @@ def write_report(args, tokenizer, pretrained, judge, runs):
     lines += [f"![{name}](figures/{name}.png)\n" for name in ("frontier", "ppo", "collapse", "pretrain", "reward")]
     before = write_samples(args, tokenizer, judge, {**judge["rho"], "ref_kl": torch.zeros(20)}, "rho")
     for run in runs:
-        name = f"ppo_beta{run['beta']:g}"
+        name = f"ppo_beta{run['inputs']['beta']:g}"
         pairs = list(zip(before, write_samples(args, tokenizer, judge, run["fresh"], name)))
         print("\n".join(f"\n===== before\n{old}\n\n===== after, beta {run['beta']:g}\n{new}" for old, new in pairs[:2]))
         lines += [f"## {name}, before and after", ""]
@@ -551,8 +552,9 @@ def main(argv=None, until="report"):
     with data.locked(args.out):
         texts, tokenizer = data_stage(args)
         args.data_seconds = time.monotonic() - began
+        data.read_labels(args.labels or data.HERE / "labels.csv", args.corpus)    # a bad row is told now, not after pretraining
         pretrained = pretrain_stage(args, texts)
-        judge = reward_stage(args, tokenizer, pretrained) if until != "pretrain" else None
+        judge = reward_stage(args, tokenizer, pretrained)
         if until in ("ppo", "report"):
             runs = [ppo_stage(args, beta, tokenizer, pretrained, judge) for beta in sorted(set(args.beta))]
         if until == "report":
