@@ -492,7 +492,7 @@ def draw_ppo(folder, judge, runs, best, scores, weights):
     draw(folder / "frontier.png", ("How much score for how much drift?", "sqrt(KL to rho), KL in nats per completion",
                                    "score, deviations of rho's", [
         ([root(o["ref_kl"]) for o in frontier], [o["score"] for o in frontier], "k-", "exact frontier: no policy is above it"),
-        ([root(kl) for _, kl in bests], [score for score, _ in bests], "s--", "best of n = 1, 2, 4 ... 256 (KL at most)"),
+        ([root(kl) for _, kl in bests], [score for score, _ in bests], "C7s--", "best of n = 1, 2, 4 ... 256 (KL at most)"),
         *(([root(kl) for kl in column(run, "exact_kl")], column(run, "score"), f"C{i}.-", f"PPO, {names[i]}")
           for i, run in enumerate(runs)),
         *(([root(o["ref_kl"])], [o["score"]], f"C{i}*", f"exact optimum, {names[i]}") for i, run, o in known)]),
