@@ -425,10 +425,11 @@ def run_stage(path, inputs, steps, build, show, every=60.0):
     finished checkpoint holds. show(i, metrics, seconds left) prints progress.
     metrics also go to path's .metrics.jsonl, a line each, and into the checkpoint.
     """
+    partial, log = path.with_suffix(".partial.pt"), path.with_suffix(".metrics.jsonl")
     state = finished(path, inputs)
     if state:
+        partial.unlink(missing_ok=True)      # left by a kill between the last two lines below
         return state
-    partial, log = path.with_suffix(".partial.pt"), path.with_suffix(".metrics.jsonl")
     torch.manual_seed(inputs["seed"])
     step, parts, result = build()
     state = finished(partial, inputs)

