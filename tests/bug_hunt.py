@@ -1,7 +1,7 @@
 """Real bugs of public RLHF code, put into ours one at a time: which test catches each?
 
     python tests/bug_hunt.py --list        the bugs, as an exercise: no answers
-    python tests/bug_hunt.py               puts in each, runs the tests, prints who caught it (5 to 10 minutes)
+    python tests/bug_hunt.py               puts in each, runs the tests, prints who caught it
     python tests/bug_hunt.py --only 5      one bug
     python tests/bug_hunt.py --check       only that every edit still fits the source (at once, no test is run)
 

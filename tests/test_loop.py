@@ -448,3 +448,13 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another():
         runs.append([run.step(i) for i in range(2)])
     assert runs[0] == runs[1], "the same seed gave another run"
     assert runs[0] != runs[2], "another seed gave the same run"
+
+
+@pytest.mark.parametrize("changed, says", [
+    ({}, None), ({"ref_kl": -0.6}, "sampler and the scorer differ"), ({"exact_kl": 11.0}, "above 10 nats"),
+    ({"entropy": 0.4}, "collapsing"), ({"epochs": 1.5}, "stopped early")])
+def test_what_goes_wrong_is_said_in_words(changed, says):
+    """Each fault, put into the metrics of a healthy iteration, brings its own sentence, and health brings none."""
+    healthy = {"ref_kl": -0.1, "ref_kl_se": 0.1, "exact_kl": 2.0, "entropy": 3.0, "epochs": 2.0}
+    said = ppo.diagnose({**healthy, **changed}, epochs=2)
+    assert len(said) == (says is not None) and (says is None or says in said[0]), f"said {said}"
