@@ -22,6 +22,7 @@ from ppo import token_logprobs
 
 
 def parse():
+    """The options, or one line saying which is out of range."""
     parser = data.Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--checkpoint", default="out/pretrain.pt", help="pretrain.pt or ppo_beta*.pt, in the folder that train.py wrote")
     parser.add_argument("--num", type=int, default=5, help="how many samples")
