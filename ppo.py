@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt import completion_logits, sample_completions
+from gpt import Generator, completion_logits, sample_completions
 
 
 # ---- the mathematics: pure functions on plain tensors ----------------------------------
@@ -52,10 +52,9 @@ def token_logprobs(logits, tokens):
     """log softmax(logits)[token]: logits (B,T,V), tokens (B,T) -> (B,T), float32.
 
     logits[:, t] must be those that predict tokens[:, t]: the model's output one position
-    earlier. Written as logit minus log-sum-exp.
+    earlier.
     """
-    logits = logits.float()
-    return logits.gather(-1, tokens[..., None]).squeeze(-1) - logits.logsumexp(-1)
+    return logits.float().log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
 
 
 def kl_penalised_rewards(scores, logprobs, ref_logprobs, beta, mask=None):
@@ -94,17 +93,6 @@ def gae(rewards, values, gamma=1.0, lam=0.95, mask=None):
         advantages[:, t] = advantage
     advantages = advantages.masked_fill(~mask, 0.0)
     return advantages, advantages + values
-
-
-def reward_to_go(rewards, mask=None):
-    """The exercise's simpler advantage, without a value function: each token's own and later rewards.
-
-    advantage_t = score - beta * sum of k1 over t..T-1, less its mean over the batch at t.
-    """
-    rewards, mask = _masked(rewards, mask)
-    returns = rewards.flip(1).cumsum(1).flip(1)
-    baseline = (returns * mask).sum(0) / mask.sum(0).clamp(min=1)
-    return (returns - baseline).masked_fill(~mask, 0.0), returns.masked_fill(~mask, 0.0)
 
 
 def whiten(x, mask=None, shift_mean=True):
@@ -161,15 +149,14 @@ def kl_estimates(logprobs, ref_logprobs):
     return k1, k1 ** 2 / 2, torch.expm1(-k1) + k1
 
 
-def exact_kl(logits, ref_logits):
-    """KL(pi to rho) of the next token at every prefix, summed over the vocabulary: (B,T), nats."""
-    logprobs = logits.float().log_softmax(-1)
-    return (logprobs.exp() * (logprobs - ref_logits.float().log_softmax(-1))).sum(-1)
+def exact_kl(logprobs, ref_logprobs):
+    """KL(pi to rho) of the next token, from the whole distributions (B,T,V) at every prefix: (B,T), nats."""
+    return (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)
 
 
-def entropy(logits):
-    """Entropy of softmax(logits) (B,T,V), from the whole distribution: (B,T), nats."""
-    return torch.special.entr(logits.float().softmax(-1)).sum(-1)
+def entropy(logprobs):
+    """Entropy of the next token, from the whole distribution (B,T,V): (B,T), nats."""
+    return torch.special.entr(logprobs.exp()).sum(-1)
 
 
 def explained_variance(values, returns):
@@ -258,9 +245,9 @@ def best_of_n(scores, n):
 
 # ---- the loop -----------------------------------------------------------------------------
 
-def option(default, text, *choices):
+def option(default, text):
     """A field of PPOConfig: its default, and what --help says of it."""
-    return field(default=default, metadata={"help": text, "choices": choices or None})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -272,10 +259,9 @@ class PPOConfig:
     batch: int = option(256, "completions an iteration")
     minibatch: int = option(32, "completions an optimizer step")
     epochs: int = option(2, "passes over each batch")
-    lr: float = option(1.5e-4, "learning rate at the start, falls linearly to 0; too high spends KL on noise")
+    lr: float = option(4e-4, "learning rate at the start, falls linearly to 0; too high spends KL on noise")
     clip: float = option(0.2, "how far from 1 a ratio may go before its gradient stops")
-    lam: float = option(0.95, "GAE's lambda: lower trusts the value function more")
-    advantage: str = option("gae", "score: reward-to-go less its mean, without a value function", "gae", "score")
+    lam: float = option(0.9, "GAE's lambda: lower trusts the value function more")
     target_kl: float = option(0.05, "approx_kl, nats per token, at which an update stops early")
     kl_target: float = option(0.0, "ref_kl, nats per completion, that an adaptive beta keeps (Ziegler 2019); 0: beta stays")
     kl_horizon: float = option(500.0, "completions: beta moves by at most 0.2 batch / horizon an iteration")
@@ -300,7 +286,7 @@ class ValueFunction(nn.Module):
 
 
 class PPO:
-    """A PPO run: step(i) does iteration i and returns its metrics; state_dict() holds all that changes.
+    """A PPO run: step(i) does iteration i and returns its metrics; parts names all that it changes.
 
     ref: the GPT rho, copied and frozen. score_fn: tokens (B,T) -> (B,), on completions without
     the prompt (1,T0). features_fn: tokens (B,T) -> (B,T,F), what the value function sees
@@ -311,9 +297,9 @@ class PPO:
         self.config, self.score_fn, self.prompt, self.features_fn = config, score_fn, prompt, features_fn
         self.ref = copy.deepcopy(ref).requires_grad_(False)
         self.policy = copy.deepcopy(ref).requires_grad_(True)
-        self.sampler = torch.Generator(prompt.device).manual_seed(seed)
-        self.shuffler = torch.Generator().manual_seed(seed)
-        size = self.read(prompt.new_zeros(1, config.length), values=False)["features"].size(-1)
+        self.sampler = Generator(prompt.device).manual_seed(seed)
+        self.shuffler = Generator().manual_seed(seed)
+        size = self.prefix_features(prompt.new_zeros(1, config.length)).size(-1)
         self.value = ValueFunction(size).to(prompt.device)
         # Adam's epsilon is 1e-5, as in the original code (Huang 2022); torch's 1e-8 steps farther on rare tokens.
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=config.lr, betas=(0.9, 0.95),
@@ -321,27 +307,18 @@ class PPO:
         self.value_optimizer = torch.optim.AdamW(self.value.parameters(), lr=1e-3, eps=1e-5, weight_decay=0.0)
         self.controller = AdaptiveKL(config.beta, config.kl_target, config.kl_horizon)
         self.parts = {"policy": self.policy, "value": self.value, "optimizer": self.optimizer,
-                      "value_optimizer": self.value_optimizer, "controller": self.controller}
-
-    def state_dict(self):
-        return {**{name: part.state_dict() for name, part in self.parts.items()},
-                "sampler": self.sampler.get_state(), "shuffler": self.shuffler.get_state()}
-
-    def load_state_dict(self, state):
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.sampler.set_state(state["sampler"])
-        self.shuffler.set_state(state["shuffler"])
+                      "value_optimizer": self.value_optimizer, "controller": self.controller,
+                      "sampler": self.sampler, "shuffler": self.shuffler}
 
     @torch.no_grad()
-    def read(self, tokens, values=True):
+    def read(self, tokens):
         """Step 2: all that is read off completions (B,T), a dict of (B,) and (B,T) tensors."""
-        logits = completion_logits(self.policy, self.prompt, tokens)
-        ref_logits = completion_logits(self.ref, self.prompt, tokens)
-        read = {"tokens": tokens, "scores": self.score_fn(tokens), "logprobs": token_logprobs(logits, tokens),
-                "ref_logprobs": token_logprobs(ref_logits, tokens), "exact_kl": exact_kl(logits, ref_logits),
-                "entropy": entropy(logits), "features": self.prefix_features(tokens)}
-        return {**read, "values": self.value(read["features"])} if values else read
+        logprobs, ref_logprobs = (completion_logits(model, self.prompt, tokens).log_softmax(-1) for model in (self.policy, self.ref))
+        features = self.prefix_features(tokens)
+        return {"tokens": tokens, "scores": self.score_fn(tokens), "features": features, "values": self.value(features),
+                "logprobs": logprobs.gather(-1, tokens[..., None]).squeeze(-1),
+                "ref_logprobs": ref_logprobs.gather(-1, tokens[..., None]).squeeze(-1),
+                "exact_kl": exact_kl(logprobs, ref_logprobs), "entropy": entropy(logprobs)}
 
     @torch.no_grad()
     def prefix_features(self, tokens):
@@ -367,14 +344,10 @@ class PPO:
         # 3. rewards
         rewards = kl_penalised_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], beta)
         # 4. advantages and returns, then whitening over the whole batch
-        if config.advantage == "gae":
-            advantages, returns = gae(rewards, batch["values"], lam=config.lam)
-        else:
-            advantages, returns = reward_to_go(rewards)
+        advantages, returns = gae(rewards, batch["values"], lam=config.lam)
         # 5. and 6. update the policy, fit the value function
         info = self.update(batch, whiten(advantages))
-        if config.advantage == "gae":
-            info["value_loss"] = self.fit_values(batch["features"], returns, epochs=4)
+        info["value_loss"] = self.fit_values(batch["features"], returns, epochs=4)
         ref_kl = (batch["logprobs"] - batch["ref_logprobs"]).sum(1)
         if config.kl_target:
             self.controller.update(ref_kl.mean().item(), config.batch)

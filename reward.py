@@ -20,17 +20,14 @@ augmentation for free, and a start for PPO's value function.
 import itertools
 import json
 import sys
-import warnings
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import Parser, check_tokenizer, load_checkpoint, load_tokenizer, read_jsonl, run
+from data import Parser, load_checkpoint, load_tokenizer, read_jsonl, run
 from gpt import GPT, GPTConfig
-
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support")      # one product in Wide.fit uses it
 
 BUCKETS = 1 << 17       # rows of each hash table: of tokens, of pairs
 SHORTEST = 8            # tokens: shorter prefixes say too little to train on
@@ -50,29 +47,39 @@ class Wide(nn.Module):
         before = F.pad(tokens, (1, 0), value=0)[:, :-1]
         pairs = (before * 1_000_003 + tokens + 1) * 0x9E3779B1 % (1 << 32) >> 15   # Knuth's multiplicative hash
         rows = torch.stack((tokens % BUCKETS, pairs + BUCKETS), -1).flatten(1)      # token, pair, token, pair ...
-        first = ~(rows[:, :, None] == rows[:, None]).tril(-1).any(-1)
-        return rows, first.float()
+        order = rows.argsort(dim=1, stable=True)              # equal rows side by side, the earliest first
+        ordered = rows.gather(1, order)
+        first = F.pad((ordered[:, 1:] != ordered[:, :-1]).float(), (1, 0), value=1.0)
+        return rows, torch.zeros_like(first).scatter(1, order, first)
 
     @torch.no_grad()
-    def fit(self, tokens, mask, ratings, ridge=1.0):
-        """Ridge regression of ratings (N,) on the bags of passages tokens, mask (N,T), solved exactly.
+    def fit(self, tokens, mask, ratings, ridge=1.0, iterations=60):
+        """Ridge regression of ratings (N,) on the bags X (N, rows of the table) of passages tokens, mask (N,T).
 
-        With features X (N, rows) the weights are X' (X X' + ridge I)^-1 (ratings - mean).
+        The weights are X' u with (X X' + ridge I) u = ratings - mean, solved by conjugate gradients.
         """
         N = len(tokens)
         rows, first = self.bag(tokens)
         mask = mask.repeat_interleave(2, 1).float()
         frequency = torch.zeros_like(self.idf).scatter_add_(0, rows.flatten(), (first * mask).flatten())
         self.idf.copy_(torch.log((1 + N) / (1 + frequency)) + 1)
-        idf = self.idf[rows] * mask
-        values = idf * first / idf.square().sum(1, keepdim=True).sqrt()
-        index = torch.stack((torch.arange(N, device=rows.device)[:, None].expand_as(rows), rows)).flatten(1)
-        x = torch.sparse_coo_tensor(index, values.flatten(), (N, 2 * BUCKETS), check_invariants=True).coalesce()
         self.mean.copy_(ratings.mean())
-        kernel = torch.sparse.mm(x, x.t()).to_dense().double()
-        kernel.diagonal().add_(ridge)
-        dual = torch.cholesky_solve((ratings - self.mean).double()[:, None], torch.linalg.cholesky(kernel))
-        self.weight.copy_(torch.sparse.mm(x.t(), dual.float()).squeeze(1))
+        idf = self.idf[rows] * mask
+        values = idf * first / idf.square().sum(1, keepdim=True).sqrt()                # the entries of X: (N,2T)
+
+        def transposed(u):
+            return torch.zeros_like(self.weight).scatter_add_(0, rows.flatten(), (values * u[:, None]).flatten())
+
+        u, residual = torch.zeros_like(ratings), ratings - self.mean
+        direction = residual
+        for _ in range(iterations):
+            if residual.norm() <= 1e-6 * (ratings - self.mean).norm():
+                break                # solved: another step would divide by 0
+            image = (values * transposed(direction)[rows]).sum(1) + ridge * direction
+            step = residual.square().sum() / (direction @ image)
+            u, old, residual = u + step * direction, residual, residual - step * image
+            direction = residual + residual.square().sum() / old.square().sum() * direction
+        self.weight.copy_(transposed(u))
         return self
 
     def forward(self, tokens):
@@ -134,24 +141,23 @@ def soft_loss(log_odds, target):
     return F.binary_cross_entropy_with_logits(log_odds, target.expand_as(log_odds), reduction="none")
 
 
-def nonsense(tokens, names, generator):
-    """Passages (B,T) spoilt in five ways that word salad is spoilt in, a fifth of the rows each.
+def nonsense(tokens, vocab_size, names, generator):
+    """Passages (B,T) spoilt as word salad is spoilt: a dict of five kinds, each (B,T).
 
-    Shuffled; drawn at random from the batch; a few tokens over and over; the first half
-    twice; speakers' names (names, a list of ids) strewn in. None of it should please.
+    Their tokens shuffled; drawn at random from all of them; one to four tokens of the
+    vocabulary over and over; the first half twice; speakers' names (a list of ids) strewn in.
     """
     B, T = tokens.shape
 
     def rand(*shape):
         return torch.rand(*shape, generator=generator)
 
-    shuffled = tokens.gather(1, rand(B, T).argsort(1))
-    drawn = tokens.flatten()[(rand(B, T) * B * T).long()]
-    few = tokens.gather(1, (rand(B, T) * (1 + 3 * rand(B, 1))).long() + (rand(B, 1) * (T - 4)).long())
-    twice = torch.cat((tokens[:, :T // 2], tokens[:, :T - T // 2]), 1)
-    heap = torch.where(rand(B, T) < 0.7, names[(rand(B, T) * len(names)).long()], tokens)
-    kind = torch.arange(B) % 5
-    return torch.stack((shuffled, drawn, few, twice, heap))[kind, torch.arange(B)]
+    few = torch.randint(vocab_size, (B, 4), generator=generator)
+    return {"shuffled": tokens.gather(1, rand(B, T).argsort(1)),
+            "drawn at random": tokens.flatten()[(rand(B, T) * B * T).long()],
+            "few tokens repeated": few.gather(1, (rand(B, T) * (1 + 3 * rand(B, 1))).long()),
+            "first half twice": torch.cat((tokens[:, :T // 2], tokens[:, :T - T // 2]), 1),
+            "heap of names": torch.where(rand(B, T) < 0.7, names[(rand(B, T) * len(names)).long()], tokens)}
 
 
 def make_optimizer(model):
@@ -162,23 +168,22 @@ def make_optimizer(model):
                              betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
 
-def loss_on_prefixes(model, wide, tokens, mask, target, names, generator, noise=0.1, spoilt=8, spoilt_target=0.25):
+def loss_on_prefixes(model, wide, tokens, mask, target, names, generator, noise=0.1, spoilt=2, spoilt_target=0.25):
     """Mean loss on all prefixes of passages tokens, mask (B,T), soft targets (B,), in nats.
 
     wide: a bag of words fitted on other passages than these: on those it was fitted on its errors
     are far smaller than on new ones, and the deep reader would learn to trust it. A tenth of
-    the tokens is replaced at random, so that no single word decides; some passages are also
-    shown spoilt (nonsense), with spoilt_target for their last quarter.
+    the tokens is replaced at random, so that no single word decides. A few whole passages
+    are also shown as nonsense of each kind, with spoilt_target for their last quarter: it should not please.
     """
-    device, T = tokens.device, tokens.size(1)
+    device, T, V = tokens.device, tokens.size(1), model.trunk.config.vocab_size
     replaced = (torch.rand(tokens.shape, generator=generator) < noise).to(device)
-    random = torch.randint(model.trunk.config.vocab_size, tokens.shape, generator=generator).to(device)
-    spoilt = min(spoilt, len(tokens))
-    inputs = torch.cat((torch.where(replaced, random, tokens),
-                        nonsense(tokens[:spoilt].cpu(), names, generator).to(device)))
+    random = torch.randint(V, tokens.shape, generator=generator).to(device)
+    bad = torch.cat(list(nonsense(tokens[mask[:, -1]][:spoilt].cpu(), V, names, generator).values())).to(device)
+    inputs = torch.cat((torch.where(replaced, random, tokens), bad))
     position = torch.arange(T, device=device)
-    weight = torch.cat((mask & (position >= SHORTEST - 1), mask[:spoilt] & (position >= 3 * T // 4))).float()
-    target = torch.cat((target, torch.full((spoilt,), spoilt_target, device=device)))[:, None]
+    weight = torch.cat((mask & (position >= SHORTEST - 1), (position >= 3 * T // 4).expand(bad.shape))).float()
+    target = torch.cat((target, target.new_full((len(bad),), spoilt_target)))[:, None]
     loss = soft_loss(model.head(model.pooled(inputs)).squeeze(-1) + wide(inputs), target)
     return (loss * weight).sum() / weight.sum().clamp(min=1)
 
@@ -190,6 +195,21 @@ def positive(model, tokens, mask=None):
     mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     with torch.no_grad():
         return torch.cat([model(t, m) for t, m in zip(tokens.split(64), mask.split(64))]).sigmoid()
+
+
+def fooled(model, tokens, names, generator):
+    """Mean P(positive) of whole passages (N,T), of the same as nonsense of each kind, and of favourite words: a dict.
+
+    Favourites are the twenty tokens that the bag of words likes best, each said T times; beside
+    them stand the passages in which one of them occurs.
+    """
+    vocab_size = model.trunk.config.vocab_size
+    weights = model.wide.weight[:min(vocab_size, BUCKETS)]
+    favourites = weights.topk(min(20, len(weights))).indices
+    pleasant = tokens[torch.isin(tokens, favourites).any(1)]
+    kinds = {"as written": tokens, **nonsense(tokens.cpu(), vocab_size, names, generator),
+             "with a favourite word": pleasant, "a favourite word repeated": favourites[:, None].expand(-1, tokens.size(1))}
+    return {kind: positive(model, x.to(tokens.device)).mean().item() for kind, x in kinds.items() if len(x)}
 
 
 def rating_metrics(p, ratings, base_rate):
@@ -236,8 +256,7 @@ def load_reward(state, device="cpu", bf16=False):
 def score_file(path, out, batch=64):
     """Print each line {"text": ...} of a JSON-lines file with "positive": p added, a batch at a time."""
     state = load_checkpoint(Path(out) / "reward.pt", "reward")
-    tokenizer = load_tokenizer(Path(out) / "tokenizer.tiktoken")
-    check_tokenizer(state, tokenizer, out)
+    tokenizer = load_tokenizer(Path(out) / "tokenizer.tiktoken", state)
     model, cut, rows = load_reward(state), 0, read_jsonl(path)
     while chunk := list(itertools.islice(rows, batch)):
         passages = [tokenizer.encode_ordinary(row["text"].strip()) for row in chunk]

@@ -22,32 +22,26 @@ from ppo import token_logprobs
 
 
 def parse():
-    """The options, or one line saying which is out of range."""
+    """The options; Parser answers what is out of range with one line."""
+    count = data.number(int, 1)
     parser = data.Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--checkpoint", default="out/pretrain.pt", help="pretrain.pt or ppo_beta*.pt, in the folder that train.py wrote")
-    parser.add_argument("--num", type=int, default=5, help="how many samples")
-    parser.add_argument("--length", type=int, default=64, help="tokens of each")
+    parser.add_argument("--num", type=count, default=5, help="how many samples")
+    parser.add_argument("--length", type=count, default=64, help="tokens of each")
     parser.add_argument("--prompt", default="", help="text to continue; empty: begin where a speech begins")
-    parser.add_argument("--temperature", type=float, default=1.0, help="below 1 plays safe, 0 always takes the likeliest token")
-    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only (unset: from all, as in training)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same samples")
-    parser.add_argument("--best-of", type=int, default=1, metavar="N", help="of N samples show the one that the reward model likes best")
+    parser.add_argument("--temperature", type=data.number(float, 0), default=1.0, help="below 1 plays safe, 0 always takes the likeliest token")
+    parser.add_argument("--top-k", type=count, help="draw from the k likeliest tokens only (unset: from all, as in training)")
+    parser.add_argument("--seed", type=data.number(int, 0, 2**31), default=0, help="the same seed gives the same samples")
+    parser.add_argument("--best-of", type=count, default=1, metavar="N", help="of N samples show the one that the reward model likes best")
     parser.add_argument("--compare", action="store_true", help="show the pretrained model's samples as well, side by side")
     parser.add_argument("--jsonl", action="store_true", help="one JSON object a line, for other programs")
-    args = parser.parse_args()
-    for name, low in (("num", 1), ("length", 1), ("temperature", 0), ("best_of", 1), ("seed", 0)):
-        if not low <= getattr(args, name) < 2**63:       # so nan is refused too
-            parser.error(f"--{name.replace('_', '-')} must be at least {low}, and below 2**63")
-    if args.top_k is not None and args.top_k < 1:
-        parser.error("--top-k must be at least 1")
-    return args
+    return parser.parse_args()
 
 
 def load(path):
     """(GPT, its checkpoint, tokenizer) of a checkpoint file and the tokenizer beside it."""
     state = data.load_checkpoint(path, "pretrain", "ppo")
-    tokenizer = data.load_tokenizer(path.with_name("tokenizer.tiktoken"))
-    data.check_tokenizer(state, tokenizer, path.parent)
+    tokenizer = data.load_tokenizer(path.with_name("tokenizer.tiktoken"), state)
     return load_gpt(state), state, tokenizer
 
 

@@ -1,22 +1,22 @@
 """The whole study: pretrain a GPT, train a reward model, tune the GPT by PPO, and report what came of it.
 
-Fifth on the reader's path: it adds no idea, it puts the others together. Stages: data,
-pretrain, reward, one PPO run for each beta, report. Each writes a checkpoint into --out and is
-not done again while its inputs stay the same; one that was cut off goes on where it was.
+Fifth on the reader's path: it adds no idea, it puts the others together. Stages: data, pretrain,
+reward, gold (a second reward model, only to measure with), one PPO run for each beta, report.
+Each writes a checkpoint into --out and is not done again while its inputs stay the same; one
+that was cut off goes on where it was.
 
     python train.py                             everything at beta 0.2
     python train.py --beta 0.02 0.1 0.2 0.4     the sweep; stages already done are reused
-    python train.py --size tiny                 a smoke run (half a minute)
+    python train.py --size tiny                 a smoke run (a minute)
 """
 
-import argparse
 import dataclasses
-import hashlib
 import io
 import json
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import torch
@@ -25,7 +25,8 @@ import torch.nn.functional as F
 import data
 import ppo
 import reward
-from gpt import GPT, GPTConfig, completion_logits, has_bf16, in_chunks, load_gpt, make_optimizers, sample_completions
+from data import number
+from gpt import GPT, Generator, GPTConfig, completion_logits, has_bf16, in_chunks, load_gpt, make_optimizers, sample_completions
 
 matplotlib.use("Agg")        # figures go to files; no screen is needed
 from matplotlib import pyplot as plt  # noqa: E402
@@ -34,23 +35,14 @@ SIZES = {   # what --size sets; tiny shows that all works, small is for a laptop
     "tiny": {"vocab_size": 512, "block_size": 128, "n_layer": 2, "n_head": 2, "n_embd": 64, "pretrain_steps": 150,
              "reward_steps": 60, "iterations": 4, "batch": 64, "rho_samples": 2048, "fresh_samples": 256},
     "small": {"vocab_size": 2048, "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 256, "pretrain_steps": 1000,
-              "reward_steps": 410, "iterations": 30, "batch": 256, "rho_samples": 4096, "fresh_samples": 1024},
+              "reward_steps": 410, "iterations": 36, "batch": 256, "rho_samples": 4096, "fresh_samples": 1024},
     "base": {"vocab_size": 4096, "block_size": 256, "n_layer": 8, "n_head": 8, "n_embd": 512, "pretrain_steps": 2000,
              "reward_steps": 410, "iterations": 60, "batch": 512, "rho_samples": 16384, "fresh_samples": 4096},
 }
+LABELS = {"labels.csv": 10, "labels_more.csv": 0, "labels_samples.csv": 4}      # one in how many is held out (0: none)
 MIN_ESS = 100   # effective samples below which no optimum is quoted
-PPO_SHOWN = ["score", "positive", "ref_kl", "objective", "clipfrac", "approx_kl", "entropy", "explained_variance"]
 FOLDS = 4       # of the labels: see reward.loss_on_prefixes
-
-
-def number(kind, low, high=10**9):
-    """An argparse type: a number of this kind from low to high."""
-    def check(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return kind(text)
-    check.__name__ = kind.__name__
-    return check
+PPO_SHOWN = ["score", "gold", "positive", "ref_kl", "objective", "clipfrac", "approx_kl", "entropy", "explained_variance"]
 
 
 def parse(argv=None):
@@ -72,11 +64,12 @@ def parse(argv=None):
           seed=("another seed shows how far results are chance", {"type": number(int, 0, 2**31), "default": 0}),
           device=("unset: cuda where there is one", {"choices": ["cpu", "cuda"]}),
           fp32=("no bfloat16: slower, to compare with machines that lack it", {"action": "store_true"}),
+          learning_curve=("also train reward models on 250 labels and more, to see what labels are worth", {"action": "store_true"}),
           checkpoint_every=("seconds of work that a crash may cost", {"type": number(float, 0), "default": 45.0}))
     group("texts",
           corpus=("a text of your own instead of the plays", {"metavar": "FILE.txt"}),
-          labels=("your own ratings instead of labels.csv: play, first_line, last_line, rating; or text, rating",
-                  {"metavar": "FILE.csv"}),
+          labels=("your own ratings instead of those that come along: play, first_line, last_line, rating; or text, rating",
+                  {"metavar": "FILE.csv", "nargs": "+"}),
           tokenizer=("gpt2 (downloaded once) compares with models that use it", {"choices": ["own", "gpt2"], "default": "own"}),
           vocab_size=("tokens of the tokenizer trained here: more make texts shorter, tokens rarer", {"type": number(int, 257, 65535)}))
     group("budgets, set by --size where you do not",
@@ -84,9 +77,8 @@ def parse(argv=None):
           reward_steps=("more fit the labels more closely", {"type": count}),
           iterations=("more PPO iterations come closer to the optimum", {"type": count}),
           batch=("completions an iteration: more mean less noise", {"type": count}))
-    kinds = {int: count, float: number(float, 0, 10**6), str: str}
-    group("PPO", **{field.name: (field.metadata["help"], {"type": kinds[field.type], "default": field.default,
-                                                          "choices": field.metadata["choices"]})
+    kinds = {int: count, float: number(float, 0, 10**6)}
+    group("PPO", **{field.name: (field.metadata["help"], {"type": kinds[field.type], "default": field.default})
                     for field in dataclasses.fields(ppo.PPOConfig) if field.name not in ("beta", "iterations", "batch")})
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -96,10 +88,8 @@ def parse(argv=None):
     for name, value in {"beta": [0.2], **SIZES[args.size]}.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    if args.length + 1 > args.block_size:
-        parser.error(f"--length {args.length} does not fit the context: give at most {args.block_size - 1}")
-    if args.length < reward.SHORTEST:
-        parser.error(f"--length {args.length} is too short to have a feeling: give at least {reward.SHORTEST}")
+    if not reward.SHORTEST <= args.length < args.block_size:
+        parser.error(f"--length {args.length} must be from {reward.SHORTEST}, or it has no feeling, to {args.block_size - 1}, the context")
     if args.kl_target and args.kl_horizon <= 0.2 * args.batch:
         parser.error(f"--kl-horizon must be above 0.2 of --batch, {0.2 * args.batch:g}, or beta could become negative")
     args.bf16 = not args.fp32 and has_bf16(args.device)
@@ -107,37 +97,62 @@ def parse(argv=None):
     return args
 
 
-def stage(args, name, inputs, steps, build, keys=None, pause=5):
-    """data.run_stage for --out/name.pt: its inputs are these, the seed and the precision. Returns its checkpoint."""
+def stage(args, name, inputs, steps, build, shown=None, pause=5):
+    """data.run_stage for --out/name.pt: it depends on inputs, the seed, the precision and the device. Returns its checkpoint.
+
+    Every pause seconds it prints the metrics shown (all) and the time left.
+    """
+    printed = [-math.inf]
+
+    def show(i, metrics, left):
+        if time.monotonic() - printed[0] >= pause or i + 1 == steps:
+            printed[0] = time.monotonic()
+            values = "  ".join(f"{key} {metrics[key]:.3g}" for key in shown or metrics if key != "step")
+            print(f"{name} {i + 1}/{steps}  {values}  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+
     def build_named():
         step, parts, result = build()
         options = {key: value if isinstance(value, (int, float, bool, list, type(None))) else str(value)
                    for key, value in vars(args).items()}
         return step, parts, lambda: {"kind": name.split("_")[0], "args": options, **result()}
 
-    return data.run_stage(args.out / f"{name}.pt", {**inputs, "seed": args.seed, "bf16": args.bf16, "device": args.device.type}, steps, build_named,
-                          progress(name, steps, keys, pause), args.checkpoint_every)
+    inputs = {**inputs, "seed": args.seed, "bf16": args.bf16, "device": args.device.type}
+    return data.run_stage(args.out / f"{name}.pt", inputs, steps, build_named, show, args.checkpoint_every)
 
 
-def progress(name, steps, keys=None, pause=5):
-    """A show() for run_stage: every pause seconds a line with the metrics named by keys (all) and the time left."""
-    shown = [-math.inf]
+def descend(model, optimizers, loss_of, schedule, steps, clip, measure, every):
+    """step(i) of supervised training: one step down loss_of(i), at schedule(i) of each peak rate; metrics every 10 steps."""
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
 
-    def show(i, metrics, left):
-        if time.monotonic() - shown[0] >= pause or i + 1 == steps:
-            shown[0] = time.monotonic()
-            values = "  ".join(f"{key} {metrics[key]:.3g}" for key in keys or metrics if key != "step")
-            print(f"{name} {i + 1}/{steps}  {values}  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
-    return show
+    def step(i):
+        for optimizer, rates in zip(optimizers, peaks):
+            for group, peak in zip(optimizer.param_groups, rates):
+                group["lr"] = peak * schedule(i)
+        loss = loss_of(i)
+        loss.backward()
+        if not torch.nn.utils.clip_grad_norm_(model.parameters(), clip).isfinite():
+            # Before the weights are touched: so the last checkpoint is good.
+            raise FloatingPointError(f"the gradient of step {i + 1} is not finite: try --fp32 or another --seed")
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if (i + 1) % 10 and i + 1 < steps:
+            return None
+        return {"step": i + 1, "loss": loss.item(), **(measure() if (i + 1) % every == 0 or i + 1 == steps else {})}
+    return step
+
+
+def sampler_of(args, use):
+    """A generator on the device for one use (2 rho's samples, 3 fresh samples, 4 PPO); each use has its own seed."""
+    return torch.Generator(args.device).manual_seed(1000 * args.seed + use)
 
 
 # ---- stages -------------------------------------------------------------------------------
 
 def data_stage(args):
-    """Corpus -> tokenizer.tiktoken and token arrays."""
+    """Corpus -> tokenizer.tiktoken and token arrays: data.pt, the tokenizer, the prompt (1,1) of unconditional samples."""
     texts = data.load_corpus(args.corpus)
-    inputs = {"tokenizer": args.tokenizer, "vocab_size": args.vocab_size,
-              "corpus": [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]}
+    inputs = {"tokenizer": args.tokenizer, "vocab_size": args.vocab_size, "corpus": [data.digest(text) for text in texts]}
     path = args.out / "tokenizer.tiktoken"
     if not path.exists():
         (args.out / "data.pt").unlink(missing_ok=True)
@@ -146,15 +161,15 @@ def data_stage(args):
         data.save_tokenizer(path, data.make_tokenizer(args.tokenizer, texts[0], args.vocab_size))
         tokenizer = data.load_tokenizer(path)
         tokens = [torch.tensor(tokenizer.encode_ordinary(text), dtype=torch.int32) for text in texts]
-        size = [len(token) for token in tokenizer.decode_tokens_bytes(list(range(tokenizer.n_vocab)))]
-        return {"tokenizer": data.tokenizer_hash(tokenizer), "train": tokens[0], "validation": tokens[1],
-                "bytes": torch.tensor(size)}
+        vocabulary = tokenizer.decode_tokens_bytes(list(range(tokenizer.n_vocab)))
+        return {"tokenizer": data.digest(b" ".join(vocabulary)), "train": tokens[0], "validation": tokens[1],
+                "bytes": torch.tensor([len(token) for token in vocabulary]),
+                "names": torch.tensor([i for i, token in enumerate(vocabulary) if token.isupper() and len(token) > 2] or [0])}
 
     state = stage(args, "data", inputs, 0, lambda: (None, {}, result))
-    tokenizer = data.load_tokenizer(path)
-    data.check_tokenizer(state, tokenizer, args.out)
+    tokenizer = data.load_tokenizer(path, state)
     print(f"data: {len(state['train']):,} training tokens, {len(state['validation']):,} held out, of {tokenizer.n_vocab:,} kinds")
-    return state, tokenizer
+    return state, tokenizer, torch.tensor([tokenizer.encode_ordinary(data.BOUNDARY)[:1]], device=args.device)
 
 
 def windows(tokens, starts, length):
@@ -175,52 +190,41 @@ def bits_per_byte(model, tokens, sizes, device, most=10**9):
     return nats / math.log(2) / size
 
 
-def must_be_finite(norm, name):
-    """Stop, before the weights are touched, where a gradient is not finite: then the last checkpoint is good."""
-    if not norm.isfinite():
-        raise FloatingPointError(f"the {name} is not finite: try --fp32 or another --seed")
-
-
 def trapezoid(i, steps):
     """Learning rate as a share of its peak: 20 steps up, level, down to 0 over the last 60 percent."""
     return min(1.0, (i + 1) / 20, (1 - i / steps) / 0.6)
 
 
-def pretrain_stage(args, texts):
+def pretrain_stage(args, texts, prompt):
     """A GPT that predicts the next token of the plays: pretrain.pt."""
-    steps, batch, sizes = args.pretrain_steps, 16, texts["bytes"]
-    config = {"vocab_size": len(sizes), **{k: getattr(args, k) for k in ("block_size", "n_layer", "n_head", "n_embd")}}
-    if min(len(texts[part]) for part in ("train", "validation")) < args.block_size + 2:
+    steps, batch, T = args.pretrain_steps, 16, args.block_size
+    config = {"vocab_size": len(texts["bytes"]), **{k: getattr(args, k) for k in ("block_size", "n_layer", "n_head", "n_embd")}}
+    train, validation = texts["train"], texts["validation"]
+    if min(len(train), len(validation)) < T + 2:
         raise data.UserError("the corpus is too short for the model's context. Give a longer text.")
+    # Half of the windows begin where a speech does: there samples will begin, with nothing before.
+    openings = (train[:-T] == prompt.item()).nonzero().squeeze(1)
+    openings = openings if len(openings) else torch.arange(len(train) - T)
 
     def build():
         model = GPT(GPTConfig(**config), args.bf16).to(args.device)
         optimizers = make_optimizers(model, matrix_lr=0.02, embed_lr=0.01)
-        peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-        sampler = data.Generator().manual_seed(args.seed)
+        sampler = Generator().manual_seed(args.seed)
 
-        def step(i):
-            starts = torch.randint(len(texts["train"]) - args.block_size, (batch,), generator=sampler)
-            tokens = windows(texts["train"], starts, args.block_size + 1).to(args.device)
-            loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-            loss.backward()
-            must_be_finite(torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf), f"pretraining gradient of step {i + 1}")
-            for optimizer, peak in zip(optimizers, peaks):
-                for group, lr in zip(optimizer.param_groups, peak):
-                    group["lr"] = lr * trapezoid(i, steps)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            if (i + 1) % 10 and i + 1 < steps:
-                return None
-            metrics = {"step": i + 1, "loss": loss.item()}
-            if (i + 1) % 100 == 0 or i + 1 == steps:
-                metrics["val_bits_per_byte"] = bits_per_byte(model, texts["validation"], sizes, args.device, 40_000)
-            return metrics
+        def loss_of(i):
+            starts = torch.randint(len(train) - T, (batch,), generator=sampler)
+            starts[::2] = openings[torch.randint(len(openings), (batch // 2,), generator=sampler)]
+            tokens = windows(train, starts, T + 1).to(args.device)
+            return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+        def measure(most=40_000):
+            return {"val_bits_per_byte": bits_per_byte(model, validation, texts["bytes"], args.device, most)}
 
         def result():
             return {"config": config, "model": model.state_dict(), "tokenizer": texts["tokenizer"],
-                    "parameters": sum(p.numel() for p in model.parameters()),
-                    "val_bits_per_byte": bits_per_byte(model, texts["validation"], sizes, args.device)}
+                    "parameters": sum(p.numel() for p in model.parameters()), **measure(10**9)}
+
+        step = descend(model, optimizers, loss_of, lambda i: trapezoid(i, steps), steps, math.inf, measure, every=100)
         return step, {"model": model, "muon": optimizers[0], "adam": optimizers[1], "sampler": sampler}, result
 
     state = stage(args, "pretrain", {"pretrain_steps": steps, **config, "data": texts["inputs"]}, steps, build)
@@ -228,151 +232,152 @@ def pretrain_stage(args, texts):
     return state
 
 
-def reward_stage(args, tokenizer, pretrained):
-    """A reward model on the pretrained trunk, and the constants of its score from samples of rho: reward.pt."""
-    steps, batch = args.reward_steps, 32
-    path = args.labels or data.HERE / "labels.csv"
-    passages = data.read_labels(path, args.corpus)
-    ratings = torch.tensor([rating for _, rating in passages], dtype=torch.float32)
-    held = torch.tensor([data.text_fold(text, 10) == 0 for text, _ in passages])
-    if not 1 < held.sum() < len(held) - 1:
-        raise data.UserError(f"labels {path} have too few passages to train and to measure on. Give a hundred or more.")
-    passages_cpu, mask_cpu = reward.pad([tokenizer.encode_ordinary(text) for text, _ in passages], args.length)
-    train = (~held).nonzero().squeeze(1)
-    names = torch.tensor([i for i, token in enumerate(tokenizer.decode_tokens_bytes(list(range(tokenizer.n_vocab))))
-                          if token.isupper() and len(token) > 2] or [0])
+def rated_passages(args, tokenizer):
+    """The rated passages: tokens, mask (N,T), ratings (N,), and in sets the rows of each use.
+
+    A hash of its words decides. A share of each file (LABELS) is held out, under the file's name; of
+    the rest three quarters train the reward model, "reward", and one quarter its judge, "gold".
+    """
+    passages, sets = [], {"reward": [], "gold": []}
+    for path in args.labels or [data.HERE / name for name in LABELS]:
+        folds = 10 if args.labels else LABELS[path.name]
+        for text, rating in data.read_labels(path, args.corpus):
+            fold = data.text_fold(text, 4 * folds or 4)
+            part = Path(path).stem if folds and fold % folds == 0 else "gold" if fold >= 3 * (folds or 1) else "reward"
+            sets.setdefault(part, []).append(len(passages))
+            passages.append((text, rating))
+        if len(sets["reward"]) < FOLDS or len(sets["gold"]) < FOLDS or folds and len(sets.get(Path(path).stem, ())) < 2:
+            raise data.UserError(f"labels {path} have too few passages to train and to measure on. Give a hundred or more.")
+    tokens, mask = reward.pad([tokenizer.encode_ordinary(text) for text, _ in passages], args.length)
+    return SimpleNamespace(tokens=tokens.to(args.device), mask=mask.to(args.device), ratings=torch.tensor([float(r) for _, r in passages]),
+                           sets={name: torch.tensor(rows) for name, rows in sets.items()}, digest=data.digest(json.dumps(passages)))
+
+
+def reward_stage(args, texts, prompt, pretrained, rated, part="reward", limit=None):
+    """A reward model on the pretrained trunk, and the constants of its score from samples of rho: reward.pt, gold.pt.
+
+    part: whose share of the labels it is trained on; limit: at most so many of them.
+    """
+    train, batch = rated.sets[part], 32
+    shuffler = Generator().manual_seed(args.seed + 1 + (part == "gold"))
+    train = train[torch.randperm(len(train), generator=shuffler)[:limit]]
+    steps = min(args.reward_steps, 2 * len(train) // batch + 20)
+    tokens, mask, ratings = rated.tokens, rated.mask, rated.ratings.to(args.device)
     base_rate = ((ratings[train] + 2) / 4).mean().item()
-    tokens, mask, targets = (x.to(args.device) for x in (passages_cpu, mask_cpu, (ratings + 2) / 4))
+    held = {name: rows for name, rows in rated.sets.items() if name not in ("reward", "gold")}
 
     def build():
         model = reward.RewardModel(GPTConfig(**pretrained["config"]), args.bf16).to(args.device)
         model.trunk.load_state_dict({k: v for k, v in pretrained["model"].items() if k != "lm_head.weight"})
         # The deep reader is trained beside bags of words that have not seen the passages of its batch.
         parts = [train[k::FOLDS] for k in range(FOLDS)]
-        bags = [reward.Wide().fit(passages_cpu[rest], mask_cpu[rest], ratings[rest]).to(args.device)
+        bags = [reward.Wide().to(args.device).fit(tokens[rest], mask[rest], ratings[rest])
                 for rest in (torch.cat(parts[:k] + parts[k + 1:]) for k in range(FOLDS))]
-        model.wide.cpu().fit(passages_cpu[train], mask_cpu[train], ratings[train]).to(args.device)
+        model.wide.fit(tokens[train], mask[train], ratings[train])
         optimizer = reward.make_optimizer(model)
-        peaks = [group["lr"] for group in optimizer.param_groups]
-        shuffler = data.Generator().manual_seed(args.seed + 1)
+
+        def loss_of(i):
+            rows = parts[i % FOLDS]
+            rows = rows[torch.randperm(len(rows), generator=shuffler)[:batch]]
+            return reward.loss_on_prefixes(model, bags[i % FOLDS], tokens[rows], mask[rows], (ratings[rows] + 2) / 4, texts["names"], shuffler)
+
+        def metrics(rows):
+            return reward.rating_metrics(reward.positive(model, tokens[rows], mask[rows]), ratings[rows], base_rate)
 
         def measure():
-            return reward.rating_metrics(reward.positive(model, tokens[held], mask[held]), ratings[held], base_rate)
-
-        def step(i):
-            for group, lr in zip(optimizer.param_groups, peaks):
-                group["lr"] = lr * min(1, (i + 1) / 20) * (1 - i / steps)
-            part = parts[i % FOLDS]
-            rows = part[torch.randperm(len(part), generator=shuffler)[:batch]]
-            loss = reward.loss_on_prefixes(model, bags[i % FOLDS], tokens[rows], mask[rows], targets[rows], names, shuffler)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            must_be_finite(norm, f"reward model's gradient of step {i + 1}")
-            optimizer.step()
-            if (i + 1) % 10 and i + 1 < steps:
-                return None
-            metrics = {"step": i + 1, "loss": loss.item()}
-            if (i + 1) % 50 == 0 or i + 1 == steps:
-                measured = measure()
-                metrics |= {"val_" + key: measured[key] for key in ("pearson", "auc", "log_loss")}
-            return metrics
+            return {"val_" + key: value for key, value in metrics(next(iter(held.values()))).items() if key in ("pearson", "auc", "log_loss")}
 
         def result():
-            p = reward.positive(model, tokens[held], mask[held]).cpu()
+            rows = next(iter(held.values()))
+            whole = tokens[rows][mask[rows].all(1)]
             rho = load_gpt(pretrained, args.device, args.bf16)
-            prompt = boundary(args, tokenizer)
             samples = sample_completions(rho, prompt, args.rho_samples, args.length, sampler_of(args, 2))
             log_odds = in_chunks(model, samples)
             log_p = F.logsigmoid(log_odds)
             return {"config": pretrained["config"], "model": model.state_dict(), "tokenizer": pretrained["tokenizer"],
-                    "length": args.length, "mean": log_p.mean().item(), "std": log_p.std().item(),
-                    "metrics": measure(), "held": {"p": p, "rating": ratings[held]},
+                    "length": args.length, "labels": len(train), "mean": log_p.mean().item(), "std": log_p.std().item(),
+                    "metrics": {name: metrics(rows) for name, rows in held.items()},
+                    "held": {"p": reward.positive(model, tokens[rows], mask[rows]).cpu(), "rating": rated.ratings[rows],
+                             "tokens": tokens[rows].int().cpu(), "mask": mask[rows].cpu()},
+                    "fooled": reward.fooled(model, whole, texts["names"], torch.Generator().manual_seed(args.seed)),
                     "rho": {"tokens": samples.int().cpu(), "log_odds": log_odds.cpu()}}
+
+        step = descend(model, [optimizer], loss_of, lambda i: min(1, (i + 1) / 20) * (1 - i / steps), steps, 1.0, measure, every=50)
         return step, {"model": model, "optimizer": optimizer, "shuffler": shuffler}, result
 
-    inputs = {"reward_steps": steps, "length": args.length, "rho_samples": args.rho_samples,
-              "pretrain": data.digest(pretrained["model"]),
-              "labels": hashlib.sha256(json.dumps(passages).encode()).hexdigest()[:16]}
-    state = stage(args, "reward", inputs, steps, build)
-    print("reward: " + "  ".join(f"{key} {value:.3f}" for key, value in state["metrics"].items()))
+    inputs = {"reward_steps": steps, "length": args.length, "rho_samples": args.rho_samples, "limit": limit,
+              "pretrain": data.digest(pretrained["model"]), "labels": rated.digest}
+    state = stage(args, part if limit is None else f"{part}_{limit}", inputs, steps, build)
+    for name, found in state["metrics"].items():
+        print(f"{part}, {name}: " + "  ".join(f"{key} {value:.3f}" for key, value in found.items()))
     return state
 
 
-def boundary(args, tokenizer):
-    """The prompt of unconditional samples (1,1): the blank line between speeches."""
-    return torch.tensor([tokenizer.encode_ordinary(data.BOUNDARY)[:1]], device=args.device)
-
-
-def sampler_of(args, use):
-    """A generator on the device for one use (2 rho's samples, 3 fresh samples, 4 PPO); each use has its own seed."""
-    return torch.Generator(args.device).manual_seed(1000 * args.seed + use)
-
-
-def ppo_stage(args, beta, tokenizer, pretrained, judge):
+def ppo_stage(args, beta, tokenizer, prompt, pretrained, judge, gold):
     """The policy tuned at one beta, and fresh samples of it: ppo_beta{beta}.pt."""
     config = ppo.PPOConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(ppo.PPOConfig)})
     config.beta = beta
-    prompt, steps = boundary(args, tokenizer), config.iterations
+    steps = config.iterations
 
     def build():
         rho = load_gpt(pretrained, args.device, args.bf16)
-        model = reward.load_reward(judge, args.device, args.bf16)
+        model, gold_model = (reward.load_reward(state, args.device, args.bf16) for state in (judge, gold))
         run = ppo.PPO(rho, lambda tokens: reward.score(model(tokens), judge["mean"], judge["std"]), prompt, config,
                       1000 * args.seed + 4, model.features)
 
         def step(i):
-            if i == 0 and config.advantage == "gae":     # the value function starts from what rho's samples teach
+            if i == 0:       # the value function starts from what rho's samples teach
                 tokens = judge["rho"]["tokens"][:2048].long().to(args.device)
-                scores = reward.score(judge["rho"]["log_odds"][:2048].to(args.device), judge["mean"], judge["std"])
+                scores = scores_of(judge, judge["rho"])[:2048].to(args.device)
                 run.fit_values(in_chunks(run.prefix_features, tokens), scores[:, None].expand(tokens.shape), epochs=3)
-            metrics = {"step": i + 1, **run.step(i)}
+            metrics, tokens = {"step": i + 1, **run.step(i)}, run.batch["tokens"]
             metrics["positive"] = (run.batch["scores"] * judge["std"] + judge["mean"]).exp().mean().item()
-            metrics |= collapse(run.batch["tokens"].cpu(), tokenizer)
+            metrics["gold"] = reward.score(in_chunks(gold_model, tokens), gold["mean"], gold["std"]).mean().item()
+            metrics |= collapse(tokens.tolist(), tokenizer)
             print("".join(f"warning: {line}\n" for line in ppo.diagnose(metrics, config.epochs)), end="")
             if (i + 1) % 5 == 0:
-                for tokens, score in zip(run.batch["tokens"][:2], run.batch["scores"]):
-                    print(f"--- score {score:.2f}\n{tokenizer.decode(tokens.tolist())}")
+                for row, score in zip(tokens[:2].tolist(), run.batch["scores"]):
+                    print(f"--- score {score:.2f}\n{tokenizer.decode(row)}")
             return metrics
 
-        def result():
-            fresh = measure_policy(args, run.policy, rho, model, prompt, judge)
-            return {"config": pretrained["config"], "model": run.policy.state_dict(), "value": run.value.state_dict(),
-                    "tokenizer": pretrained["tokenizer"], "beta": run.controller.beta, "fresh": fresh}
-        return step, {"run": run}, result
+        def kl(chunk):
+            return ppo.exact_kl(*(completion_logits(m, prompt, chunk).log_softmax(-1) for m in (run.policy, rho))).sum(1)
 
-    inputs = {**dataclasses.asdict(config), "fresh_samples": args.fresh_samples, "mean": judge["mean"], "std": judge["std"],
-              "pretrain": data.digest(pretrained["model"]), "reward": data.digest(judge["model"])}
+        def result():
+            tokens = sample_completions(run.policy, prompt, args.fresh_samples, args.length, sampler_of(args, 3))
+            return {"config": pretrained["config"], "model": run.policy.state_dict(), "value": run.value.state_dict(),
+                    "tokenizer": pretrained["tokenizer"], "beta": run.controller.beta,
+                    "fresh": {"tokens": tokens.int().cpu(), "log_odds": in_chunks(model, tokens).cpu(),
+                              "gold": in_chunks(gold_model, tokens).cpu(), "ref_kl": in_chunks(kl, tokens).cpu()}}
+        return step, run.parts, result
+
+    inputs = {**dataclasses.asdict(config), "fresh_samples": args.fresh_samples, **{key: judge[key] for key in ("mean", "std")},
+              **{name: data.digest(state["model"]) for name, state in (("pretrain", pretrained), ("reward", judge), ("gold", gold))}}
     return stage(args, f"ppo_beta{beta:g}", inputs, steps, build, PPO_SHOWN, pause=0)
 
 
-def measure_policy(args, policy, rho, model, prompt, judge):
-    """Fresh samples of a policy: tokens (N,T), and of each its log-odds of positive and exact KL to rho, nats."""
-    tokens = sample_completions(policy, prompt, args.fresh_samples, args.length, sampler_of(args, 3))
-
-    def kl(chunk):
-        return ppo.exact_kl(completion_logits(policy, prompt, chunk), completion_logits(rho, prompt, chunk)).sum(1)
-
-    return {"tokens": tokens.int().cpu(), "log_odds": in_chunks(model, tokens).cpu(), "ref_kl": in_chunks(kl, tokens).cpu()}
-
-
-def collapse(tokens, tokenizer):
-    """How far completions (B,T) have collapsed: separators, distinct-2, duplicates, each a share from 0 to 1."""
-    text = "".join(tokenizer.decode_batch(tokens.tolist()))
-    pairs = [pair for row in tokens.tolist() for pair in zip(row, row[1:])]
+def collapse(rows, tokenizer):
+    """How far completions, lists of tokens, have collapsed: separators, distinct-2, duplicates, each a share from 0 to 1."""
+    text = "".join(tokenizer.decode_batch(rows))
+    pairs = [pair for row in rows for pair in zip(row, row[1:])]
     return {"separators": sum(text.count(c) for c in "\n ,.") / len(text), "distinct_2": len(set(pairs)) / len(pairs),
-            "duplicates": 1 - len({tuple(row) for row in tokens.tolist()}) / len(tokens)}
+            "duplicates": 1 - len(set(map(tuple, rows))) / len(rows)}
 
 
 # ---- report -------------------------------------------------------------------------------
 
+def scores_of(judge, pool, key="log_odds"):
+    """The scores (N,) of completions kept with their log-odds."""
+    return reward.score(pool[key], judge["mean"], judge["std"])
+
+
 @torch.no_grad()
-def optima(args, tokenizer, pretrained, judge, runs):
+def optima(args, prompt, pretrained, judge, runs):
     """The exact optimum of each run's beta, from samples of rho and of every run pooled (balance heuristic).
 
     Returns (a dict of ppo.optimum for each run, the pooled scores (N,), their log(rho/q) (N,)).
     """
-    prompt, pools = boundary(args, tokenizer), [judge["rho"]] + [run["fresh"] for run in runs]
+    pools = [judge["rho"]] + [run["fresh"] for run in runs]
     tokens = torch.cat([pool["tokens"] for pool in pools]).long().to(args.device)
     scores = torch.cat([scores_of(judge, pool) for pool in pools])
 
@@ -386,12 +391,7 @@ def optima(args, tokenizer, pretrained, judge, runs):
             {"objective": None, "score": None, "ref_kl": None, "ess": 0.0} for run in runs], scores, weights
 
 
-def scores_of(judge, pool):
-    """The scores (N,) of completions kept with their log-odds."""
-    return reward.score(pool["log_odds"], judge["mean"], judge["std"])
-
-
-def summarise(args, pretrained, judge, runs, best):
+def summarise(args, pretrained, judge, gold, runs, best):
     """The numbers of summary.json. An optimum whose effective sample size is below 100 is left null."""
     rho, rows = scores_of(judge, judge["rho"]).mean().item(), []
     for run, optimum in zip(runs, best):
@@ -399,20 +399,24 @@ def summarise(args, pretrained, judge, runs, best):
         objective = scores - run["beta"] * kl
         rows.append({
             "beta": run["beta"], "iterations": len(run["history"]), "score": scores.mean().item(),
+            "gold": scores_of(gold, run["fresh"], "gold").mean().item(),
             "positive": run["fresh"]["log_odds"].sigmoid().mean().item(), "ref_kl": kl.mean().item(),
             "objective": objective.mean().item(), "objective_se": objective.std().item() / len(kl) ** 0.5,
             "reference_objective": rho,
             "optimum": {key: value if known or key == "ess" else None for key, value in optimum.items()},
             "fraction_of_optimum": (objective.mean().item() - rho) / (optimum["objective"] - rho) if known else None,
             "seconds_per_iteration": run["step_seconds"] / len(run["history"])})
-    seconds = {"data": args.data_seconds, "pretrain": pretrained["seconds"], "reward": judge["seconds"],
+    seconds = {"data": args.data_seconds, "pretrain": pretrained["seconds"], "reward": judge["seconds"], "gold": gold["seconds"],
                "ppo": {f"{run['inputs']['beta']:g}": run["seconds"] for run in runs}}
-    seconds["total"] = sum(seconds["ppo"].values()) + seconds["data"] + seconds["pretrain"] + seconds["reward"]
+    seconds["total"] = sum(seconds["ppo"].values()) + sum(value for key, value in seconds.items() if key != "ppo")
+    first, *others = judge["metrics"]
     return {"size": args.size, "device": args.device.type, "seconds": seconds,
             "pretrain": {key: pretrained[key] for key in ("parameters", "val_bits_per_byte")},
-            "reward": {**{f"val_{key}": value for key, value in judge["metrics"].items()}, "mean": judge["mean"],
-                       "std": judge["std"], "reference_positive": judge["rho"]["log_odds"].sigmoid().mean().item()},
-            "ppo": rows}
+            "reward": {"labels": judge["labels"], **{f"val_{key}": value for key, value in judge["metrics"][first].items()},
+                       "mean": judge["mean"], "std": judge["std"], "fooled": judge["fooled"],
+                       "reference_positive": judge["rho"]["log_odds"].sigmoid().mean().item(),
+                       **{name: judge["metrics"][name] for name in others}},
+            "gold": {f"val_{key}": value for key, value in gold["metrics"][first].items()}, "ppo": rows}
 
 
 def draw(path, *panels, size=(4.4, 3.4)):
@@ -439,110 +443,130 @@ def draw(path, *panels, size=(4.4, 3.4)):
     data.write_file(path, buffer.getvalue())
 
 
-def draw_training(folder, pretrained, judge):
-    """pretrain.png and reward.png: learning curves, and the calibration of the reward model."""
-    def curve(state, key, style, label=None):
-        rows = [row for row in state["history"] if key in row]
-        return [row["step"] for row in rows], [row[key] for row in rows], style, label or key.replace("val_", "")
+def column(state, key):
+    """A metric of a stage's history, where it was measured."""
+    return [row[key] for row in state["history"] if key in row]
+
+
+def draw_training(folder, pretrained, judge, curve):
+    """pretrain.png, reward.png: learning curves, and the calibration of the reward model. labels.png: what labels are worth."""
+    def line(state, key, style, label=None):
+        return [row["step"] for row in state["history"] if key in row], column(state, key), style, label or key.replace("val_", "")
 
     draw(folder / "pretrain.png", ("Pretraining", "step", "nats per token; bits per byte", [
-        curve(pretrained, "loss", "C0-", "training loss, nats per token"),
-        curve(pretrained, "val_bits_per_byte", "C1o-", "held-out plays, bits per byte")]), size=(7, 4))
+        line(pretrained, "loss", "C0-", "training loss, nats per token"),
+        line(pretrained, "val_bits_per_byte", "C1o-", "held-out plays, bits per byte")]), size=(7, 4))
     p, target = judge["held"]["p"], (judge["held"]["rating"] + 2) / 4
     bins = [rows for rows in p.argsort().chunk(8) if len(rows)]
-    steps = [row["step"] for row in judge["history"]]
+    constant = next(iter(judge["metrics"].values()))["constant_log_loss"]
     draw(folder / "reward.png",
          ("Reward model, held-out passages", "step", "from 0 to 1",
-          [curve(judge, "val_pearson", "C0o-"), curve(judge, "val_auc", "C1o-")]),
+          [line(judge, "val_pearson", "C0o-"), line(judge, "val_auc", "C1o-")]),
          ("Log loss, held-out passages", "step", "nats", [
-             curve(judge, "val_log_loss", "C0o-", "reward model"),
-             ([steps[0], steps[-1]], [judge["metrics"]["constant_log_loss"]] * 2, "k:", "constant predictor")]),
+             line(judge, "val_log_loss", "C0o-", "reward model"), ([0, len(judge["history"]) * 10], [constant] * 2, "k:", "constant predictor")]),
          ("Calibration, held-out passages", "mean P(positive) of an eighth", "mean (rating + 2) / 4 of the eighth", [
              ([p[rows].mean() for rows in bins], [target[rows].mean() for rows in bins], "C0o-", "reward model"),
              ([0, 1], [0, 1], "k:", "perfect")]))
+    if curve:
+        sizes, found = [s["labels"] for s in curve], [next(iter(s["metrics"].values())) for s in curve]
+        draw(folder / "labels.png", *(
+            (name, "labels (log 10)", "on held-out passages", [
+                ([math.log10(n) for n in sizes], [m[key] for m in found], "C0o-", "reward model"),
+                ([math.log10(n) for n in sizes], [anchor] * len(sizes), "k:", "TF-IDF + ridge, 4,370 labels")])
+            for name, key, anchor in (("Pearson", "pearson", 0.562), ("AUC", "auc", 0.843))))
 
 
 def draw_ppo(folder, judge, runs, best, scores, weights):
-    """ppo.png, collapse.png: metrics against iteration. frontier.png: score against drift, and what is possible."""
-    def panel(title, y, key, extra=()):
-        return (title, "iteration", y, [(column(run, "step"), column(run, key), f"C{i}-", names[i])
-                                        for i, run in enumerate(runs)] + list(extra))
-
-    def column(run, key):
-        return [row[key] for row in run["history"]]
-
+    """ppo.png, collapse.png: metrics against iteration. frontier.png, gold.png: score against drift, and what is possible."""
     names = [f"beta {run['beta']:.3g}" for run in runs]
     known = [(i, run, o) for i, (run, o) in enumerate(zip(runs, best)) if o["ess"] >= MIN_ESS]
     floors = [([1, len(run["history"])], [o["objective"]] * 2, f"C{i}:", f"J*, {names[i]}") for i, run, o in known]
+
+    def panel(title, y, key, extra=()):
+        return title, "iteration", y, [(column(run, "step"), column(run, key), f"C{i}-", names[i]) for i, run in enumerate(runs)] + list(extra)
+
     draw(folder / "ppo.png", panel("Score", "deviations of rho's score", "score"),
          panel("Drift", "ref_kl, nats per completion", "ref_kl"),
-         panel("Objective J", "score - beta KL", "objective", floors), panel("Train loss", "clipped surrogate", "policy_loss"), panel("Clip fraction", "share of tokens", "clipfrac"),
-         panel("Sentiment", "mean P(positive)", "positive"))
+         panel("Objective J", "score - beta KL", "objective", floors), panel("Train loss", "clipped surrogate", "policy_loss"),
+         panel("Clip fraction", "share of tokens", "clipfrac"), panel("Sentiment", "mean P(positive)", "positive"))
     draw(folder / "collapse.png", panel("Separators: newline space , .", "share of characters", "separators"),
          panel("Distinct pairs of tokens", "share of pairs", "distinct_2"),
          panel("Duplicates", "share of completions", "duplicates"),
          panel("Likelihood under rho", "nats per token", "ref_logprob"), panel("Entropy", "nats per token", "entropy"))
 
-    def root(kl):
-        return max(kl, 0.0) ** 0.5
+    def root(kls):
+        return [max(kl, 0.0) ** 0.5 for kl in kls]
+
+    def paths(key, style, what):
+        return [(root(column(run, "exact_kl")), column(run, key), f"C{i}{style}", f"{what}, {names[i]}") for i, run in enumerate(runs)]
 
     frontier = [ppo.optimum(scores, 10 ** (e / 20), weights) for e in range(40, -40, -1)]
     frontier = [o for o in frontier if o["ess"] >= MIN_ESS]
     bests = [ppo.best_of_n(scores_of(judge, judge["rho"]), 2 ** k) for k in range(9)]
-    draw(folder / "frontier.png", ("How much score for how much drift?", "sqrt(KL to rho), KL in nats per completion",
-                                   "score, deviations of rho's", [
-        ([root(o["ref_kl"]) for o in frontier], [o["score"] for o in frontier], "k-", "exact frontier: no policy is above it"),
-        ([root(kl) for _, kl in bests], [score for score, _ in bests], "C7s--", "best of n = 1, 2, 4 ... 256 (KL at most)"),
-        *(([root(kl) for kl in column(run, "exact_kl")], column(run, "score"), f"C{i}.-", f"PPO, {names[i]}")
-          for i, run in enumerate(runs)),
-        *(([root(o["ref_kl"])], [o["score"]], f"C{i}*", f"exact optimum, {names[i]}") for i, run, o in known)]),
-        size=(8, 5.5))
+    axes = "sqrt(KL to rho), KL in nats per completion", "score, deviations of rho's"
+    draw(folder / "frontier.png", ("How much score for how much drift?", *axes, [
+        (root(o["ref_kl"] for o in frontier), [o["score"] for o in frontier], "k-", "exact frontier: no policy is above it"),
+        (root(kl for _, kl in bests), [score for score, _ in bests], "C7s--", "best of n = 1, 2, 4 ... 256 (KL at most)"),
+        *paths("score", ".-", "PPO"),
+        *((root([o["ref_kl"]]), [o["score"]], f"C{i}*", f"exact optimum, {names[i]}") for i, run, o in known)]), size=(8, 5.5))
+    draw(folder / "gold.png", ("Does the judge who was not optimised agree?", *axes, paths("score", ".-", "proxy") + paths("gold", ".--", "gold")), size=(8, 5.5))
 
 
-def write_samples(args, tokenizer, judge, pool, name):
-    """samples/{name}.txt: twenty completions with what the reward model says of each. Returns them as a list."""
+def write_samples(path, tokenizer, judge, pool):
+    """Twenty completions with what the reward model says of each, into a text file. Returns them as a list."""
     texts = []
-    rows = zip(pool["tokens"][:20], pool["log_odds"], scores_of(judge, pool), pool["ref_kl"])
-    for tokens, log_odds, score, kl in rows:
+    for tokens, log_odds, score, kl in zip(pool["tokens"][:20], pool["log_odds"], scores_of(judge, pool), pool["ref_kl"]):
         texts.append(f"{tokenizer.decode(tokens.tolist())}\n\nPositive Prob: {100 * log_odds.sigmoid():.1f}%"
                      f"   Score: {score:.2f}   KL: {kl:.1f} nats")
-    data.write_file(args.out / "samples" / f"{name}.txt", f"\n\n{'-' * 60}\n\n".join(texts) + "\n")
+    data.write_file(path, f"\n\n{'-' * 60}\n\n".join(texts) + "\n")
     return texts
 
 
-def write_report(args, tokenizer, pretrained, judge, runs):
-    """samples/*.txt, figures/*.png, summary.json and report.md; prints samples before and after, and the table."""
-    best, scores, weights = optima(args, tokenizer, pretrained, judge, runs)
-    for name in ("figures", "samples"):
-        (args.out / name).mkdir(exist_ok=True)
-    draw_training(args.out / "figures", pretrained, judge)
-    draw_ppo(args.out / "figures", judge, runs, best, scores, weights)
-    summary = summarise(args, pretrained, judge, runs, best)
-    data.write_file(args.out / "summary.json", json.dumps(summary, indent=1))
-
+def table(columns, rows):
+    """A markdown table: lines of text."""
     def cell(x):
         return "" if x is None else f"{x:.3g}" if isinstance(x, float) else str(x)
+    return [f"| {' | '.join(map(cell, row))} |" for row in (columns, ["---"] * len(columns), *rows)] + [""]
 
-    columns = ["beta", "score", "positive", "ref_kl", "objective", "objective_se", "fraction_of_optimum"]
+
+def mistakes(judge, tokenizer, n=10):
+    """Rows of a table: the held-out passages where P(positive) is farthest from the rating."""
+    held = judge["held"]
+    worst = (held["p"] - (held["rating"] + 2) / 4).abs().argsort(descending=True)[:n]
+    return [(held["rating"][i].item(), held["p"][i].item(),
+             " / ".join(tokenizer.decode(held["tokens"][i][held["mask"][i]].tolist()).split("\n")).replace("|", "")) for i in worst]
+
+
+def write_report(args, tokenizer, prompt, pretrained, judge, gold, curve, runs):
+    """samples/*.txt, figures/*.png, summary.json and report.md; prints samples before and after, and the table."""
+    best, scores, weights = optima(args, prompt, pretrained, judge, runs)
+    for name in ("figures", "samples"):
+        (args.out / name).mkdir(exist_ok=True)
+    draw_training(args.out / "figures", pretrained, judge, curve)
+    draw_ppo(args.out / "figures", judge, runs, best, scores, weights)
+    summary = summarise(args, pretrained, judge, gold, runs, best)
+    data.write_file(args.out / "summary.json", json.dumps(summary, indent=1))
+    columns = ["beta", "score", "gold", "positive", "ref_kl", "objective", "objective_se", "fraction_of_optimum"]
+    results = table([*columns, "J*", "score*", "KL*", "ESS"], [
+        [*(row[c] for c in columns), *(row["optimum"][key] for key in ("objective", "score", "ref_kl", "ess"))] for row in summary["ppo"]])
+    print("", *results, sep="\n")
     lines = ["# Report of one study", "", f"Size {args.size} on {args.device.type}, seed {args.seed}. Pretraining: "
-             f"{pretrained['val_bits_per_byte']:.3f} bits per byte on held-out text. Reward model on held-out passages: "
-             f"Pearson {judge['metrics']['pearson']:.3f}, AUC {judge['metrics']['auc']:.3f}. Samples of rho: P(positive) "
-             f"{summary['reward']['reference_positive']:.3f}, score 0.", "",
-             "| " + " | ".join([*columns, "J*", "score*", "KL*", "ESS"]) + " |", "|" + "---|" * (len(columns) + 4)]
-    for row, optimum in zip(summary["ppo"], best):
-        stars = [row["optimum"].get(key) for key in ("objective", "score", "ref_kl", "ess")]
-        lines.append("| " + " | ".join(cell(x) for x in [*(row[c] for c in columns), *stars]) + " |")
-    lines += ["", f"Measured on {args.fresh_samples} fresh samples of each policy; ref_kl in nats per completion. J*, the exact "
-              f"optimum, is left out where its effective sample size (ESS) is below {MIN_ESS}.", ""]
-    print("\n".join(lines[4:]))
-    lines += [f"![{name}](figures/{name}.png)\n" for name in ("frontier", "ppo", "collapse", "pretrain", "reward")]
-    before = write_samples(args, tokenizer, judge, {**judge["rho"], "ref_kl": torch.zeros(20)}, "rho")
+             f"{pretrained['val_bits_per_byte']:.3f} bits per byte on held-out text. Samples of rho: P(positive) "
+             f"{summary['reward']['reference_positive']:.3f}, score 0.", "", *results,
+             f"Measured on {args.fresh_samples} fresh samples of each policy; ref_kl in nats per completion. J*, the exact "
+             f"optimum, is left out where its effective sample size (ESS) is below {MIN_ESS}. gold: the score by a reward "
+             "model trained on other labels, which nothing was optimised for.", ""]
+    lines += [f"![{name}](figures/{name}.png)\n" for name in ("frontier", "gold", "ppo", "collapse", "pretrain", "reward", *["labels"] * bool(curve))]
+    lines += ["## The reward model on what it was not trained on", "", *table(["held out", *next(iter(judge["metrics"].values()))], [
+        [f"{who}: {name}", *found.values()] for who, state in (("reward", judge), ("gold", gold)) for name, found in state["metrics"].items()])]
+    lines += ["## Can nonsense please it?", "", *table(["passages", "mean P(positive)"], judge["fooled"].items())]
+    lines += ["## Its ten most confident mistakes", "", *table(["rating", "P(positive)", "passage"], mistakes(judge, tokenizer))]
+    before = write_samples(args.out / "samples" / "rho.txt", tokenizer, judge, {**judge["rho"], "ref_kl": torch.zeros(20)})
     for run in runs:
         name = f"ppo_beta{run['inputs']['beta']:g}"
-        pairs = list(zip(before, write_samples(args, tokenizer, judge, run["fresh"], name)))
+        pairs = list(zip(before, write_samples(args.out / "samples" / f"{name}.txt", tokenizer, judge, run["fresh"])))
         print("\n".join(f"\n===== before\n{old}\n\n===== after, beta {run['beta']:g}\n{new}" for old, new in pairs[:2]))
-        lines += [f"## {name}, before and after", ""]
-        lines += [f"```\n{old}\n```\n\nafter:\n\n```\n{new}\n```\n" for old, new in pairs[:4]]
+        lines += [f"## {name}, before and after", "", *(f"```\n{old}\n```\n\nafter:\n\n```\n{new}\n```\n" for old, new in pairs[:4])]
     data.write_file(args.out / "report.md", "\n".join(lines))
 
 
@@ -550,17 +574,18 @@ def main(argv=None, until="report"):
     args = parse(argv)
     began = time.monotonic()
     with data.locked(args.out):
-        texts, tokenizer = data_stage(args)
+        texts, tokenizer, prompt = data_stage(args)
         args.data_seconds = time.monotonic() - began
-        data.read_labels(args.labels or data.HERE / "labels.csv", args.corpus)    # a bad row is told now, not after pretraining
-        pretrained = pretrain_stage(args, texts)
-        judge = reward_stage(args, tokenizer, pretrained)
+        rated = rated_passages(args, tokenizer)       # before pretraining: a bad row is told now
+        pretrained = pretrain_stage(args, texts, prompt)
+        judge, gold = (reward_stage(args, texts, prompt, pretrained, rated, part) for part in ("reward", "gold"))
+        limits = [n for n in (250, 500, 1000, 2000, 4000, 8000, 16000) if args.learning_curve and n < judge["labels"]]
+        curve = [reward_stage(args, texts, prompt, pretrained, rated, limit=n) for n in limits] + [judge] * bool(limits)
         if until in ("ppo", "report"):
-            runs = [ppo_stage(args, beta, tokenizer, pretrained, judge) for beta in sorted(set(args.beta))]
+            runs = [ppo_stage(args, beta, tokenizer, prompt, pretrained, judge, gold) for beta in sorted(set(args.beta))]
         if until == "report":
-            write_report(args, tokenizer, pretrained, judge, runs)
-            minutes = (time.monotonic() - began) / 60
-            print(f"\n{args.out / 'report.md'} has the figures and more samples. {minutes:.1f} minutes.")
+            write_report(args, tokenizer, prompt, pretrained, judge, gold, curve, runs)
+            print(f"\n{args.out / 'report.md'} has the figures and more samples. {(time.monotonic() - began) / 60:.1f} minutes.")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ BUGS = [
     Bug("log-softmax in half precision", "minimind #814",
         "Log-probabilities carry errors of a hundredth, which the ratio takes for a change of the policy.",
         "ppo", "ppo.py",
-        [("    logits = logits.float()\n    return logits.gather", "    logits = logits.bfloat16()\n    return logits.gather")]),
+        [("return logits.float().log_softmax(-1)", "return logits.bfloat16().log_softmax(-1)")]),
 
     # ---- the reward model
     Bug("the last sampled token never reaches the reward model", "ZiyueWang25, ckkissane, minRLHF",
@@ -96,7 +96,7 @@ BUGS = [
     Bug("train/test split shuffled twice", "ckkissane",
         "The rows to train on and the rows to measure on come from two shuffles, so test items are trained on and all looks well.",
         "reward", "train.py",
-        [("train = (~held).nonzero().squeeze(1)", "train = torch.randperm(len(held))[held.sum():]")]),
+        [("train, batch = rated.sets[part], 32", "train, batch = torch.randperm(len(rated.ratings))[:len(rated.sets[part])], 32")]),
     Bug("softmax applied before cross-entropy", "nanoChatGPT",
         "A probability from 0 to 1 is read as log-odds, so no passage can come out below one half, and gradients are small.",
         "reward", "reward.py",
@@ -141,7 +141,8 @@ BUGS = [
     Bug("rewards used where returns belong", "rlhf-book #216",
         "A token's advantage is its own reward: what it leads to, the score above all, does not count.",
         "ppo", "ppo.py",
-        [("returns = rewards.flip(1).cumsum(1).flip(1)", "returns = rewards")]),
+        [("delta = rewards[:, t] + gamma * next_value - values[:, t]", "delta = rewards[:, t]"),
+         ("delta + gamma * lam * advantage, advantage)", "delta, advantage)")]),
     Bug("advantages whitened inside each sequence, padding included", "thomfoster/minRLHF",
         "Good and bad completions come out alike, for each has mean 0.",
         "ppo", "ppo.py",
@@ -191,12 +192,13 @@ BUGS = [
     Bug("beta lost on resume", "verl #2653",
         "An adapted beta is not in the checkpoint, so a run cut off goes on with the first one.",
         "loop", "ppo.py",
-        [(', "controller": self.controller}', "}")]),
+        [(', "controller": self.controller,', ",")]),
     Bug("reference lost on resume", "NeMo-RL #3722",
         "The reference is made from the loaded policy, KL starts at 0 again, and each resume allows the drift once more.",
         "loop", "ppo.py",
-        [("            part.load_state_dict(state[name])\n",
-          '            part.load_state_dict(state[name])\n        self.ref.load_state_dict(state["policy"])\n')]),
+        [('        self.parts = {"policy"',
+          "        self.policy.register_load_state_dict_post_hook(lambda *_: self.ref.load_state_dict(self.policy.state_dict()))\n"
+          '        self.parts = {"policy"')]),
 ]
 
 

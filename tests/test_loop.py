@@ -128,13 +128,6 @@ def test_no_iteration_ends_above_the_optimum(beta):
     assert objective(tuned(beta=beta)[0].policy, beta) <= J_best + 1e-6, "the tuned policy beats the optimum"
 
 
-def test_without_a_value_function_it_gets_there_too():
-    """advantage="score", the exercise's form: later rewards less their batch mean. Noisier, so 0.03 nats."""
-    run, _ = tuned(beta=1.5, advantage="score")
-    gap = kl(logprobs(run.policy), best(1.5)[0])
-    assert gap < 3e-2, f"without values the loop ends {gap:.4f} nats from pi*"
-
-
 def count_twos(tokens):
     return (tokens == 2).sum(1).float()
 
@@ -422,15 +415,15 @@ def test_a_gradient_that_is_not_finite_stops_the_run():
     assert same(weights(run.policy), weights(rho())), "the bad gradient reached the weights"
 
 
-@pytest.mark.parametrize("advantage", ["gae", "score"])
-def test_going_on_from_a_checkpoint_gives_the_same_bits(advantage):
+def test_going_on_from_a_checkpoint_gives_the_same_bits():
     """6 iterations = 3, saved and loaded into a new run, and 3 more: optimizers, random streams, beta, reference."""
-    options = {"advantage": advantage, "iterations": 6, "kl_target": 0.1, "beta": 0.2, "batch": 128}
+    options = {"iterations": 6, "kl_target": 0.1, "beta": 0.2, "batch": 128}
     whole, first, second = (new_run(seed=s, **options) for s in (1, 1, 99))
     expected = [whole.step(i) for i in range(6)]
     metrics, file = [first.step(i) for i in range(3)], io.BytesIO()
-    torch.save(first.state_dict(), file)
-    second.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    torch.save({name: part.state_dict() for name, part in first.parts.items()}, file)
+    for name, state in torch.load(io.BytesIO(file.getvalue()), weights_only=True).items():
+        second.parts[name].load_state_dict(state)
     torch.manual_seed(12345)                # the loop draws from its own generators only
     metrics += [second.step(i) for i in range(3, 6)]
     assert metrics == expected, "the metrics differ: something was lost on the way"
