@@ -10,8 +10,8 @@ of "positive", for every prefix of a passage:
   trained to correct the other.
 
 A trunk that has read five megabytes knows little of word meaning, and alone loses to a bag of
-words; together their log loss is lower (wide and deep: Cheng 2016). Each prefix is a training example:
-augmentation for free, and a start for PPO's value function.
+words (the README has the numbers); wide and deep together: Cheng 2016. Each prefix is a training
+example: augmentation for free, and a start for PPO's value function.
 
     python reward.py                             trains it (after pretraining), prints what it reaches
     python reward.py --score FILE.jsonl          prints each line {"text": ...} with "positive": p

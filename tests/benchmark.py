@@ -2,6 +2,7 @@
 
     python tests/benchmark.py            a table
     python tests/benchmark.py --json     one JSON object on one line
+    python tests/benchmark.py --scaling  how the times grow with length, batch, depth and width (minutes)
 
 Times, medians of several repeats after a warm-up, of one iteration as ppo.PPO does it: rollout
 (sampling), scoring (policy, reference, reward model, values), update (all epochs and the value
@@ -118,6 +119,24 @@ def pretrain_rate(args, bf16, device):
     return 16 * 128 / median_seconds(lambda: [step() for _ in range(4)], args.repeats, device) * 4
 
 
+SCALES = {"length": (32, 64, 128, 256), "batch": (32, 128, 512), "layers": (2, 4, 8), "width": (128, 256, 512)}
+
+
+def scaling(args, bf16, device):
+    """A markdown table: the times of an iteration as one number of its shape changes, beside the arithmetic's."""
+    print("| shape | rollout | scoring | update | total | arithmetic at the measured rate | ratio |\n|---|---|---|---|---|---|---|")
+    for name, values in SCALES.items():
+        for value in values:
+            changed = argparse.Namespace(**{**vars(args), name: value})
+            run = make_run(changed, bf16, device)
+            times = time_iteration(run, args.repeats, device, lambda r: sample_completions(
+                r.policy, r.prompt, changed.batch, changed.length, r.sampler))
+            rate = matmul_rate(run.ref.config, changed.minibatch * changed.length, torch.bfloat16 if bf16 else torch.float32, device, 3)
+            floor = iteration_flops(run.ref.config, changed.batch, changed.length, changed.epochs) / rate
+            cells = [*times, sum(times), floor, sum(times) / floor]
+            print(f"| {name} {value} | " + " | ".join(f"{x:.2f}" for x in cells) + " |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     shape = {"batch": 128, "length": 64, "epochs": 4, "layers": 4, "width": 256, "vocab": 2048, "minibatch": 32}
@@ -127,9 +146,12 @@ def main():
     parser.add_argument("--fp32", action="store_true", help="no bfloat16")
     parser.add_argument("--no-naive", action="store_true", help="leave the naive twin out: it takes longest")
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
+    parser.add_argument("--scaling", action="store_true", help="a table over lengths, batches, depths and widths instead")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = has_bf16(device) and not args.fp32
+    if args.scaling:
+        return scaling(args, bf16, device)
     run = make_run(args, bf16, device)
     rollout, scoring, update = time_iteration(run, args.repeats, device, lambda r: sample_completions(
         r.policy, r.prompt, args.batch, args.length, r.sampler))

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -192,6 +193,35 @@ def test_reference_and_held_out_passages_stay_out_of_training(study, texts):
     assert data.load_checkpoint(study / "reward.pt")["held"]["rating"].tolist() == held, "measured on other passages than those held out"
 
 
+def test_half_of_the_windows_begin_where_a_speech_does(texts, tmp_path, monkeypatch):
+    """Unconditional samples have only the blank line before them, so that context must be seen in training."""
+    windows, seen = train.windows, []
+
+    def spy(tokens, starts, length):
+        seen.append((tokens, starts))
+        return windows(tokens, starts, length)
+
+    monkeypatch.setattr(train, "windows", spy)
+    args = train.parse(argv(texts, tmp_path))
+    arrays, _, prompt = train.data_stage(args)
+    train.pretrain_stage(args, arrays, prompt)
+    starts = [starts for tokens, starts in seen if tokens is arrays["train"]]
+    assert len(starts) == 30 and all((arrays["train"][rows[::2]] == prompt.item()).all() for rows in starts), "no speech begins there"
+    others = arrays["train"][torch.cat([rows[1::2] for rows in starts])]
+    assert (others == prompt.item()).float().mean() < 0.5, "the other half should begin anywhere"
+
+
+def test_the_ratings_of_samples_are_many_and_of_both_kinds():
+    """At least 600 completions of rho and 300 of tuned policies, rated from -2 to 2; a quarter by hash is held out."""
+    with open(data.HERE / "labels_samples.csv", newline="") as file:
+        drawn_from = [row["drawn_from"] for row in csv.DictReader(file)]
+    passages = data.read_labels(data.HERE / "labels_samples.csv")
+    assert drawn_from.count("rho") >= 600 and len(drawn_from) - drawn_from.count("rho") >= 300, "too few ratings of a kind"
+    assert len({text for text, _ in passages}) == len(passages), "a sample is rated twice"
+    held = sum(data.text_fold(text, 16) % 4 == 0 for text, _ in passages) / len(passages)
+    assert abs(held - 0.25) < 0.03, f"{held:.2f} of the samples are held out, not a quarter"
+
+
 # ---- running it again ---------------------------------------------------------------------------
 
 def test_a_second_run_does_nothing_again(texts, again, capsys, monkeypatch):
@@ -266,7 +296,7 @@ def killed(texts, tmp_path_factory):
         pytest.skip("this machine cannot fork")
     server, folder, rng = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("killed"), random.Random(0)
     server.set_forkserver_preload(["train", "torch._dynamo"])      # imported once (optimizers want the latter), and forked from there
-    for moment in [rng.randint(1, most) for most in [60] * 6 + [35] * 4] + [0]:
+    for moment in [rng.randint(1, most) for most in [70] * 6 + [14] * 4] + [0]:
         process = server.Process(target=train_and_die, args=(argv(texts, folder / "out", "--checkpoint-every", 0), folder / "log", moment))
         process.start()
         process.join()
@@ -285,8 +315,8 @@ def test_a_study_killed_ten_times_ends_with_the_same_bits(study, killed, name):
 def test_the_kills_hit_every_kind_of_stage_and_leave_no_litter(killed):
     """Else the test above shows nothing."""
     log = (killed / "log").read_text()
-    for name in ("pretrain.pt", "reward.pt", "ppo_beta2.pt"):
-        assert f"{name}: going on after step" in log, f"no kill fell into {name}: choose other moments"
+    for name in ("pretrain", "reward", "ppo_beta"):
+        assert re.search(rf"{name}\S*\.pt: going on after step", log), f"no kill fell into {name}: choose other moments"
     litter = [path.name for path in (killed / "out").iterdir() if "tmp" in path.name or "partial" in path.name]
     assert not litter, f"files of killed runs are left: {litter}"
 
