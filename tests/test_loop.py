@@ -93,7 +93,12 @@ def train(**options):
 
 
 tuned = functools.cache(train)              # runs that several tests look at
-BETAS = pytest.mark.parametrize("beta", [1.5, 2.0, 3.0])
+BETAS = pytest.mark.parametrize("beta", [0.75, 1.0, 1.5])
+
+
+def converged(beta):
+    """A run long enough, at a rate low enough, to end within a hundredth of a nat of pi*."""
+    return tuned(beta=beta, lr=1e-3, iterations=90)
 
 
 def weights(model):
@@ -109,11 +114,11 @@ def same(a, b):
 
 @BETAS
 def test_the_loop_reaches_the_optimum(beta):
-    """KL(pi to pi*) < 0.01 nats, pi* = rho exp(r / beta) / Z, so J within 0.01 beta of J* (Korbak 2022)."""
-    policy, (target, J_best) = tuned(beta=beta)[0].policy, best(beta)
+    """KL(pi to pi*) < 0.01 nats, pi* = rho exp(r / beta) / Z, and J within 1 percent of J* (Korbak 2022)."""
+    policy, (target, J_best) = converged(beta)[0].policy, best(beta)
     gap, J = kl(logprobs(policy), target), objective(policy, beta)
     assert gap < 1e-2, f"the loop ends {gap:.4f} nats from pi*: is the KL of later tokens credited to each token?"
-    assert J > J_best - 0.01 * beta, f"J is {J:.4f}, the optimum {J_best:.4f}"
+    assert J > 0.99 * J_best, f"J is {J:.4f}, the optimum {J_best:.4f}"
 
 
 @BETAS
@@ -125,7 +130,7 @@ def test_no_iteration_ends_above_the_optimum(beta):
         J = objective(run.policy, beta)
         assert J <= J_best + 1e-6, f"J = {J:.6f} after iteration {i} lies above J* = {J_best:.6f}"
         close(J_best - J, beta * kl(logprobs(run.policy), target), "J* - J is not beta KL(pi to pi*)", atol=1e-5, rtol=0)
-    assert objective(tuned(beta=beta)[0].policy, beta) <= J_best + 1e-6, "the tuned policy beats the optimum"
+    assert objective(converged(beta)[0].policy, beta) <= J_best + 1e-6, "the tuned policy beats the optimum"
 
 
 def count_twos(tokens):
@@ -146,8 +151,8 @@ def test_a_large_beta_stays_at_rho():
 
 def test_a_larger_beta_ends_nearer_to_rho():
     """KL(pi to rho) falls along the sweep, down to standing still."""
-    sweep = [{"beta": 1.5}, {"beta": 2.0}, {"beta": 3.0}, {"beta": 50.0, "iterations": 20, "lr": 5e-4}]
-    drift = [kl(logprobs(tuned(**options)[0].policy), logprobs(rho())) for options in sweep]
+    runs = [*map(converged, (0.75, 1.0, 1.5)), tuned(beta=50.0, iterations=20, lr=5e-4)]
+    drift = [kl(logprobs(run.policy), logprobs(rho())) for run, _ in runs]
     assert drift == sorted(drift, reverse=True), f"KL to rho from small to large beta: {drift}"
 
 
@@ -182,7 +187,7 @@ def test_two_well_known_bugs_end_elsewhere(bug, monkeypatch):
     Both have another fixed point than pi* (ZiyueWang25/RLHF-Shakespeare has both).
     """
     patch = functools.partial(monkeypatch.setattr, ppo)
-    right = kl(logprobs(tuned(beta=1.0)[0].policy), best(1.0)[0])
+    right = kl(logprobs(converged(1.0)[0].policy), best(1.0)[0])
     patch("kl_penalised_rewards", own_token_credit) if bug == "own token" else penalty_in_the_loss(patch)
     gap = kl(logprobs(train(beta=1.0)[0].policy), best(1.0)[0])
     assert gap > max(1e-2, 2 * right), f"broken on purpose, yet {gap:.4f} nats from pi*, {right:.4f} when right"
@@ -198,7 +203,7 @@ def test_an_adaptive_beta_brings_ref_kl_to_its_target():
 
 def test_without_a_target_beta_stays_to_the_last_bit():
     """The controller is off by default."""
-    assert {metrics["beta"] for metrics in tuned(beta=1.5)[1]} == {1.5}, "beta moved without a target"
+    assert {metrics["beta"] for metrics in converged(1.5)[1]} == {1.5}, "beta moved without a target"
 
 
 # ---- what it says of itself ---------------------------------------------------------------------
@@ -206,7 +211,7 @@ def test_without_a_target_beta_stays_to_the_last_bit():
 @pytest.mark.parametrize("name", ["ref_kl", "exact_kl", "score", "objective"])
 def test_fresh_samples_agree_with_enumeration(name):
     """KL in nats per completion, score and J of 4,000 rollouts: within 4 standard errors of the sums."""
-    run, p = tuned(beta=1.5)[0], logprobs(tuned(beta=1.5)[0].policy)
+    run, p = converged(1.5)[0], logprobs(converged(1.5)[0].policy)
     batch = copy.deepcopy(run).rollout(4000)
     drift = kl(p, logprobs(rho()))
     exact = {"ref_kl": drift, "exact_kl": drift, "score": (p.exp() * SCORES).sum().item(), "objective": objective(run.policy, 1.5)}
@@ -230,7 +235,7 @@ def test_metrics_are_per_completion_and_of_the_rollout():
 
 def test_pooled_samples_of_rho_and_the_tuned_policy_give_the_optimum():
     """J* from 2,000 samples of rho and 2,000 of pi with weights rho / mixture, within 4 standard errors of beta log Z."""
-    generator, policy = torch.Generator().manual_seed(0), tuned(beta=1.5)[0].policy
+    generator, policy = torch.Generator().manual_seed(0), converged(1.5)[0].policy
     y = torch.cat([sample_completions(model, PROMPT, 2000, 4, generator) for model in (rho(), policy)])
     index = (y * PLACES).sum(1)
     pooled = mixture_log_weights(torch.stack([logprobs(rho()), logprobs(policy)])[:, index], [2000, 2000])
@@ -266,7 +271,7 @@ def test_with_nothing_to_gain_the_policy_stays_at_rho_to_the_last_bit():
 
 def test_training_leaves_the_reference_alone():
     """A frozen copy: no shared storage, no gradient, the same weights after training (nanoChatGPT shares them)."""
-    run = tuned(beta=1.5)[0]
+    run = converged(1.5)[0]
     owners = [{x.data_ptr() for x in model.parameters()} for model in (rho(), run.ref, run.policy)]
     assert len(set.union(*owners)) == sum(map(len, owners)), "policy and reference share storage"
     assert not any(x.requires_grad or x.grad is not None for x in run.ref.parameters()), "the reference has gradients"
