@@ -211,6 +211,17 @@ def test_half_of_the_windows_begin_where_a_speech_does(texts, tmp_path, monkeypa
     assert (others == prompt.item()).float().mean() < 0.5, "the other half should begin anywhere"
 
 
+def test_supervised_training_follows_its_schedule_after_a_checkpoint_too():
+    """Rate = peak * schedule(i); loading an optimizer makes new groups, which must follow as well."""
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    step = train.descend(model, [optimizer], lambda i: model(torch.ones(1, 1)).sum(), lambda i: 1 / (i + 1), 9, math.inf, dict, every=5)
+    for i in range(4):
+        step(i)
+        close(optimizer.param_groups[0]["lr"], 0.5 / (i + 1), "the rate does not follow its schedule")
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
 def test_the_ratings_of_samples_are_many_and_of_both_kinds():
     """At least 600 completions of rho and 300 of tuned policies, rated from -2 to 2; a quarter by hash is held out."""
     with open(data.HERE / "labels_samples.csv", newline="") as file:
