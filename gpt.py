@@ -35,20 +35,28 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, allocated once: (layer, B, H, T, head)."""
+    """Keys and values of the tokens read so far, in buffers for all that will be read: (layer, B, H, S, head).
 
-    def __init__(self, config, batch, length, device, dtype):
-        shape = (config.n_layer, batch, config.n_head, length, config.n_embd // config.n_head)
-        self.k = torch.empty(shape, device=device, dtype=dtype)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0      # tokens read so far
+    Attention reads whole buffers and masks what is not filled yet. So no step copies a part out of them,
+    and every step does the same to the same memory: on CUDA one step can be captured and replayed.
+    """
+
+    def __init__(self, config, batch, size, device, dtype):
+        if size > config.block_size:
+            raise ValueError(f"{size} tokens do not fit the context of {config.block_size}")
+        shape = (config.n_layer, batch, config.n_head, size, config.n_embd // config.n_head)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)     # not empty: 0 times NaN would be NaN
+        self.v = torch.zeros_like(self.k)
+        self.length = torch.zeros((), dtype=torch.long, device=device)              # tokens read so far
+
+    def positions(self, T):
+        """Of the next T tokens: (T,)."""
+        return self.length + torch.arange(T, device=self.length.device)
 
     def append(self, layer, k, v):
-        """Store k, v (B,H,T,head) of the newest tokens; return those of all tokens so far."""
-        end = self.length + k.size(2)
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        """Store k, v (B,H,T,head) of the newest tokens; return the buffers (B,H,S,head)."""
+        positions = self.positions(k.size(2))
+        return self.k[layer].index_copy_(2, positions, k), self.v[layer].index_copy_(2, positions, v)
 
 
 def norm(x):
@@ -62,23 +70,17 @@ def rotate(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1)
 
 
-def causal_attention(q, k, v):
-    """softmax(q k' / sqrt(head)) v, each query seeing the keys up to its own position.
+def causal_attention(q, k, v, future):
+    """softmax(q k' / sqrt(head)) v, each query seeing no key of its future.
 
-    q (B,H,T,head); k, v (B,H,S,head) with S >= T: the queries are the last T of the S
-    positions. Returns (B,H,T,head). On CUDA this is torch's fused kernel; on the CPU the
-    written-out products are faster (bf16, short contexts), so they are what runs.
+    q (B,H,T,head); k, v (B,H,S,head); future (T,S) is True where the key comes after the query. Returns
+    (B,H,T,head). A whole text on CUDA is for torch's fused kernel; on the CPU the written-out
+    products are faster (bf16, short contexts).
     """
-    T, S = q.size(-2), k.size(-2)
-    if q.is_cuda:
-        # With a cache, one query sees every key: then nothing needs masking.
-        assert T in (1, S), "a cache is read one token at a time"
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T == S)
+    if q.is_cuda and q.size(-2) == k.size(-2):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                        # (B,H,T,S)
-    if T > 1:
-        future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)
-        scores = scores.masked_fill(future, -math.inf)
-    return scores.softmax(-1).to(v.dtype) @ v
+    return scores.masked_fill(future, -math.inf).softmax(-1).to(v.dtype) @ v
 
 
 class Block(nn.Module):
@@ -92,14 +94,14 @@ class Block(nn.Module):
         self.fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
         self.out = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cos, sin, layer=0, cache=None):
+    def forward(self, x, cos, sin, future, layer=0, cache=None):
         B, T, C = x.shape
         q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)      # (B,H,T,head)
                    for y in self.qkv(norm(x)).split(C, dim=-1))
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        x = x + self.proj(causal_attention(q, k, v).transpose(1, 2).reshape(B, T, C))
+        x = x + self.proj(causal_attention(q, k, v, future).transpose(1, 2).reshape(B, T, C))
         y = F.relu(self.fc(norm(x)))
         return x + self.out(y * y)
 
@@ -134,15 +136,17 @@ class GPT(nn.Module):
     def hidden(self, tokens, cache=None):
         """Final hidden states (B,T,C) of tokens (B,T); with a cache, tokens are those after it."""
         T = tokens.size(1)
-        start = cache.length if cache is not None else 0
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit the context of {self.config.block_size}")
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit the context of {self.config.block_size}")
+        keys = torch.arange(T if cache is None else cache.k.size(3), device=tokens.device)
+        positions = keys if cache is None else cache.positions(T)
+        future = keys > positions[:, None]                                          # (T,S)
         dtype = torch.bfloat16 if self.bf16 else self.embed.weight.dtype
         with self.precision():
-            cos, sin = self.cos[start:start + T].to(dtype), self.sin[start:start + T].to(dtype)
+            cos, sin = self.cos[positions].to(dtype), self.sin[positions].to(dtype)
             x = norm(self.embed(tokens).to(dtype))                                  # (B,T,C)
             for layer, block in enumerate(self.blocks):
-                x = block(x, cos, sin, layer, cache)
+                x = block(x, cos, sin, future, layer, cache)
             if cache is not None:
                 cache.length += T
             return norm(x)
@@ -189,26 +193,40 @@ def sample_tokens(logits, temperature=1.0, top_k=None, generator=None):
     return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=cdf.size(-1) - 1).squeeze(-1)
 
 
+def captured(step, generator):
+    """step(), all of whose tensors stay where they are, as one CUDA graph: a launch, where there were hundreds."""
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 @torch.no_grad()
-def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None):
+def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None, capture=True):
     """Continue prompt (B,T0) by length tokens: (B,T0+length).
 
     Reads each token once, through a key-value cache. generator: a torch.Generator on the
-    model's device, so that sampling has its own stream of randomness.
+    model's device, so that sampling has its own stream of randomness. capture: on CUDA, as a graph.
     """
     B, T0 = prompt.shape
-    if T0 + length > model.config.block_size:
-        raise ValueError(f"a prompt of {T0} tokens and {length} more do not fit the context of "
-                         f"{model.config.block_size}")
     tokens = torch.cat((prompt, prompt.new_zeros(B, length)), dim=1)
     dtype = torch.bfloat16 if model.bf16 else model.embed.weight.dtype
     cache = KVCache(model.config, B, T0 + length, prompt.device, dtype)
+
+    def step(new=None):
+        """Read the tokens new (B,T), or else the newest; draw the one that follows; put it in its place."""
+        new = tokens.index_select(1, cache.length[None]) if new is None else new
+        logits = model(new, cache)[:, -1]                                           # (B,V)
+        drawn = sample_tokens(logits, temperature, top_k, generator)                # (B,)
+        tokens.index_copy_(1, cache.length[None], drawn[:, None])
+
     with model.precision():      # once outside, so that weights are cast once, not at every token
-        new = prompt
-        for t in range(T0, T0 + length):
-            logits = model(new, cache)[:, -1]                                       # (B,V)
-            new = sample_tokens(logits, temperature, top_k, generator)[:, None]     # (B,1)
-            tokens[:, t:t + 1] = new
+        for t in range(length):
+            if t == 2 and capture and prompt.is_cuda:       # after one such step: it warms up what a capture needs
+                step = captured(step, generator)
+            step(prompt) if t == 0 else step()
     return tokens
 
 

@@ -17,6 +17,7 @@ example: augmentation for free, and a start for PPO's value function.
     python reward.py --score FILE.jsonl          prints each line {"text": ...} with "positive": p
 """
 
+import functools
 import itertools
 import json
 import sys
@@ -242,6 +243,16 @@ def rating_metrics(p, ratings, base_rate):
 def score(log_odds, mean, std):
     """The score r(y) = (log P(positive) - mean) / std of log-odds (B,): (B,)."""
     return (F.logsigmoid(log_odds) - mean) / std
+
+
+def readings(model, mean, std):
+    """score_fn (tokens (B,T) -> (B,)) and features_fn (tokens -> (B,T,F)) for PPO.
+
+    The features of the last prefix end with its log-odds, deep and wide; so both share one pass over
+    the tokens asked for last.
+    """
+    features_fn = functools.lru_cache(maxsize=1)(model.features)
+    return lambda tokens: score(features_fn(tokens)[:, -1, -2:].sum(-1), mean, std), features_fn
 
 
 def load_reward(state, device="cpu", bf16=False):

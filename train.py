@@ -322,8 +322,8 @@ def ppo_stage(args, beta, tokenizer, prompt, pretrained, judge, gold):
     def build():
         rho = load_gpt(pretrained, args.device, args.bf16)
         model, gold_model = (reward.load_reward(state, args.device, args.bf16) for state in (judge, gold))
-        run = ppo.PPO(rho, lambda tokens: reward.score(model(tokens), judge["mean"], judge["std"]), prompt, config,
-                      1000 * args.seed + 4, model.features)
+        score_fn, features_fn = reward.readings(model, judge["mean"], judge["std"])
+        run = ppo.PPO(rho, score_fn, prompt, config, 1000 * args.seed + 4, features_fn)
 
         def step(i):
             if i == 0:       # the value function starts from what rho's samples teach

@@ -14,6 +14,7 @@ import argparse
 import json
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,9 +23,10 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from data import Parser, number, run  # noqa: E402
 from gpt import GPT, GPTConfig, has_bf16, make_optimizers, sample_completions, sample_tokens  # noqa: E402
 from ppo import PPO, PPOConfig, gae, kl_penalised_rewards, whiten  # noqa: E402
-from reward import RewardModel  # noqa: E402
+from reward import RewardModel, readings  # noqa: E402
 
 
 def median_seconds(function, repeats, device):
@@ -79,7 +81,8 @@ def make_run(args, bf16, device):
         torch.nn.init.normal_(parameter, std=0.02)
     model = RewardModel(config, bf16).requires_grad_(False).to(device)
     ppo_config = PPOConfig(batch=args.batch, length=args.length, minibatch=args.minibatch, epochs=args.epochs, target_kl=1e9)
-    return PPO(rho, model, torch.zeros(1, 1, dtype=torch.long, device=device), ppo_config, 0, model.features)
+    score_fn, features_fn = readings(model, 0.0, 1.0)
+    return PPO(rho, score_fn, torch.zeros(1, 1, dtype=torch.long, device=device), ppo_config, 0, features_fn)
 
 
 def time_iteration(run, repeats, device, sampler):
@@ -119,30 +122,26 @@ def pretrain_rate(args, bf16, device):
     return 16 * 128 / median_seconds(lambda: [step() for _ in range(4)], args.repeats, device) * 4
 
 
-SCALES = {"length": (32, 64, 128, 256), "batch": (32, 128, 512), "layers": (2, 4, 8), "width": (128, 256, 512)}
+SCALES = {"length": (32, 64, 128, 256), "batch": (32, 64, 128, 256, 512), "layers": (2, 4, 8), "width": (128, 256, 512)}
 
 
-def scaling(args, bf16, device):
-    """A markdown table: the times of an iteration as one number of its shape changes, beside the arithmetic's."""
-    print("| shape | rollout | scoring | update | total | arithmetic at the measured rate | ratio |\n|---|---|---|---|---|---|---|")
+def scaling(options):
+    """A markdown table: the times of an iteration and its memory as one number of its shape changes, each in a process of its own."""
+    columns = ["rollout_seconds", "scoring_seconds", "update_seconds", "total_seconds", "floor_seconds", "floor_ratio", "peak_memory_mb"]
+    print(f"| shape | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     for name, values in SCALES.items():
         for value in values:
-            changed = argparse.Namespace(**{**vars(args), name: value})
-            run = make_run(changed, bf16, device)
-            times = time_iteration(run, args.repeats, device, lambda r: sample_completions(
-                r.policy, r.prompt, changed.batch, changed.length, r.sampler))
-            rate = matmul_rate(run.ref.config, changed.minibatch * changed.length, torch.bfloat16 if bf16 else torch.float32, device, 3)
-            floor = iteration_flops(run.ref.config, changed.batch, changed.length, changed.epochs) / rate
-            cells = [*times, sum(times), floor, sum(times) / floor]
-            print(f"| {name} {value} | " + " | ".join(f"{x:.2f}" for x in cells) + " |", flush=True)
+            command = [sys.executable, __file__, *options, "--json", "--no-naive", f"--{name}", str(value)]
+            result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+            print(f"| {name} {value} | " + " | ".join(f"{result[column]:.3g}" for column in columns) + " |", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     shape = {"batch": 128, "length": 64, "epochs": 4, "layers": 4, "width": 256, "vocab": 2048, "minibatch": 32}
     for name, value in shape.items():
-        parser.add_argument(f"--{name}", type=int, default=value, help="of the iteration timed")
-    parser.add_argument("--repeats", type=int, default=3, help="of which the median is taken")
+        parser.add_argument(f"--{name}", type=number(int, 1), default=value, help="of the iteration timed")
+    parser.add_argument("--repeats", type=number(int, 1), default=3, help="of which the median is taken")
     parser.add_argument("--fp32", action="store_true", help="no bfloat16")
     parser.add_argument("--no-naive", action="store_true", help="leave the naive twin out: it takes longest")
     parser.add_argument("--json", action="store_true", help="one JSON object on one line")
@@ -151,13 +150,13 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = has_bf16(device) and not args.fp32
     if args.scaling:
-        return scaling(args, bf16, device)
-    run = make_run(args, bf16, device)
-    rollout, scoring, update = time_iteration(run, args.repeats, device, lambda r: sample_completions(
+        return scaling([option for option in sys.argv[1:] if option != "--scaling"])
+    ppo = make_run(args, bf16, device)
+    rollout, scoring, update = time_iteration(ppo, args.repeats, device, lambda r: sample_completions(
         r.policy, r.prompt, args.batch, args.length, r.sampler))
     memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**20
-    rate = matmul_rate(run.ref.config, args.minibatch * args.length, torch.bfloat16 if bf16 else torch.float32, device, args.repeats)
-    total, floor = rollout + scoring + update, iteration_flops(run.ref.config, args.batch, args.length, args.epochs) / rate
+    rate = matmul_rate(ppo.ref.config, args.minibatch * args.length, torch.bfloat16 if bf16 else torch.float32, device, args.repeats)
+    total, floor = rollout + scoring + update, iteration_flops(ppo.ref.config, args.batch, args.length, args.epochs) / rate
     naive = None
     if not args.no_naive:
         naive = sum(time_iteration(make_run(args, False, device), 1, device, lambda r: naive_rollout(
@@ -175,4 +174,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

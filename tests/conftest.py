@@ -13,7 +13,7 @@ from gpt import GPT, GPTConfig  # noqa: E402  (found through the line above)
 torch.set_num_threads(1)    # the tensors here are tiny: threads only cost time
 
 
-def close(actual, expected, says, **tolerance):
+def assert_close(actual, expected, says, **tolerance):
     """actual equals expected within rounding, or the failure opens with what that says in words."""
     torch.testing.assert_close(actual, expected, msg=lambda numbers: f"{says}\n{numbers}", **tolerance)
 

@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import tiktoken
@@ -20,7 +21,7 @@ import torch
 
 import data
 import gpt
-from conftest import chi_square_p, close
+from conftest import assert_close, chi_square_p
 from data import PIECES, UserError, clean_line, join_lines, run_stage, text_fold, train_bpe
 
 pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")      # torch's, of random bytes
@@ -722,7 +723,7 @@ def test_the_seed_of_a_stage_decides_its_result(tmp_path, whole):
     """Another seed, other weights; the same seed, the same, whatever torch's generator did before."""
     torch.rand(5)
     again, other = fake_stage(tmp_path / "again.pt"), fake_stage(tmp_path / "other.pt", {"seed": 4, "lr": 0.1})
-    close(again["model"], whole["model"], "the same seed should give the same weights", atol=0, rtol=0)
+    assert_close(again["model"], whole["model"], "the same seed should give the same weights", atol=0, rtol=0)
     assert not torch.equal(other["model"]["weight"], whole["model"]["weight"]), "another seed gave the same weights"
 
 
@@ -762,3 +763,18 @@ def test_a_script_ends_with_one_line_and_an_exit_code(monkeypatch, capsys, error
     assert end.value.code == code, "wrong exit code"
     out, err = capsys.readouterr()
     assert (out, err) == ("", said), "one line on standard error is wanted"
+
+
+@pytest.mark.parametrize("error", [None, OSError, TypeError, AttributeError])
+def test_a_system_without_glibc_keeps_its_own_way_with_memory(monkeypatch, error):
+    """The thresholds are asked for in bytes, of trimming and of mapping; where nobody answers, nothing happens."""
+    asked = {}
+
+    def library(name):
+        if error:
+            raise error
+        return SimpleNamespace(mallopt=asked.__setitem__)
+
+    monkeypatch.setattr(data.ctypes, "CDLL", library)
+    data.keep_freed_memory()
+    assert asked == ({} if error else {-1: 2**30, -3: 2**25}), "malloc.h: M_TRIM_THRESHOLD is -1, M_MMAP_THRESHOLD -3"

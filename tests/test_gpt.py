@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import gpt
-from conftest import chi_square_p, close, loops, randn
+from conftest import assert_close, chi_square_p, loops, randn
 from gpt import (GPT, Block, GPTConfig, KVCache, causal_attention, completion_logits, generate, in_chunks, make_optimizers,
                  norm, rotate, sample_completions, sample_tokens)
 
@@ -46,15 +46,15 @@ def test_attention_is_scaled_dot_product_attention_over_the_past(T, S):
     """softmax(q k' / sqrt(d)) v (Vaswani 2017, equation 1); the T queries are the last of S positions."""
     q, k, v = randn(2, 3, T, 4), randn(2, 3, S, 4, seed=1), randn(2, 3, S, 4, seed=2)
     past = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-    close(causal_attention(q, k, v), F.scaled_dot_product_attention(q, k, v, attn_mask=past),
-          "attention differs from torch's own: check the mask, the scale, and softmax over keys")
+    assert_close(causal_attention(q, k, v, ~past), F.scaled_dot_product_attention(q, k, v, attn_mask=past),
+                 "attention differs from torch's own: check the mask, the scale, and softmax over keys")
 
 
 def test_the_norm_has_unit_mean_square_and_ignores_scale():
     """mean(norm(x)^2) = 1 and norm(c x) = norm(x) for c > 0 (Zhang 2019)."""
     x = randn(3, 32)
-    close(norm(x).square().mean(-1), torch.ones(3).double(), "normed features should have mean square 1", atol=1e-4, rtol=0)
-    close(norm(100 * x), norm(x), "the norm should not depend on the length of x", atol=1e-4, rtol=0)
+    assert_close(norm(x).square().mean(-1), torch.ones(3).double(), "normed features should have mean square 1", atol=1e-4, rtol=0)
+    assert_close(norm(100 * x), norm(x), "the norm should not depend on the length of x", atol=1e-4, rtol=0)
 
 
 def test_rotary_positions_turn_each_pair_by_position_times_frequency():
@@ -63,8 +63,8 @@ def test_rotary_positions_turn_each_pair_by_position_times_frequency():
     x = randn(2, 2, 50, 8)
     angle = torch.arange(50).double()[:, None] * 10_000.0 ** (-2 * torch.arange(4).double() / 8)
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle)
-    close(rotate(x, model.cos, model.sin), torch.cat((turned.real, turned.imag), -1),
-          "rotary positions are not a rotation by t * theta", atol=1e-4, rtol=0)
+    assert_close(rotate(x, model.cos, model.sin), torch.cat((turned.real, turned.imag), -1),
+                 "rotary positions are not a rotation by t * theta", atol=1e-4, rtol=0)
 
 
 def test_rotary_products_depend_on_relative_position_only():
@@ -72,7 +72,7 @@ def test_rotary_products_depend_on_relative_position_only():
     model = GPT(GPTConfig(vocab_size=4, block_size=20, n_layer=1, n_head=1, n_embd=8))
     q, k = (rotate(randn(8, seed=s).expand(1, 1, 20, 8), model.cos, model.sin)[0, 0] for s in (0, 1))
     products = q @ k.T                                                              # (m,n)
-    close(products[1:, 1:], products[:-1, :-1], "moving query and key together changed their product", atol=1e-4, rtol=0)
+    assert_close(products[1:, 1:], products[:-1, :-1], "moving query and key together changed their product", atol=1e-4, rtol=0)
     assert products[0].std() > 0.1, "the product ignores positions altogether"
 
 
@@ -80,23 +80,23 @@ def test_reading_the_same_text_at_later_positions_changes_nothing(trained):
     """Queries and keys both turn, values do not: only distances between tokens reach the logits."""
     later, tokens = copy.deepcopy(trained), streams(8, 10)
     later.cos, later.sin = trained.cos[7:], trained.sin[7:]
-    close(later(tokens), trained(tokens), "logits depend on where the text stands: are queries and keys both rotated?",
-          atol=1e-4, rtol=1e-4)
+    assert_close(later(tokens), trained(tokens), "logits depend on where the text stands: are queries and keys both rotated?",
+                 atol=1e-4, rtol=1e-4)
     later.cos, later.sin = trained.cos[:1].expand(24, -1), trained.sin[:1].expand(24, -1)
     assert (later(tokens) - trained(tokens)).abs().max() > 0.1, "the model does not use positions at all"
 
 
 def test_the_cache_returns_everything_appended_so_far_for_each_layer():
-    """Keys stay keys, values stay values, layers stay apart, in the order of reading."""
+    """Keys stay keys, values stay values, layers stay apart, in the order of reading; what is not read yet is 0."""
     config = GPTConfig(vocab_size=4, block_size=8, n_layer=2, n_head=3, n_embd=12)
-    k, v = randn(2, 5, 3, 6, 4), randn(2, 5, 3, 6, 4, seed=1)                       # (layer,B,H,T,head)
-    cache = KVCache(config, 5, 6, "cpu", torch.float64)
+    k, v = randn(2, 5, 3, 8, 4), randn(2, 5, 3, 8, 4, seed=1)                       # (layer,B,H,T,head)
+    cache = KVCache(config, 5, 8, "cpu", torch.float64)
     for start, end in ((0, 3), (3, 4), (4, 6)):
         for layer in range(2):
             keys, values = cache.append(layer, k[layer, :, :, start:end], v[layer, :, :, start:end])
-            close(keys, k[layer, :, :, :end], "the cache lost or moved keys")
-            close(values, v[layer, :, :, :end], "the cache lost or moved values")
-        cache.length = end
+            assert_close(keys, F.pad(k[layer, :, :, :end], (0, 0, 0, 8 - end)), "the cache lost or moved keys")
+            assert_close(values, F.pad(v[layer, :, :, :end], (0, 0, 0, 8 - end)), "the cache lost or moved values")
+        cache.length += end - start
 
 
 def test_a_block_adds_attention_and_then_a_squared_relu():
@@ -104,8 +104,8 @@ def test_a_block_adds_attention_and_then_a_squared_relu():
     config = GPTConfig(vocab_size=4, block_size=8, n_layer=1, n_head=2, n_embd=16)
     block, x = Block(config).double(), randn(3, 1, 16)
     h = x + block.proj(block.qkv(norm(x))[..., 32:])
-    block_output = block(x, torch.ones(1, 4).double(), torch.zeros(1, 4).double())
-    close(block_output, h + block.out(block.fc(norm(h)).clamp(min=0) ** 2), "a layer is not attention and then the mlp")
+    block_output = block(x, torch.ones(1, 4).double(), torch.zeros(1, 4).double(), torch.zeros(1, 1).bool())
+    assert_close(block_output, h + block.out(block.fc(norm(h)).clamp(min=0) ** 2), "a layer is not attention and then the mlp")
 
 
 # ---- logits -----------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_the_trained_model_knows_its_language(trained):
 def test_an_untrained_model_is_uniform():
     """Zero output projections: every token has probability 1/V before the first step."""
     logits = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16))(torch.arange(8)[None])
-    close(logits.softmax(-1), torch.full((1, 8, 11), 1 / 11), "an untrained model should know nothing")
+    assert_close(logits.softmax(-1), torch.full((1, 8, 11), 1 / 11), "an untrained model should know nothing")
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -142,7 +142,7 @@ def test_changing_token_t_plus_1_leaves_logits_up_to_t_unchanged(trained, traini
         other = tokens.clone()
         other[:, t:] = (tokens[:, t:] + 1) % 16
         changed = model(other)
-        close(changed[:, :t], logits[:, :t], f"positions before {t} saw token {t}")
+        assert_close(changed[:, :t], logits[:, :t], f"positions before {t} saw token {t}")
         assert (changed[:, t] - logits[:, t]).abs().max() > 0.01, f"position {t} does not see its own token"
 
 
@@ -158,19 +158,16 @@ def test_logits_with_the_cache_equal_logits_of_the_whole_sequence(trained, piece
     tokens = streams(8, 20)
     cache = new_cache(trained, 8, 20)
     logits = torch.cat([trained(piece, cache) for piece in tokens.split(pieces, dim=1)], dim=1)
-    close(logits, trained(tokens), "cached logits differ: check positions, layers and order in the cache",
-          atol=1e-4, rtol=1e-4)
+    assert_close(logits, trained(tokens), "cached logits differ: check positions, layers and order in the cache",
+                 atol=1e-4, rtol=1e-4)
     assert cache.length == 20, "the cache should count the tokens read"
 
 
-@pytest.mark.parametrize("T, start", [(25, 0), (1, 24), (5, 20)])
-def test_a_context_too_long_is_a_value_error(trained, T, start):
-    """Positions end at block_size = 24; beyond it the error says so, with and without a cache."""
-    cache = new_cache(trained, 2, 30)
-    if start:
-        trained(streams(2, start), cache)
+@pytest.mark.parametrize("read", [lambda model: model(streams(2, 25)), lambda model: new_cache(model, 2, 25)], ids=["text", "cache"])
+def test_a_context_too_long_is_a_value_error(trained, read):
+    """Positions end at block_size = 24; a longer text is refused, and so is room for one."""
     with pytest.raises(ValueError, match="25 tokens do not fit the context of 24"):
-        trained(streams(2, T), cache)
+        read(trained)
 
 
 def test_prompt_and_completion_may_fill_the_context_but_not_exceed_it(trained):
@@ -204,7 +201,26 @@ def test_cpu_and_gpu_log_probabilities_agree(trained):
     cache = new_cache(gpu, 8, 20)
     cached = torch.cat([gpu(piece, cache) for piece in tokens.cuda().split([5] + [1] * 15, dim=1)], dim=1)
     for logits in (gpu(tokens.cuda()), cached):
-        close(logits.cpu().log_softmax(-1), trained(tokens).log_softmax(-1), "CPU and GPU disagree", atol=1e-3, rtol=0)
+        assert_close(logits.cpu().log_softmax(-1), trained(tokens).log_softmax(-1), "CPU and GPU disagree", atol=1e-3, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_captured_step_draws_the_tokens_that_a_plain_one_draws(trained, bf16):
+    """A CUDA graph replays the same kernels on the same memory, and each replay goes on in the stream of randomness."""
+    gpu, prompt = copy.deepcopy(trained).cuda(), streams(64, 3).cuda()
+    gpu.bf16 = bf16
+    plain, replayed = (generate(gpu, prompt, 20, generator=torch.Generator("cuda").manual_seed(0), capture=c) for c in (False, True))
+    assert torch.equal(plain, replayed), "captured and plain decoding differ"
+
+
+def test_decoding_moves_no_tensor_from_step_to_step(trained, monkeypatch):
+    """What a capture needs, and no CPU can capture: each step after the first works on tensors that stay where they are."""
+    places = []
+    monkeypatch.setattr(KVCache, "append", lambda self, *args, old=KVCache.append:
+                        places.append((self.k.data_ptr(), self.v.data_ptr(), self.length.data_ptr())) or old(self, *args))
+    generate(trained, streams(2, 3), 5, generator=seeded())
+    assert len(places) == 15 and len(set(places)) == 1, "a cache that moves cannot be replayed"
 
 
 # ---- sampling ---------------------------------------------------------------------------------
@@ -278,7 +294,7 @@ def test_log_probabilities_of_the_sampler_equal_teacher_forced_ones(trained, mon
     tokens = generate(trained, streams(32, 4), 20, generator=seeded())
     sampled, forced = (logits.log_softmax(-1).gather(-1, tokens[:, 4:, None])
                        for logits in (torch.stack(seen, dim=1), trained(tokens)[:, 3:-1]))
-    close(sampled, forced, "the sampler's log-probability is not the scorer's", atol=1e-4, rtol=0)
+    assert_close(sampled, forced, "the sampler's log-probability is not the scorer's", atol=1e-4, rtol=0)
 
 
 def test_pairs_of_tokens_come_as_often_as_they_are_scored(trained):
@@ -316,16 +332,16 @@ def test_token_t_is_scored_by_the_logits_at_t_minus_1():
     model = bigram([[1 / 2, 1 / 2 - 1 / 4, 1 / 4], [1 / 2, 3 / 8, 1 / 8], [3 / 4, 1 / 8, 1 / 8]])
     tokens = torch.tensor([[0, 0, 1, 2, 0]])
     logprobs = model(tokens)[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])
-    close(logprobs.flatten().exp(), torch.tensor([1 / 2, 1 / 4, 1 / 8, 3 / 4]), "a token was scored by the wrong position",
-          atol=1e-4, rtol=0)
+    assert_close(logprobs.flatten().exp(), torch.tensor([1 / 2, 1 / 4, 1 / 8, 3 / 4]), "a token was scored by the wrong position",
+                 atol=1e-4, rtol=0)
 
 
 def test_completions_are_scored_by_the_logits_one_position_earlier(trained):
     """Completion token t stands at T0 + t, so the logits at T0 + t - 1 predict it; the last token's predict nothing."""
     prompt, tokens = streams(1, 4), streams(8, 20)
     whole = trained(torch.cat((prompt.expand(8, 4), tokens), dim=1))
-    close(completion_logits(trained, prompt, tokens), whole[:, 3:-1], "completions are scored at shifted positions",
-          atol=1e-5, rtol=1e-5)
+    assert_close(completion_logits(trained, prompt, tokens), whole[:, 3:-1], "completions are scored at shifted positions",
+                 atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("n", [1, 10, 13])
@@ -340,7 +356,7 @@ def test_sample_completions_draws_n_from_the_whole_softmax_without_the_prompt(tr
 def test_chunks_give_what_the_whole_gives(trained):
     """Rows are independent: 13 of them by 5 come back in order, none lost or read twice."""
     tokens = streams(13, 10)
-    close(in_chunks(trained, tokens, size=5), trained(tokens), "chunks lost, moved or changed rows", atol=1e-5, rtol=1e-5)
+    assert_close(in_chunks(trained, tokens, size=5), trained(tokens), "chunks lost, moved or changed rows", atol=1e-5, rtol=1e-5)
 
 
 def test_a_model_that_always_says_the_next_number_counts():

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import ppo
-from conftest import close, randn
+from conftest import assert_close, randn
 from gpt import GPT, GPTConfig, completion_logits, sample_completions
 from ppo import PPO, PPOConfig, kl_penalised_rewards, mixture_log_weights, optimum, policy_loss, token_logprobs, whiten
 
@@ -129,7 +129,7 @@ def test_no_iteration_ends_above_the_optimum(beta):
         run.step(i)
         J = objective(run.policy, beta)
         assert J <= J_best + 1e-6, f"J = {J:.6f} after iteration {i} lies above J* = {J_best:.6f}"
-        close(J_best - J, beta * kl(logprobs(run.policy), target), "J* - J is not beta KL(pi to pi*)", atol=1e-5, rtol=0)
+        assert_close(J_best - J, beta * kl(logprobs(run.policy), target), "J* - J is not beta KL(pi to pi*)", atol=1e-5, rtol=0)
     assert objective(converged(beta)[0].policy, beta) <= J_best + 1e-6, "the tuned policy beats the optimum"
 
 
@@ -227,9 +227,9 @@ def test_metrics_are_per_completion_and_of_the_rollout():
     run = new_run(beta=0.5)
     run.step(0)
     metrics, batch = run.step(1), run.batch
-    close(metrics["ref_kl"], (batch["logprobs"] - batch["ref_logprobs"]).sum(1).mean().item(), "ref_kl is not per completion")
-    close(metrics["exact_kl"], batch["exact_kl"].sum(1).mean().item(), "exact_kl is not per completion")
-    close(metrics["objective"], metrics["score"] - 0.5 * metrics["exact_kl"], "J is not score - beta KL", atol=1e-6, rtol=0)
+    assert_close(metrics["ref_kl"], (batch["logprobs"] - batch["ref_logprobs"]).sum(1).mean().item(), "ref_kl is not per completion")
+    assert_close(metrics["exact_kl"], batch["exact_kl"].sum(1).mean().item(), "exact_kl is not per completion")
+    assert_close(metrics["objective"], metrics["score"] - 0.5 * metrics["exact_kl"], "J is not score - beta KL", atol=1e-6, rtol=0)
     assert metrics["ref_kl"] != 0, "after an update the policy should differ from rho"
 
 
@@ -242,7 +242,7 @@ def test_pooled_samples_of_rho_and_the_tuned_policy_give_the_optimum():
     target, J_best = best(1.5)
     for says, found in (("rho alone", optimum(SCORES[index[:2000]], 1.5)), ("both pooled", optimum(SCORES[index], 1.5, pooled))):
         assert abs(found["objective"] - J_best) < 4 * found["objective_se"], f"J* from {says} is {found['objective']:.4f}, not {J_best:.4f}"
-    close(found["ref_kl"], kl(target, logprobs(rho())), "ref_kl of the optimum from pooled samples", atol=0.05, rtol=0)
+    assert_close(found["ref_kl"], kl(target, logprobs(rho())), "ref_kl of the optimum from pooled samples", atol=0.05, rtol=0)
     assert found["ess"] > 2 * optimum(SCORES[index[:2000]], 1.5)["ess"], "the policy's samples should be worth more than rho's"
 
 
@@ -299,7 +299,7 @@ def test_with_learning_rate_0_the_ratio_is_1_in_every_minibatch_of_every_epoch(m
     metrics = run.step(0)
     assert len(infos) == 16, "2 epochs of 8 minibatches"
     for info in infos:
-        close(info["ratio"].item(), 1.0, "nothing moved, so the ratio should be 1", atol=1e-6, rtol=0)
+        assert_close(info["ratio"].item(), 1.0, "nothing moved, so the ratio should be 1", atol=1e-6, rtol=0)
         assert info["clipfrac"] == 0 and abs(info["approx_kl"]) < 1e-9, "nothing moved, so nothing should be clipped"
     assert metrics["clipfrac"] == 0 and metrics["epochs"] == 2, "2 epochs without a clipped token"
     assert same(weights(run.policy), weights(rho())), "learning rate 0 moved the policy"
@@ -336,7 +336,7 @@ def test_metrics_are_means_over_the_whole_update(monkeypatch):
     metrics = run.update(*all_once(run))
     assert len(seen) == 9, "3 epochs of 3 minibatches"
     for name in ("approx_kl", "clipfrac", "ratio", "policy_loss"):
-        close(metrics[name], torch.stack([info[name] for info in seen]).mean().item(), f"{name} is not the mean over the update")
+        assert_close(metrics[name], torch.stack([info[name] for info in seen]).mean().item(), f"{name} is not the mean over the update")
     assert metrics["clipfrac"] != seen[-1]["clipfrac"], "this update should tell a mean from the last minibatch"
 
 
@@ -359,7 +359,7 @@ def test_adam_has_epsilon_1e_5_and_the_rate_falls_linearly():
     for i in range(4):
         run.step(i)
         rates.append(run.optimizer.param_groups[0]["lr"])
-    close(rates, [1e-3, 7.5e-4, 5e-4, 2.5e-4], "the learning rate should fall linearly to 0")
+    assert_close(rates, [1e-3, 7.5e-4, 5e-4, 2.5e-4], "the learning rate should fall linearly to 0")
 
 
 def test_an_early_stop_takes_no_step_after_it_and_leaves_no_gradient(monkeypatch):
@@ -373,7 +373,7 @@ def test_an_early_stop_takes_no_step_after_it_and_leaves_no_gradient(monkeypatch
     metrics = run.update(*all_once(run))
     assert len(steps) == 1 and same(weights(run.policy), steps[0]), f"{len(steps)} optimizer steps, 1 expected"
     assert all(p.grad is None for p in run.policy.parameters()), "a stale gradient is left for the next update"
-    close(metrics["epochs"], 1 / 3, "one of three minibatches ran, a third of an epoch")
+    assert_close(metrics["epochs"], 1 / 3, "one of three minibatches ran, a third of an epoch")
     assert metrics["approx_kl"] > 1e-6, "the approx_kl that stopped the update should be in the metrics"
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from conftest import close, randn
+from conftest import assert_close, randn
 from ppo import (AdaptiveKL, best_of_n, entropy, exact_kl, explained_variance, gae, kl_estimates,
                  kl_penalised_rewards, masked_mean, mixture_log_weights, optimum, policy_loss,
                  token_logprobs, value_loss, whiten)
@@ -47,7 +47,7 @@ def test_token_logprobs_are_log_softmax_at_the_token(shape):
     """log p(y_t) = logit_{y_t} - log sum_v exp(logit_v), against torch's log_softmax in float64."""
     logits, tokens = 3 * randn(*shape, 5), torch.randint(5, shape, generator=torch.Generator().manual_seed(0))
     expected = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-    close(token_logprobs(logits, tokens), expected.float(), "log-probability of a token is not log softmax at that token")
+    assert_close(token_logprobs(logits, tokens), expected.float(), "log-probability of a token is not log softmax at that token")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -56,8 +56,8 @@ def test_token_logprobs_are_float32_and_finite_at_huge_logits(dtype):
     logits = torch.tensor([[[1e4, 0.0, -1e4], [1e4, 1e4, 0.0]]], dtype=dtype)
     logprobs = torch.cat([token_logprobs(logits, torch.full((1, 2), v)) for v in range(3)])
     gap = -logits[0, 0, 0].item()           # 1e4 as this dtype holds it
-    close(logprobs, torch.tensor([[0, -math.log(2)], [gap, -math.log(2)], [2 * gap, gap - math.log(2)]]),
-          "huge logits overflow, or log-probabilities are not float32", atol=2e-3, rtol=1e-6)
+    assert_close(logprobs, torch.tensor([[0, -math.log(2)], [gap, -math.log(2)], [2 * gap, gap - math.log(2)]]),
+                 "huge logits overflow, or log-probabilities are not float32", atol=2e-3, rtol=1e-6)
 
 
 def sequences():
@@ -88,9 +88,9 @@ def test_token_logprobs_of_a_completion_sum_to_its_log_probability():
     """log pi(y) = sum over t of log pi(y_t | y_<t), and the 81 probabilities sum to 1."""
     logits = language(1)
     logprob = token_logprobs(logits, sequences()).sum(1).double()
-    close(logprob.exp(), probabilities(logits),
-          "token log-probabilities do not add up to the completion's", atol=1e-6, rtol=1e-5)
-    close(logprob.exp().sum().item(), 1.0, "probabilities of all completions should sum to 1", atol=1e-5, rtol=0)
+    assert_close(logprob.exp(), probabilities(logits),
+                 "token log-probabilities do not add up to the completion's", atol=1e-6, rtol=1e-5)
+    assert_close(logprob.exp().sum().item(), 1.0, "probabilities of all completions should sum to 1", atol=1e-5, rtol=0)
 
 
 def test_ref_kl_is_the_mean_over_completions_of_the_sum_of_k1_over_tokens():
@@ -98,7 +98,7 @@ def test_ref_kl_is_the_mean_over_completions_of_the_sum_of_k1_over_tokens():
     pi, rho = language(1), language(2)
     k1, _, _ = kl_estimates(token_logprobs(pi, sequences()), token_logprobs(rho, sequences()))
     p, q = probabilities(pi), probabilities(rho)
-    close((p * k1.sum(1)).sum(), sequence_kl(p, q), "sums of k1 do not average to the KL", atol=1e-5, rtol=0)
+    assert_close((p * k1.sum(1)).sum(), sequence_kl(p, q), "sums of k1 do not average to the KL", atol=1e-5, rtol=0)
 
 
 def test_exact_kl_has_the_same_mean_as_k1_and_less_variance():
@@ -107,7 +107,7 @@ def test_exact_kl_has_the_same_mean_as_k1_and_less_variance():
     p, kl = probabilities(pi), sequence_kl(probabilities(pi), probabilities(rho))
     exact = exact_kl(pi.log_softmax(-1), rho.log_softmax(-1)).sum(1).double()
     k1 = (token_logprobs(pi, sequences()) - token_logprobs(rho, sequences())).sum(1).double()
-    close((p * exact).sum(), kl, "the exact per-token KL does not add up to the KL of completions", atol=1e-5, rtol=0)
+    assert_close((p * exact).sum(), kl, "the exact per-token KL does not add up to the KL of completions", atol=1e-5, rtol=0)
     variance, k1_variance = ((p * (x - kl) ** 2).sum() for x in (exact, k1))
     assert variance < 0.5 * k1_variance, "summing over the vocabulary should be less noisy"
 
@@ -121,8 +121,8 @@ def test_k1_and_k3_are_unbiased_and_k2_is_half_the_square():
     kl = 0.7 * math.log(3.5) + 0.2 * math.log(0.5) + 0.1 * math.log(0.25)
     k1, k2, k3 = kl_estimates(pi.log(), rho.log())
     for name, k in (("k1", k1), ("k3", k3)):
-        close((pi * k).sum().item(), kl, f"the mean of {name} under pi is not KL(pi to rho)")
-    close(k2, (pi / rho).log() ** 2 / 2, "k2 is not k1^2 / 2")
+        assert_close((pi * k).sum().item(), kl, f"the mean of {name} under pi is not KL(pi to rho)")
+    assert_close(k2, (pi / rho).log() ** 2 / 2, "k2 is not k1^2 / 2")
     assert abs((pi * (k1.exp() - 1 - k1)).sum() - kl) > kl / 2, "this pair should tell k3 from its inverse"
 
 
@@ -132,32 +132,32 @@ def test_k3_is_never_negative(size):
     k1 = size * torch.linspace(-1, 1, 10_001)
     _, _, k3 = kl_estimates(k1, torch.zeros_like(k1))
     assert k3.isfinite().all() and (k3 >= 0).all(), f"k3 = {k3.min():.1e}: it is never negative"
-    close(k3.double(), torch.expm1(-k1.double()) + k1.double(), "k3 lost its digits", atol=1e-7 * size, rtol=1e-5)
+    assert_close(k3.double(), torch.expm1(-k1.double()) + k1.double(), "k3 lost its digits", atol=1e-7 * size, rtol=1e-5)
 
 
 def test_entropy_is_that_of_the_whole_distribution():
     """H = -sum over v of p_v log p_v, and not the -log p of the one token sampled."""
     logits = randn(2, 3, 5)
     p = logits.softmax(-1)
-    close(entropy(p.log()), -(p * p.log()).sum(-1), "the entropy is not -sum p log p")
+    assert_close(entropy(p.log()), -(p * p.log()).sum(-1), "the entropy is not -sum p log p")
 
 
 @pytest.mark.parametrize("size", [0, 100, 1e4])
 def test_entropy_is_log_of_the_number_of_equally_likely_tokens_at_any_size_of_logits(size):
     """4 equal logits: log 4; one far above: 0; two far above: log 2. A shift of all logits changes nothing."""
     logits = size + torch.tensor([[[0.0, 0, 0, 0], [100, 0, 0, 0], [100, 100, 0, 0]]])
-    close(entropy(logits.log_softmax(-1)), torch.tensor([[math.log(4), 0, math.log(2)]]), "wrong entropy",
-          atol=1e-5, rtol=0)
+    assert_close(entropy(logits.log_softmax(-1)), torch.tensor([[math.log(4), 0, math.log(2)]]), "wrong entropy",
+                 atol=1e-5, rtol=0)
 
 
 def test_exact_kl_is_zero_between_equals_and_finite_at_huge_logits():
     """sum over v of p_v (log p_v - log q_v); shifting all logits by a constant changes neither."""
     logits, other = randn(2, 3, 5), randn(2, 3, 5, seed=1)
     p, q = logits.softmax(-1), other.softmax(-1)
-    close(exact_kl(p.log(), q.log()), (p * (p / q).log()).sum(-1), "the exact KL is not sum p log(p/q)")
-    close(exact_kl(p.log(), (logits + 7).log_softmax(-1)), torch.zeros(2, 3).double(), "KL(pi to pi) should be 0", atol=1e-12, rtol=0)
+    assert_close(exact_kl(p.log(), q.log()), (p * (p / q).log()).sum(-1), "the exact KL is not sum p log(p/q)")
+    assert_close(exact_kl(p.log(), (logits + 7).log_softmax(-1)), torch.zeros(2, 3).double(), "KL(pi to pi) should be 0", atol=1e-12, rtol=0)
     pi, rho = (torch.tensor([x]).log_softmax(-1) for x in ([1e4, 0.0], [0.0, 1e4]))
-    close(exact_kl(pi, rho), torch.tensor([1e4]), "huge logits overflow")
+    assert_close(exact_kl(pi, rho), torch.tensor([1e4]), "huge logits overflow")
 
 
 # ---- rewards --------------------------------------------------------------------------------
@@ -171,13 +171,13 @@ def test_reward_is_minus_beta_k1_plus_the_score_on_the_last_real_token(mask):
         for t in row:
             expected[b, t] = -0.3 * (logprobs[b, t] - ref_logprobs[b, t]) + (scores[b] if t == row[-1] else 0)
     rewards = kl_penalised_rewards(scores, logprobs, ref_logprobs, 0.3, mask)
-    close(rewards, expected, "wrong reward: check the sign of k1, and that the score is on the last token but padding")
+    assert_close(rewards, expected, "wrong reward: check the sign of k1, and that the score is on the last token but padding")
 
 
 def test_rewards_of_a_row_sum_to_score_minus_beta_times_its_kl():
     """sum_t r_t = score - beta sum_t k1_t, in numbers: 1 - 0.5 * (1 + 0) = 0.5."""
     rewards = kl_penalised_rewards(torch.tensor([1.0]), torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -2.0]]), 0.5)
-    close(rewards, torch.tensor([[-0.5, 1.0]]), "the worked example of kl_penalised_rewards")
+    assert_close(rewards, torch.tensor([[-0.5, 1.0]]), "the worked example of kl_penalised_rewards")
 
 
 @masks
@@ -191,7 +191,7 @@ def test_a_policy_equal_to_the_reference_pays_exactly_nothing(mask):
 def test_beta_0_leaves_the_score_alone():
     """Without penalty the last token earns the score, all others 0."""
     rewards = kl_penalised_rewards(torch.tensor([2.0, -3.0]), randn(2, 3), randn(2, 3, seed=1), 0.0)
-    close(rewards, torch.tensor([[0, 0, 2.0], [0, 0, -3.0]]).double(), "beta = 0 should mean no penalty")
+    assert_close(rewards, torch.tensor([[0, 0, 2.0], [0, 0, -3.0]]).double(), "beta = 0 should mean no penalty")
 
 
 def test_no_gradient_flows_through_rewards():
@@ -219,28 +219,28 @@ def test_gae_is_the_double_sum_over_the_real_tokens(mask, gamma, lam):
         advantages = double_sum(rewards[b, row].tolist(), values[b, row].tolist(), gamma, lam)
         expected[b, row], baseline[b, row] = torch.tensor(advantages).double(), values[b, row]
     advantages, returns = gae(rewards, values, gamma, lam, mask)
-    close(advantages, expected, "advantages differ from the double sum", atol=1e-6, rtol=1e-6)
-    close(returns, expected + baseline, "returns should be unwhitened advantages + values", atol=1e-6, rtol=1e-6)
+    assert_close(advantages, expected, "advantages differ from the double sum", atol=1e-6, rtol=1e-6)
+    assert_close(returns, expected + baseline, "returns should be unwhitened advantages + values", atol=1e-6, rtol=1e-6)
 
 
 def test_gae_with_gamma_and_lambda_1_is_the_monte_carlo_return_minus_the_value():
     """A_t = sum over s >= t of r_s - V_t, by hand: rewards 1 2 3, values 10 20 30."""
     advantages, returns = gae(torch.tensor([[1.0, 2, 3]]), torch.tensor([[10.0, 20, 30]]), 1.0, 1.0)
-    close(returns, torch.tensor([[6.0, 5, 3]]), "returns should be rewards to go")
-    close(advantages, torch.tensor([[-4.0, -15, -27]]), "advantages should be rewards to go minus values")
+    assert_close(returns, torch.tensor([[6.0, 5, 3]]), "returns should be rewards to go")
+    assert_close(advantages, torch.tensor([[-4.0, -15, -27]]), "advantages should be rewards to go minus values")
 
 
 def test_gae_with_lambda_0_is_the_one_step_error_and_nothing_follows_the_end():
     """A_t = r_t + gamma V_{t+1} - V_t with V after the last token 0, by hand: gamma = 1/2."""
     advantages, _ = gae(torch.tensor([[1.0, 2, 3]]), torch.tensor([[10.0, 20, 30]]), 0.5, 0.0)
-    close(advantages, torch.tensor([[1 + 10 - 10.0, 2 + 15 - 20, 3 + 0 - 30]]), "wrong one-step error")
+    assert_close(advantages, torch.tensor([[1 + 10 - 10.0, 2 + 15 - 20, 3 + 0 - 30]]), "wrong one-step error")
 
 
 def test_gae_defaults_are_no_discount_and_lambda_095():
     """gamma = 1, lambda = 0.95 (Ziegler 2019, section 2.2)."""
     rewards, values = randn(1, 5), randn(1, 5, seed=1)
     expected = double_sum(rewards[0].tolist(), values[0].tolist(), 1.0, 0.95)
-    close(gae(rewards, values)[0][0].tolist(), expected, "the defaults of gae changed")
+    assert_close(gae(rewards, values)[0][0].tolist(), expected, "the defaults of gae changed")
 
 
 def test_the_advantage_of_a_token_holds_the_kl_of_all_later_tokens():
@@ -251,7 +251,7 @@ def test_the_advantage_of_a_token_holds_the_kl_of_all_later_tokens():
     advantages = torch.stack([
         gae(kl_penalised_rewards(torch.zeros(1), spent[None], torch.zeros(1, T), 0.3), torch.zeros(1, T), 1.0, 1.0)[0][0]
         for spent in torch.eye(T)])                     # (s,t): one nat of k1 at s, seen from t
-    close(advantages, -0.3 * torch.ones(T, T).tril(), "KL is not credited to its own and all earlier tokens")
+    assert_close(advantages, -0.3 * torch.ones(T, T).tril(), "KL is not credited to its own and all earlier tokens")
 
 
 @masks
@@ -261,17 +261,17 @@ def test_whitening_uses_all_unmasked_tokens_of_the_batch(mask):
     numbers = torch.tensor(real(x, mask)).double()
     expected = (x - numbers.mean()) / numbers.std(correction=0)
     zero = torch.zeros(B, T, dtype=torch.bool) if mask is None else mask == 0
-    close(whiten(x, mask), expected.masked_fill(zero, 0),
-          "whitened values should have mean 0 and population deviation 1", atol=1e-6, rtol=1e-6)
-    close(whiten(x, mask, shift_mean=False), (expected + numbers.mean()).masked_fill(zero, 0),
-          "shift_mean=False should rescale about the mean and keep it", atol=1e-6, rtol=1e-6)
+    assert_close(whiten(x, mask), expected.masked_fill(zero, 0),
+                 "whitened values should have mean 0 and population deviation 1", atol=1e-6, rtol=1e-6)
+    assert_close(whiten(x, mask, shift_mean=False), (expected + numbers.mean()).masked_fill(zero, 0),
+                 "shift_mean=False should rescale about the mean and keep it", atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("x", [torch.full((2, 3), 7.0), torch.tensor([[3.0]])], ids=["constant", "one token"])
 def test_whitening_without_variance_gives_zeros(x):
     """sigma = 0: nothing stands out, and nothing divides by 0."""
-    close(whiten(x), torch.zeros_like(x), "equal values should whiten to 0")
-    close(whiten(x, shift_mean=False), x, "equal values should keep their mean")
+    assert_close(whiten(x), torch.zeros_like(x), "equal values should whiten to 0")
+    assert_close(whiten(x, shift_mean=False), x, "equal values should keep their mean")
 
 
 # ---- losses ---------------------------------------------------------------------------------
@@ -290,8 +290,8 @@ def test_the_clipped_surrogate_and_its_gradient(advantage, ratio, loss, gradient
     logprobs = torch.tensor([[math.log(ratio) - 1]], dtype=torch.float64, requires_grad=True)
     value, _ = policy_loss(logprobs, torch.tensor([[-1.0]]).double(), torch.tensor([[float(advantage)]]).double())
     value.backward()
-    close(value.item(), float(loss), says)
-    close(logprobs.grad.item(), float(gradient), says)
+    assert_close(value.item(), float(loss), says)
+    assert_close(logprobs.grad.item(), float(gradient), says)
 
 
 @masks
@@ -302,11 +302,11 @@ def test_policy_loss_is_minus_the_mean_clipped_surrogate_of_real_tokens(mask, cl
     ratios = [math.exp(x) for x in real(logprobs - old, mask)]
     surrogate = [min(q * a, min(max(q, 1 - clip), 1 + clip) * a) for q, a in zip(ratios, real(advantages, mask))]
     loss, info = policy_loss(logprobs, old, advantages, clip, mask)
-    close(loss, -mean(surrogate), "wrong clipped surrogate")
+    assert_close(loss, -mean(surrogate), "wrong clipped surrogate")
     expected = {"approx_kl": [q - 1 - math.log(q) for q in ratios],
                 "clipfrac": [float(abs(q - 1) > clip) for q in ratios], "ratio": ratios}
     for name, numbers in expected.items():
-        close(info[name].double(), mean(numbers), f"{name} is not the mean over real tokens", atol=1e-6, rtol=0)
+        assert_close(info[name].double(), mean(numbers), f"{name} is not the mean over real tokens", atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("ratio, outside", [(0.79, 1), (0.81, 0), (1.0, 0), (1.19, 0), (1.21, 1)])
@@ -321,7 +321,7 @@ def test_approx_kl_estimates_the_kl_from_the_old_policy_to_the_new():
     old, new = torch.tensor([1 / 2, 1 / 4, 1 / 4]).double(), torch.tensor([0.2, 0.3, 0.5]).double()
     drawn = torch.tensor([[0, 0, 1, 2]])
     _, info = policy_loss(new.log()[drawn], old.log()[drawn], torch.ones(1, 4))
-    close(info["approx_kl"].item(), sequence_kl(old, new).item(), "approx_kl is not KL(pi_old to pi)")
+    assert_close(info["approx_kl"].item(), sequence_kl(old, new).item(), "approx_kl is not KL(pi_old to pi)")
 
 
 def test_at_the_first_minibatch_the_ratio_is_1_and_the_gradient_is_the_policy_gradient():
@@ -329,8 +329,8 @@ def test_at_the_first_minibatch_the_ratio_is_1_and_the_gradient_is_the_policy_gr
     logprobs, advantages = randn(B, T).requires_grad_(), randn(B, T, seed=1)
     loss, info = policy_loss(logprobs, logprobs.detach().clone(), advantages)
     loss.backward()
-    close(loss.item(), -advantages.mean().item(), "at ratio 1 the loss is -mean A")
-    close(logprobs.grad, -advantages / (B * T), "at ratio 1 the gradient is -A / N")
+    assert_close(loss.item(), -advantages.mean().item(), "at ratio 1 the loss is -mean A")
+    assert_close(logprobs.grad, -advantages / (B * T), "at ratio 1 the gradient is -A / N")
     assert (info["ratio"], info["clipfrac"], info["approx_kl"]) == (1, 0, 0), f"nothing has moved yet: {info}"
 
 
@@ -346,8 +346,8 @@ def test_the_clipped_value_loss_and_its_gradient(value, old, target, loss, gradi
     values = torch.tensor([[value]], dtype=torch.float64, requires_grad=True)
     result, info = value_loss(values, torch.tensor([[old]]).double(), torch.tensor([[target]]).double())
     result.backward()
-    close(result.item(), loss, says)
-    close(values.grad.item(), float(gradient), says)
+    assert_close(result.item(), loss, says)
+    assert_close(values.grad.item(), float(gradient), says)
     assert info["value_clipfrac"] == clipfrac, "value_clipfrac is the share of tokens whose clipped error is the larger"
 
 
@@ -359,9 +359,9 @@ def test_value_loss_is_half_the_mean_of_the_larger_error_of_real_tokens(mask, cl
     numbers = zip(real(values, mask), real(old, mask), real(returns, mask))
     errors = [((v - r) ** 2, (min(max(v, o - clip), o + clip) - r) ** 2) for v, o, r in numbers]
     loss, info = value_loss(values, old, returns, clip, mask)
-    close(loss, mean([0.5 * max(pair) for pair in errors]), "wrong value loss")
-    close(info["value_clipfrac"].double(), mean([float(c > e) for e, c in errors]),
-          "value_clipfrac counts a token whose value did not leave the range, or misses one", atol=1e-6, rtol=0)
+    assert_close(loss, mean([0.5 * max(pair) for pair in errors]), "wrong value loss")
+    assert_close(info["value_clipfrac"].double(), mean([float(c > e) for e, c in errors]),
+                 "value_clipfrac counts a token whose value did not leave the range, or misses one", atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("loss", [policy_loss, value_loss])
@@ -372,7 +372,7 @@ def test_a_loss_of_a_batch_is_that_of_its_halves_by_token_count(loss, mask):
     mask = torch.ones(B, T) if mask is None else mask
     whole, top, bottom = (loss(*(x[rows] for x in inputs), mask=mask[rows])[0] for rows in (slice(B), slice(1), slice(1, B)))
     n, m = mask[:1].sum(), mask[1:].sum()
-    close(whole, (n * top + m * bottom) / (n + m), "the loss is not a mean over tokens")
+    assert_close(whole, (n * top + m * bottom) / (n + m), "the loss is not a mean over tokens")
 
 
 LEAVES = {policy_loss: ("old_logprobs", "advantages"), value_loss: ("old_values", "returns")}
@@ -400,9 +400,9 @@ def test_extreme_ratios_stay_finite(log_ratio, advantage):
     ratio = math.exp(log_ratio)
     slope = 0.0 if log_ratio * advantage > 0 else -ratio * advantage
     expected = -min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
-    close(loss.item(), expected, "an extreme ratio breaks the loss", rtol=1e-5, atol=1e-6)
-    close(logprobs.grad.item(), slope, "an extreme ratio breaks the gradient", rtol=1e-5, atol=1e-6)
-    close(info["approx_kl"].item(), ratio - 1 - log_ratio, "an extreme ratio breaks approx_kl", rtol=1e-5, atol=1e-6)
+    assert_close(loss.item(), expected, "an extreme ratio breaks the loss", rtol=1e-5, atol=1e-6)
+    assert_close(logprobs.grad.item(), slope, "an extreme ratio breaks the gradient", rtol=1e-5, atol=1e-6)
+    assert_close(info["approx_kl"].item(), ratio - 1 - log_ratio, "an extreme ratio breaks approx_kl", rtol=1e-5, atol=1e-6)
 
 
 # ---- masks, types and shapes, for every function that takes (B,T) -----------------------------
@@ -429,9 +429,9 @@ def test_a_mask_of_ones_is_no_mask_whatever_its_type(function):
     """None = all ones; booleans, integers and floats are the same mask."""
     holes = torch.tensor(MASKS["holes"])
     for full in (torch.ones(B, T), torch.ones(B, T, dtype=torch.bool), torch.ones(B, T, dtype=torch.long)):
-        close(function(*inputs(B, T), full), function(*inputs(B, T), None), "a mask of ones changed something")
+        assert_close(function(*inputs(B, T), full), function(*inputs(B, T), None), "a mask of ones changed something")
     for same in (holes.bool(), holes.float()):
-        close(function(*inputs(B, T), same), function(*inputs(B, T), holes), "the type of the mask changed something")
+        assert_close(function(*inputs(B, T), same), function(*inputs(B, T), holes), "the type of the mask changed something")
 
 
 @functions
@@ -442,7 +442,7 @@ def test_what_lies_under_the_mask_never_leaks(function, mask, garbage):
     clean = function(*inputs(B, T), mask)
     dirty = [x.masked_fill(mask == 0, garbage).requires_grad_() for x in inputs(B, T)]
     outputs = function(*dirty, mask)
-    close(list(outputs), list(clean), f"{garbage} under the mask leaked into the result")
+    assert_close(list(outputs), list(clean), f"{garbage} under the mask leaked into the result")
     for y in outputs:
         if y.dim() == 2:
             assert (y[mask == 0] == 0).all(), "masked positions should come out 0"
@@ -489,7 +489,7 @@ def test_the_mean_over_nothing_is_0():
 def test_explained_variance_is_1_if_perfect_and_0_if_constant(values, returns, expected):
     """1 - Var(R - V) / Var(R), defined as 0 where returns do not vary (Huang 2022)."""
     result = explained_variance(torch.tensor(values).float(), torch.tensor(returns).float())
-    close(result, expected, "wrong explained variance", atol=1e-6, rtol=0)
+    assert_close(result, expected, "wrong explained variance", atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("ref_kl, beta, says", [
@@ -502,7 +502,7 @@ def test_explained_variance_is_1_if_perfect_and_0_if_constant(values, returns, e
 def test_the_controller_raises_beta_when_kl_is_above_target(ref_kl, beta, says):
     """e = clip(KL / target - 1, -0.2, 0.2); beta *= 1 + e n / horizon (Ziegler 2019, section 2.2)."""
     controller = AdaptiveKL(0.1, target=6.0, horizon=10_000)
-    close(controller.update(ref_kl, n=256), beta, says)
+    assert_close(controller.update(ref_kl, n=256), beta, says)
     assert controller.beta == controller.update(6.0, n=256), "the new beta should be kept as .beta"
 
 
@@ -511,7 +511,7 @@ def test_the_controller_goes_on_where_it_stopped():
     controller, resumed = AdaptiveKL(0.1, 6.0, 1000), AdaptiveKL(9.0, 6.0, 1000)
     for _ in range(3):
         controller.update(100.0, 500)
-    close(controller.beta, 0.1 * 1.1 ** 3, "three updates of +10 % should multiply")
+    assert_close(controller.beta, 0.1 * 1.1 ** 3, "three updates of +10 % should multiply")
     resumed.load_state_dict(controller.state_dict())
     assert resumed.beta == controller.beta, "beta was lost in the checkpoint"
 
@@ -533,12 +533,12 @@ def test_the_optimum_equals_enumeration(beta):
     """Weighing all 81 completions by rho: J* = beta log Z, score = E_pi*[r], ref_kl = KL(pi* to rho)."""
     rho, scores, best, objective = world(beta)
     found = optimum(scores, beta, log_weights=rho.log())
-    close(found["objective"], objective.item(), "J* is not beta log E_rho[exp(r / beta)]")
-    close(found["score"], (best * scores).sum().item(), "score is not the mean of r under pi*")
-    close(found["ref_kl"], sequence_kl(best, rho).item(), "ref_kl is not KL(pi* to rho)", atol=1e-9, rtol=1e-7)
-    close(found["ess"], 1 / (best ** 2).sum().item(), "ess is (sum w)^2 / sum w^2")
+    assert_close(found["objective"], objective.item(), "J* is not beta log E_rho[exp(r / beta)]")
+    assert_close(found["score"], (best * scores).sum().item(), "score is not the mean of r under pi*")
+    assert_close(found["ref_kl"], sequence_kl(best, rho).item(), "ref_kl is not KL(pi* to rho)", atol=1e-9, rtol=1e-7)
+    assert_close(found["ess"], 1 / (best ** 2).sum().item(), "ess is (sum w)^2 / sum w^2")
     shifted = optimum(scores, beta, log_weights=rho.log() + 5)
-    close(shifted, found, "weights are self-normalised: a constant factor should cancel", atol=1e-9, rtol=1e-7)
+    assert_close(shifted, found, "weights are self-normalised: a constant factor should cancel", atol=1e-9, rtol=1e-7)
 
 
 @BETAS
@@ -551,25 +551,25 @@ def test_no_policy_beats_the_optimum_and_the_gap_is_beta_kl_to_it(beta):
     for pi in policies:
         J = (pi * scores).sum() - beta * sequence_kl(pi, rho)
         assert J <= objective + 1e-9, "a policy beats J*"
-        close(objective - J.item(), beta * sequence_kl(pi, best).item(),
-              "the gap to J* is not beta KL(pi to pi*)", atol=1e-9, rtol=1e-7)
+        assert_close(objective - J.item(), beta * sequence_kl(pi, best).item(),
+                     "the gap to J* is not beta KL(pi to pi*)", atol=1e-9, rtol=1e-7)
 
 
 def test_the_optimum_from_samples_of_the_reference_counts_each_once():
     """Samples a a b c of rho = (1/2, 1/4, 1/4), r = log (1, 2, 4), beta = 1: Z = 2, pi* = (1/4, 1/4, 1/2)."""
     found = optimum(torch.tensor([1.0, 1.0, 2.0, 4.0]).log(), 1.0)
-    close(found["objective"], math.log(2), "J* = log 2")
-    close(found["score"], 1.25 * math.log(2), "score = (log 2) / 4 + (log 4) / 2", atol=1e-6, rtol=0)
-    close(found["ref_kl"], 0.25 * math.log(2), "KL = (log 1/2) / 4 + (log 2) / 2", atol=1e-6, rtol=0)
-    close(found["ess"], 64 / 22, "weights 1 1 2 4: ess = 8^2 / 22", atol=1e-6, rtol=0)
+    assert_close(found["objective"], math.log(2), "J* = log 2")
+    assert_close(found["score"], 1.25 * math.log(2), "score = (log 2) / 4 + (log 4) / 2", atol=1e-6, rtol=0)
+    assert_close(found["ref_kl"], 0.25 * math.log(2), "KL = (log 1/2) / 4 + (log 2) / 2", atol=1e-6, rtol=0)
+    assert_close(found["ess"], 64 / 22, "weights 1 1 2 4: ess = 8^2 / 22", atol=1e-6, rtol=0)
 
 
 def test_with_score_log_p_and_beta_1_the_optimum_is_bayes():
     """r = log P(positive given y), beta = 1: J* = log P(positive), and pi* = rho(y given positive)."""
     p = torch.tensor([0.9, 0.5, 0.1]).double()
     found = optimum(p.log(), 1.0)
-    close(found["objective"], math.log(0.5), "J* should be the log of the mean probability")
-    close(found["score"], ((p / 1.5) * p.log()).sum().item(), "score should be the posterior mean")
+    assert_close(found["objective"], math.log(0.5), "J* should be the log of the mean probability")
+    assert_close(found["score"], ((p / 1.5) * p.log()).sum().item(), "score should be the posterior mean")
 
 
 def test_the_optimum_goes_from_the_best_sample_to_the_mean_as_beta_grows():
@@ -580,13 +580,13 @@ def test_the_optimum_goes_from_the_best_sample_to_the_mean_as_beta_grows():
             (1e-3, [3.0, 3.0 - 1e-3 * math.log(4), math.log(4), 1.0], "beta near 0 takes the best sample"),
             (1e6, [1.125, 1.125, 0.0, 4.0], "a huge beta stays at rho")):
         found = optimum(scores, beta)
-        close([found[name] for name in names], expected, says, atol=1e-5, rtol=0)
+        assert_close([found[name] for name in names], expected, says, atol=1e-5, rtol=0)
 
 
 def test_the_optimum_takes_extreme_scores_and_plain_lists():
     """exp(r / beta) overflows long before its logarithm does."""
     found = optimum([-1e4, 1e4], 0.01)
-    close(found["objective"], 1e4 - 0.01 * math.log(2), "a large score overflows")
+    assert_close(found["objective"], 1e4 - 0.01 * math.log(2), "a large score overflows")
     assert all(math.isfinite(x) for x in found.values()), "every estimate should stay finite"
 
 
@@ -601,8 +601,8 @@ def test_the_standard_error_of_the_optimum_has_its_closed_forms():
     """Equal scores: J* is that score, error 0. beta -> infinity: the error of a plain mean, sigma / sqrt(N)."""
     scores = randn(500)
     error = scores.std(correction=0).item() / math.sqrt(500)
-    close(optimum(torch.full((500,), 2.0), 0.1)["objective_se"], 0.0, "equal scores leave no doubt", atol=1e-12, rtol=0)
-    close(optimum(scores, 1e5)["objective_se"], error, "not the error of a mean", atol=0, rtol=1e-3)
+    assert_close(optimum(torch.full((500,), 2.0), 0.1)["objective_se"], 0.0, "equal scores leave no doubt", atol=1e-12, rtol=0)
+    assert_close(optimum(scores, 1e5)["objective_se"], error, "not the error of a mean", atol=0, rtol=1e-3)
 
 
 def draw(probs, n, seed):
@@ -632,15 +632,15 @@ def test_mixture_weights_are_rho_over_the_mixture():
     q = (100 * p[0] + 300 * p[1] + 600 * p[2]) / 1000
     for counts in ([100, 300, 600], torch.tensor([100, 300, 600])):
         weights = mixture_log_weights(p.log(), counts)
-        close(weights, (p[0] / q).log(), "the weight of a sample is not log(rho / mixture)")
-    close((q * weights.exp()).sum().item(), 1.0, "weights should average to 1 over the mixture")
+        assert_close(weights, (p[0] / q).log(), "the weight of a sample is not log(rho / mixture)")
+    assert_close((q * weights.exp()).sum().item(), 1.0, "weights should average to 1 over the mixture")
 
 
 def test_samples_of_the_reference_alone_have_weight_1():
     """One policy, or others that drew nothing: log(rho / rho) = 0, and log-probabilities of -1000 do not underflow."""
-    close(mixture_log_weights(torch.tensor([[-3.0, -1000.0]]), [7]), torch.zeros(2).double(), "rho / rho should be 1")
-    close(mixture_log_weights(torch.tensor([[-3.0, -1000.0], [-1.0, -990.0]]), [7, 0]), torch.zeros(2).double(),
-          "a policy that drew nothing should not count")
+    assert_close(mixture_log_weights(torch.tensor([[-3.0, -1000.0]]), [7]), torch.zeros(2).double(), "rho / rho should be 1")
+    assert_close(mixture_log_weights(torch.tensor([[-3.0, -1000.0], [-1.0, -990.0]]), [7, 0]), torch.zeros(2).double(),
+                 "a policy that drew nothing should not count")
 
 
 def test_pooling_samples_of_a_policy_reaches_small_beta():
@@ -675,22 +675,22 @@ def test_best_of_n_is_the_mean_of_the_maximum_over_all_subsets(n):
     scores = [0.3, -2.0, 1.5, 0.3, 4.0, -0.7, 1.5]
     expected = mean([max(subset) for subset in itertools.combinations(scores, n)]).item()
     for given in (scores, torch.tensor(scores)):
-        close(best_of_n(given, n)[0], expected, f"best of {n} differs from brute force", atol=1e-6, rtol=0)
+        assert_close(best_of_n(given, n)[0], expected, f"best of {n} differs from brute force", atol=1e-6, rtol=0)
 
 
 def test_best_of_1_is_the_mean_and_best_of_all_the_maximum():
     """n = 1 and n = N, for 5,000 scores, where C(N, n) overflows but its logarithm does not."""
     scores = randn(5000)
-    close(best_of_n(scores, 1)[0], scores.mean().item(), "best of 1 is the mean", atol=1e-9, rtol=0)
-    close(best_of_n(scores, 5000)[0], scores.max().item(), "best of all is the maximum", atol=1e-8, rtol=0)
+    assert_close(best_of_n(scores, 1)[0], scores.mean().item(), "best of 1 is the mean", atol=1e-9, rtol=0)
+    assert_close(best_of_n(scores, 5000)[0], scores.max().item(), "best of all is the maximum", atol=1e-8, rtol=0)
     middle = best_of_n(torch.arange(5000.0), 2499)[0]
-    close(middle, 2499 * 5001 / 2500 - 1, "best of n of 0..N-1 is n (N + 1) / (n + 1) - 1", atol=1e-5, rtol=0)
+    assert_close(middle, 2499 * 5001 / 2500 - 1, "best of n of 0..N-1 is n (N + 1) / (n + 1) - 1", atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("n, bound", [(1, 0.0), (2, math.log(2) - 1 / 2), (4, math.log(4) - 3 / 4), (16, 1.8350887)])
 def test_the_kl_of_best_of_n_is_at_most_log_n_minus_n_minus_1_over_n(n, bound):
     """log n - (n-1)/n, and tight: 20,000 equally likely texts, the i-th best picked with (i/N)^n - ((i-1)/N)^n."""
-    close(best_of_n(torch.zeros(20), n)[1], bound, "wrong bound on the KL of best-of-n", atol=1e-6, rtol=0)
+    assert_close(best_of_n(torch.zeros(20), n)[1], bound, "wrong bound on the KL of best-of-n", atol=1e-6, rtol=0)
     share = torch.linspace(0, 1, 20_001).double()
     kl = sequence_kl((share ** n).diff().clamp(min=1e-300), torch.full((20_000,), 1 / 20_000).double())
     assert bound - 0.01 < kl <= bound + 1e-6, f"the true KL is {kl:.4f}, the bound {bound:.4f}"

@@ -11,9 +11,9 @@ import torch
 import data
 import reward
 import train
-from conftest import close, loops, randn
+from conftest import assert_close, loops, randn
 from gpt import GPT, GPTConfig
-from reward import RewardModel, Wide, loss_on_prefixes, nonsense, pad, positive, rating_metrics, score, soft_loss
+from reward import RewardModel, Wide, loss_on_prefixes, nonsense, pad, positive, rating_metrics, readings, score, soft_loss
 
 V, T = 16, 14       # tokens of the vocabulary, of a passage
 MASKS = {           # which tokens of three passages are real
@@ -77,7 +77,7 @@ def test_every_token_counts_the_last_one_too(reader, t, model, deep):
         change = (read(other) - read(tokens)).abs()
         assert (change > 0).all(), f"token {t} can be changed without the log-odds of {reader} noticing"
     if reader != "wide":
-        close(read(tokens, ones), read(tokens), "a mask of ones should change nothing")
+        assert_close(read(tokens, ones), read(tokens), "a mask of ones should change nothing")
 
 
 @masks
@@ -87,15 +87,15 @@ def test_padding_on_any_side_is_not_read(mask, garbage, model):
     tokens = passages(3)
     alone = torch.cat([model(row[m == 1][None]) for row, m in zip(tokens, mask)])
     for m in (mask, mask.bool(), mask.float()):
-        close(model(tokens.masked_fill(mask == 0, garbage), m), alone, "padding changes the log-odds", atol=1e-4, rtol=1e-4)
+        assert_close(model(tokens.masked_fill(mask == 0, garbage), m), alone, "padding changes the log-odds", atol=1e-4, rtol=1e-4)
 
 
 def test_a_passage_is_read_alike_in_any_company(model):
     """No row influences another, and chunks of 64 are joined in order."""
     tokens, mask, _ = rated(150)
     alone = torch.cat([model(row[m][None]) for row, m in zip(tokens, mask)])
-    close(positive(model, tokens, mask), alone.sigmoid(), "a passage is judged otherwise among others", atol=1e-5, rtol=1e-4)
-    close(positive(model, tokens), model(tokens).sigmoid(), "without a mask all tokens are read", atol=1e-5, rtol=1e-4)
+    assert_close(positive(model, tokens, mask), alone.sigmoid(), "a passage is judged otherwise among others", atol=1e-5, rtol=1e-4)
+    assert_close(positive(model, tokens), model(tokens).sigmoid(), "without a mask all tokens are read", atol=1e-5, rtol=1e-4)
 
 
 def test_log_odds_are_those_of_both_readers(model):
@@ -103,15 +103,15 @@ def test_log_odds_are_those_of_both_readers(model):
     for row in passages(5):
         hidden = model.trunk.hidden(row[None])[0]
         deep = torch.cat((hidden.mean(0), hidden[-1])) @ model.head.weight[0] + model.head.bias[0]
-        close(model(row[None])[0], deep + model.wide(row[None])[0, -1], "the log-odds are not the sum of two readings",
-              atol=1e-4, rtol=1e-4)
+        assert_close(model(row[None])[0], deep + model.wide(row[None])[0, -1], "the log-odds are not the sum of two readings",
+                     atol=1e-4, rtol=1e-4)
 
 
 def test_a_new_head_leaves_the_bag_of_words_alone():
     """The head starts at 0: before training, the log-odds are the bag's."""
     model = RewardModel(GPTConfig(vocab_size=V, block_size=T, n_layer=1, n_head=1, n_embd=8)).requires_grad_(False)
     model.wide.fit(*rated())
-    close(model(passages(4)), model.wide(passages(4))[:, -1], "an untrained head should add nothing")
+    assert_close(model(passages(4)), model.wide(passages(4))[:, -1], "an untrained head should add nothing")
 
 
 def test_features_of_a_prefix_do_not_see_what_follows(model):
@@ -132,8 +132,8 @@ def test_features_of_a_prefix_are_those_of_the_prefix_alone(model):
     features = model.features(tokens)
     assert features.shape == (8, T, 2 * model.trunk.config.n_embd + 2)
     for t in range(1, T + 1):
-        close(features[:, t - 1], model.features(tokens[:, :t])[:, -1], "a prefix is read otherwise than alone", atol=1e-4, rtol=1e-4)
-        close(features[:, t - 1, -2:].sum(1), model(tokens[:, :t]), "the two log-odds do not add up", atol=1e-4, rtol=1e-4)
+        assert_close(features[:, t - 1], model.features(tokens[:, :t])[:, -1], "a prefix is read otherwise than alone", atol=1e-4, rtol=1e-4)
+        assert_close(features[:, t - 1, -2:].sum(1), model(tokens[:, :t]), "the two log-odds do not add up", atol=1e-4, rtol=1e-4)
 
 
 # ---- the bag of words ---------------------------------------------------------------------------
@@ -177,8 +177,8 @@ def test_the_bag_of_words_is_ridge_regression_on_tf_idf(ridge):
     texts = [row[m].tolist() for row, m in zip(tokens, mask)]
     oracle, wide = Oracle(texts, ratings.tolist(), ridge), Wide().fit(tokens, mask, ratings, ridge)
     for ids in [*texts, *passages(10, seed=7).tolist()]:
-        close(wide(torch.tensor([ids]))[0].double(), oracle(ids), "the bag of words differs from dense ridge regression",
-              atol=1e-3, rtol=1e-3)
+        assert_close(wide(torch.tensor([ids]))[0].double(), oracle(ids), "the bag of words differs from dense ridge regression",
+                     atol=1e-3, rtol=1e-3)
 
 
 def test_ridge_goes_from_repeating_the_ratings_to_their_mean():
@@ -188,8 +188,8 @@ def test_ridge_goes_from_repeating_the_ratings_to_their_mean():
     tokens, mask, ratings = tokens[sorted(set(keep))], mask[sorted(set(keep))], ratings[sorted(set(keep))]
     last = mask.sum(1) - 1
     read = [Wide().fit(tokens, mask, ratings, ridge)(tokens).gather(1, last[:, None]).squeeze(1) for ridge in (1e-4, 1e8)]
-    close(read[0], ratings, "without a penalty the ratings should come back", atol=0.02, rtol=0)
-    close(read[1], ratings.mean().expand(len(ratings)), "a huge penalty leaves only the mean", atol=1e-4, rtol=0)
+    assert_close(read[0], ratings, "without a penalty the ratings should come back", atol=0.02, rtol=0)
+    assert_close(read[1], ratings.mean().expand(len(ratings)), "a huge penalty leaves only the mean", atol=1e-4, rtol=0)
 
 
 def test_the_bag_does_not_read_padding_when_it_is_fitted():
@@ -198,8 +198,8 @@ def test_the_bag_does_not_read_padding_when_it_is_fitted():
     wide, other = Wide().fit(tokens, mask, ratings), Wide().fit(tokens.masked_fill(~mask, 9), mask, ratings)
     longer = Wide().fit(torch.cat((tokens, tokens), 1), torch.cat((mask, torch.zeros_like(mask)), 1), ratings)
     for name, value in wide.state_dict().items():
-        close(other.state_dict()[name], value, f"{name} of the bag depends on padding", atol=1e-5, rtol=1e-4)
-        close(longer.state_dict()[name], value, f"{name} of the bag depends on the length of padding", atol=1e-5, rtol=1e-4)
+        assert_close(other.state_dict()[name], value, f"{name} of the bag depends on padding", atol=1e-5, rtol=1e-4)
+        assert_close(longer.state_dict()[name], value, f"{name} of the bag depends on the length of padding", atol=1e-5, rtol=1e-4)
 
 
 def test_the_bag_of_a_prefix_is_that_of_the_cut_passage(model):
@@ -207,7 +207,7 @@ def test_the_bag_of_a_prefix_is_that_of_the_cut_passage(model):
     tokens = passages(20, seed=5)
     values = model.wide(tokens)
     for t in range(1, T + 1):
-        close(values[:, :t], model.wide(tokens[:, :t]), f"the prefix of {t} tokens reads otherwise alone", atol=1e-5, rtol=1e-5)
+        assert_close(values[:, :t], model.wide(tokens[:, :t]), f"the prefix of {t} tokens reads otherwise alone", atol=1e-5, rtol=1e-5)
 
 
 def test_repetition_takes_away_from_what_was_said_once(model):
@@ -226,13 +226,13 @@ def test_a_pleasing_word_pleases_most_when_it_is_said_once():
     wide = Wide()
     wide.weight[3] = 1.0
     values = wide(torch.full((1, 8), 3))[0]
-    close(values, 1 / (2 * torch.arange(1, 9.0)).sqrt(), "n times a token and n pairs, all of idf 1: 1 / sqrt(2 n)")
+    assert_close(values, 1 / (2 * torch.arange(1, 9.0)).sqrt(), "n times a token and n pairs, all of idf 1: 1 / sqrt(2 n)")
 
 
 def test_the_bag_marks_first_occurrences():
     """a b a a: tokens first at a, b; pairs first at (0,a), (a,b), (b,a), (a,a)."""
     rows, first = Wide().bag(torch.tensor([[3, 5, 3, 3]]))
-    close(first, torch.tensor([[1, 1, 1, 1, 0, 1, 0, 1.0]]), "wrong first occurrences (token, pair, token, pair, ...)")
+    assert_close(first, torch.tensor([[1, 1, 1, 1, 0, 1, 0, 1.0]]), "wrong first occurrences (token, pair, token, pair, ...)")
     assert rows[0, ::2].tolist() == [3, 5, 3, 3], "tokens of a small vocabulary have a row each"
     assert (rows[0, 1::2] >= reward.BUCKETS).all(), "pairs should have a table of their own"
 
@@ -255,7 +255,7 @@ def test_a_passage_rated_neutral_costs_log_2_and_pulls_nowhere_at_one_half():
     """Soft label 1/2 at p = 1/2: loss log 2, gradient 0 (the exercise's treatment of neutral passages)."""
     log_odds = torch.zeros(3, requires_grad=True)
     loss = soft_loss(log_odds, torch.tensor([0.5]))
-    close(loss, torch.full((3,), math.log(2)), "a coin's uncertainty is log 2 nats")
+    assert_close(loss, torch.full((3,), math.log(2)), "a coin's uncertainty is log 2 nats")
     loss.sum().backward()
     assert (log_odds.grad == 0).all(), "a neutral passage should not move a model that says one half"
 
@@ -267,8 +267,8 @@ def test_the_loss_is_the_cross_entropy_with_gradient_p_minus_target(target):
     loss = soft_loss(log_odds, torch.tensor([target]).double())
     loss.sum().backward()
     p = log_odds.detach().sigmoid()
-    close(log_odds.grad, p - target, "the gradient is not p - target", atol=1e-12, rtol=0)
-    close(loss[1:4], -(target * p.log() + (1 - target) * (1 - p).log())[1:4], "not the cross-entropy", atol=1e-12, rtol=1e-9)
+    assert_close(log_odds.grad, p - target, "the gradient is not p - target", atol=1e-12, rtol=0)
+    assert_close(loss[1:4], -(target * p.log() + (1 - target) * (1 - p).log())[1:4], "not the cross-entropy", atol=1e-12, rtol=1e-9)
     assert loss.isfinite().all(), "large log-odds overflow"
 
 
@@ -278,16 +278,29 @@ def test_an_affine_change_of_the_raw_reward_leaves_the_score_unchanged(a, b):
     log_odds = 3 * randn(2000)
     raw = log_odds.sigmoid().log()
     changed = a * raw + b
-    close(score(log_odds, raw.mean(), raw.std()), (changed - changed.mean()) / changed.std(), "the score depends on the raw reward's unit",
-          atol=1e-9, rtol=1e-9)
+    assert_close(score(log_odds, raw.mean(), raw.std()), (changed - changed.mean()) / changed.std(), "the score depends on the raw reward's unit",
+                 atol=1e-9, rtol=1e-9)
+
+
+def test_score_and_features_share_a_pass_and_answer_for_no_other_tokens(model, monkeypatch):
+    """score_fn = (log P - mean) / std of the whole passage, features_fn = the model's, whatever was read before."""
+    passes = []
+    monkeypatch.setattr(RewardModel, "pooled", lambda self, tokens, old=RewardModel.pooled: passes.append(1) or old(self, tokens))
+    score_fn, features_fn = readings(model, -0.8, 0.3)
+    for tokens in (passages(4), passages(4, seed=5), passages(4)):
+        read = len(passes)
+        scores, features = score_fn(tokens), features_fn(tokens)
+        assert len(passes) == read + 1, "the trunk read the same tokens twice"
+        assert_close(scores, score(model(tokens), -0.8, 0.3), "the score is not that of the log-odds of the whole passage")
+        assert_close(features, model.features(tokens), "the features are not those of these tokens")
 
 
 def test_the_score_uses_the_constants_it_is_given():
     """(log p - mean) / std in numbers, whatever else is in the batch: beta then means the same in every batch."""
-    close(score(torch.tensor([0.0]), -1.0, 0.5), torch.tensor([2 * (1 - math.log(2))]), "p = 1/2: (-log 2 + 1) / 0.5")
+    assert_close(score(torch.tensor([0.0]), -1.0, 0.5), torch.tensor([2 * (1 - math.log(2))]), "p = 1/2: (-log 2 + 1) / 0.5")
     batch = score(torch.tensor([0.0, 5.0, -1e4]), -1.0, 0.5)
-    close(batch[0].item(), 2 * (1 - math.log(2)), "the score depends on the rest of the batch")
-    close(batch[2].item(), -19998.0, "log p of very negative log-odds is the log-odds themselves")
+    assert_close(batch[0].item(), 2 * (1 - math.log(2)), "the score depends on the rest of the batch")
+    assert_close(batch[2].item(), -19998.0, "log p of very negative log-odds is the log-odds themselves")
 
 
 def prefix_loss(model, tokens, mask, target, **options):
@@ -303,7 +316,7 @@ def test_every_prefix_of_8_tokens_and_more_is_a_training_example(model):
     each = [soft_loss(model(row[:t][None]), y[None]) for row, m, y in zip(tokens, mask, target) for t in range(8, int(m.sum()) + 1)]
     for padding in (0, 5):
         loss = prefix_loss(model, tokens.masked_fill(~mask, padding), mask, target)
-        close(loss, torch.cat(each).mean(), "the loss is not the mean over prefixes", atol=1e-4, rtol=1e-4)
+        assert_close(loss, torch.cat(each).mean(), "the loss is not the mean over prefixes", atol=1e-4, rtol=1e-4)
 
 
 def test_nonsense_has_its_own_target_in_its_last_quarter(model):
@@ -315,7 +328,7 @@ def test_nonsense_has_its_own_target_in_its_last_quarter(model):
     spoilt = torch.cat(list(nonsense(tokens[1:3], V, torch.tensor([1, 2]), generator).values()))
     each = [soft_loss(model(row[:t][None]), torch.tensor([0.75])) for row, m in zip(tokens, mask) for t in range(8, int(m.sum()) + 1)]
     each += [soft_loss(model(row[:t][None]), torch.tensor([0.25])) for row in spoilt for t in range(11, T + 1)]
-    close(prefix_loss(model, tokens, mask, target, spoilt=2), torch.cat(each).mean(), "nonsense counts otherwise", atol=1e-4, rtol=1e-4)
+    assert_close(prefix_loss(model, tokens, mask, target, spoilt=2), torch.cat(each).mean(), "nonsense counts otherwise", atol=1e-4, rtol=1e-4)
 
 
 def test_training_teaches_the_head_and_leaves_the_bag_alone():
@@ -332,7 +345,7 @@ def test_training_teaches_the_head_and_leaves_the_bag_alone():
         optimizer.step()
     p = positive(model, tokens)
     assert p[::2].min() > 0.5 > p[1::2].max(), "the head did not learn from its passages"
-    close(model.wide.state_dict(), bag, "training should not move the bag of words", atol=0, rtol=0)
+    assert_close(model.wide.state_dict(), bag, "training should not move the bag of words", atol=0, rtol=0)
 
 
 # ---- nonsense -----------------------------------------------------------------------------------
@@ -385,7 +398,7 @@ def test_nonsense_depends_on_its_generator_alone():
     """The same seed, the same nonsense; torch's global generator is not touched; the passages stay as they are."""
     tokens, state = torch.arange(280).view(20, 14), torch.get_rng_state()
     one, two = (nonsense(tokens, 16, NAMES, seeded()) for _ in range(2))
-    close(one, two, "the same seed gave other nonsense", atol=0, rtol=0)
+    assert_close(one, two, "the same seed gave other nonsense", atol=0, rtol=0)
     assert torch.equal(state, torch.get_rng_state()), "nonsense draws from another generator too"
     assert torch.equal(tokens, torch.arange(280).view(20, 14)), "the passages were changed"
     for B, length in ((0, 8), (1, 4), (3, 5), (7, 64)):
@@ -396,11 +409,11 @@ def test_what_fools_a_model_is_measured_by_its_own_mean_probability(model):
     """Mean P of the passages, of each kind of nonsense, and of the bag's favourite words repeated."""
     tokens = passages(30)
     found = reward.fooled(model, tokens, torch.tensor([1, 2]), seeded())
-    close(found["as written"], model(tokens).sigmoid().mean().item(), "not the mean over the passages", atol=1e-5, rtol=0)
+    assert_close(found["as written"], model(tokens).sigmoid().mean().item(), "not the mean over the passages", atol=1e-5, rtol=0)
     for kind, x in nonsense(tokens, V, torch.tensor([1, 2]), seeded()).items():
-        close(found[kind], model(x).sigmoid().mean().item(), f"not the mean over passages: {kind}", atol=1e-5, rtol=0)
+        assert_close(found[kind], model(x).sigmoid().mean().item(), f"not the mean over passages: {kind}", atol=1e-5, rtol=0)
     words = torch.arange(V)[:, None].expand(V, T)       # fewer than twenty tokens: all are favourites
-    close(found["a favourite word repeated"], model(words).sigmoid().mean().item(), "not the mean over words repeated", atol=1e-5, rtol=0)
+    assert_close(found["a favourite word repeated"], model(words).sigmoid().mean().item(), "not the mean over words repeated", atol=1e-5, rtol=0)
 
 
 # ---- padding ------------------------------------------------------------------------------------
@@ -421,17 +434,17 @@ RATINGS = torch.tensor([2.0, 1.0, -1.0, 0.0, -2.0, 0.5, -0.5, 0.0, 2.0])
 def test_pearson_is_the_correlation_with_the_rating():
     """cov / (sigma sigma), against numpy; the unit of the rating does not matter."""
     expected = np.corrcoef(P.numpy(), RATINGS.numpy())[0, 1]
-    close(rating_metrics(P, RATINGS, 0.5)["pearson"], expected.item(), "not Pearson's correlation", atol=1e-6, rtol=0)
-    close(rating_metrics((RATINGS + 2) / 4, RATINGS, 0.5)["pearson"], 1.0, "a perfect prediction correlates 1", atol=1e-6, rtol=0)
+    assert_close(rating_metrics(P, RATINGS, 0.5)["pearson"], expected.item(), "not Pearson's correlation", atol=1e-6, rtol=0)
+    assert_close(rating_metrics((RATINGS + 2) / 4, RATINGS, 0.5)["pearson"], 1.0, "a perfect prediction correlates 1", atol=1e-6, rtol=0)
 
 
 def test_auc_is_the_share_of_pairs_in_the_right_order():
     """Over pairs (rated above 0, below 0): 1 if p is larger, 1/2 for a tie; neutral passages are in no pair."""
     pairs = [(p, q) for p, r in zip(P, RATINGS) if r > 0 for q, s in zip(P, RATINGS) if s < 0]
     expected = sum(1.0 if p > q else 0.5 if p == q else 0.0 for p, q in pairs) / len(pairs)
-    close(rating_metrics(P, RATINGS, 0.5)["auc"], expected, "not the area under the ROC curve")
+    assert_close(rating_metrics(P, RATINGS, 0.5)["auc"], expected, "not the area under the ROC curve")
     for p, auc in ((RATINGS / 4 + 0.5, 1.0), (0.5 - RATINGS / 4, 0.0), (torch.full((9,), 0.4), 0.5)):
-        close(rating_metrics(p, RATINGS, 0.5)["auc"], auc, "right order 1, wrong order 0, no order 1/2")
+        assert_close(rating_metrics(p, RATINGS, 0.5)["auc"], auc, "right order 1, wrong order 0, no order 1/2")
 
 
 def test_log_losses_are_those_of_soft_targets_and_of_signs():
@@ -447,7 +460,7 @@ def test_log_losses_are_those_of_soft_targets_and_of_signs():
     for name, expected in {"log_loss": cross_entropy(p.tolist(), soft), "constant_log_loss": cross_entropy([0.4] * 9, soft),
                            "sign_log_loss": cross_entropy(*zip(*signs)),
                            "constant_sign_log_loss": cross_entropy([4 / 7] * 7, [t for _, t in signs])}.items():
-        close(found[name], expected, f"{name} differs from its definition", atol=1e-6, rtol=1e-6)
+        assert_close(found[name], expected, f"{name} differs from its definition", atol=1e-6, rtol=1e-6)
     assert math.isfinite(rating_metrics(P, RATINGS, 0.4)["sign_log_loss"]), "a sure mistake (p = 0 or 1) should stay finite"
 
 
@@ -461,7 +474,7 @@ def test_log_losses_are_those_of_soft_targets_and_of_signs():
 def test_ece_is_the_mean_gap_between_saying_and_being_right(p, ratings, expected):
     """sum over ten bins of (n_b / N) |mean p - mean target| (Naeini 2015), by hand."""
     found = rating_metrics(torch.tensor(p), torch.tensor(ratings).float(), 0.5)["ece"]
-    close(found, expected, "wrong expected calibration error", atol=1e-6, rtol=0)
+    assert_close(found, expected, "wrong expected calibration error", atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("ratings", [[1.0, 2.0], [-1.0, -1.0], [0.0, 0.0], [1.0]])
@@ -515,7 +528,7 @@ def test_scoring_a_file_adds_positive_to_each_line_and_prints_nothing_else(folde
     tokenizer = data.load_tokenizer(folder / "tokenizer.tiktoken")
     for row in printed:
         ids = tokenizer.encode_ordinary(row["text"].strip())[:16] or [0]
-        close(row["positive"], model(torch.tensor([ids])).sigmoid().item(), "not P(positive) of this text", atol=2e-6, rtol=0)
+        assert_close(row["positive"], model(torch.tensor([ids])).sigmoid().item(), "not P(positive) of this text", atol=2e-6, rtol=0)
     assert "\N{EM DASH}" in out, "letters should be printed as they are"
 
 
@@ -558,7 +571,7 @@ def test_a_loaded_reward_model_is_frozen_and_reads_alike(folder):
     state = data.load_checkpoint(folder / "reward.pt")
     models = [reward.load_reward(state) for _ in range(2)]
     tokens = torch.randint(280, (4, 16), generator=seeded())
-    close(models[0](tokens), models[1](tokens), "two loads differ", atol=0, rtol=0)
+    assert_close(models[0](tokens), models[1](tokens), "two loads differ", atol=0, rtol=0)
     assert not any(p.requires_grad for p in models[0].parameters()), "a reward model should not be trained by PPO"
 
 

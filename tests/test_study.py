@@ -21,7 +21,7 @@ import ppo
 import reward
 import sample
 import train
-from conftest import close
+from conftest import assert_close
 
 train.SIZES["toy"] = {"vocab_size": 300, "block_size": 80, "n_layer": 1, "n_head": 2, "n_embd": 32, "pretrain_steps": 30,
                       "reward_steps": 12, "iterations": 3, "batch": 32, "rho_samples": 512, "fresh_samples": 128}
@@ -149,13 +149,13 @@ def test_the_numbers_of_the_summary_hang_together(study):
     """J = score - beta KL; fraction = (J - J_rho) / (J* - J_rho); no optimum is quoted below an ess of 100."""
     for row in summary_of(study)["ppo"]:
         found = row["optimum"]
-        close(row["objective"], row["score"] - row["beta"] * row["ref_kl"], "J is not score - beta KL", atol=1e-5, rtol=0)
-        close(row["reference_objective"], 0.0, "scores are normalised on these very samples of rho", atol=1e-4, rtol=0)
+        assert_close(row["objective"], row["score"] - row["beta"] * row["ref_kl"], "J is not score - beta KL", atol=1e-5, rtol=0)
+        assert_close(row["reference_objective"], 0.0, "scores are normalised on these very samples of rho", atol=1e-4, rtol=0)
         if found["ess"] < 100:
             assert row["fraction_of_optimum"] is None and found["objective"] is None, "an optimum from too few samples is quoted"
             continue
-        close(row["fraction_of_optimum"], (row["objective"] - row["reference_objective"]) / (found["objective"] - row["reference_objective"]),
-              "the fraction is not the share of the way from rho to the optimum")
+        assert_close(row["fraction_of_optimum"], (row["objective"] - row["reference_objective"]) / (found["objective"] - row["reference_objective"]),
+                     "the fraction is not the share of the way from rho to the optimum")
         assert row["objective"] < found["objective"] + 4 * row["objective_se"], "J lies above J*"
     assert summary_of(study)["ppo"][1]["optimum"]["ess"] >= 100, "beta 2 should be in reach of these samples"
 
@@ -178,9 +178,9 @@ def test_the_constants_of_the_score_are_those_of_the_samples_of_rho(study):
     state = data.load_checkpoint(study / "reward.pt")
     assert state["rho"]["tokens"].shape == (512, 16), "512 samples of 16 tokens were asked for"
     scores = reward.score(state["rho"]["log_odds"], state["mean"], state["std"])
-    close([scores.mean().item(), scores.std().item()], [0.0, 1.0], "scores of rho are not normalised", atol=1e-4, rtol=0)
+    assert_close([scores.mean().item(), scores.std().item()], [0.0, 1.0], "scores of rho are not normalised", atol=1e-4, rtol=0)
     model, tokens = reward.load_reward(state), state["rho"]["tokens"].long()
-    close(reward.positive(model, tokens), state["rho"]["log_odds"].sigmoid(), "the saved model judges otherwise", atol=0.02, rtol=0)
+    assert_close(reward.positive(model, tokens), state["rho"]["log_odds"].sigmoid(), "the saved model judges otherwise", atol=0.02, rtol=0)
 
 
 def test_reference_and_held_out_passages_stay_out_of_training(study, texts):
@@ -218,7 +218,7 @@ def test_supervised_training_follows_its_schedule_after_a_checkpoint_too():
     step = train.descend(model, [optimizer], lambda i: model(torch.ones(1, 1)).sum(), lambda i: 1 / (i + 1), 9, math.inf, dict, every=5)
     for i in range(4):
         step(i)
-        close(optimizer.param_groups[0]["lr"], 0.5 / (i + 1), "the rate does not follow its schedule")
+        assert_close(optimizer.param_groups[0]["lr"], 0.5 / (i + 1), "the rate does not follow its schedule")
         optimizer.load_state_dict(optimizer.state_dict())
 
 
