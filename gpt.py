@@ -70,17 +70,16 @@ def rotate(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1)
 
 
-def causal_attention(q, k, v, future):
+def causal_attention(q, k, v, future=None):
     """softmax(q k' / sqrt(head)) v, each query seeing no key of its future.
 
     q (B,H,T,head); k, v (B,H,S,head); future (T,S) is True where the key comes after the query. Returns
-    (B,H,T,head). A whole text on CUDA is for torch's fused kernel; on the CPU the written-out
-    products are faster (bf16, short contexts).
+    (B,H,T,head). Without future, T = S, a whole text: torch's fused kernel masks by itself.
     """
-    if q.is_cuda and q.size(-2) == k.size(-2):
+    if future is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                        # (B,H,T,S)
-    return scores.masked_fill(future, -math.inf).softmax(-1).to(v.dtype) @ v
+    return scores.masked_fill(future, -math.inf).softmax(-1) @ v
 
 
 class Block(nn.Module):
@@ -140,7 +139,8 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit the context of {self.config.block_size}")
         keys = torch.arange(T if cache is None else cache.k.size(3), device=tokens.device)
         positions = keys if cache is None else cache.positions(T)
-        future = keys > positions[:, None]                                          # (T,S)
+        # The fused kernel is for CUDA: on the CPU the written-out products are faster (bf16, short contexts).
+        future = None if tokens.is_cuda and cache is None else keys > positions[:, None]          # (T,S)
         dtype = torch.bfloat16 if self.bf16 else self.embed.weight.dtype
         with self.precision():
             cos, sin = self.cos[positions].to(dtype), self.sin[positions].to(dtype)
@@ -204,12 +204,14 @@ def captured(step, generator):
 
 
 @torch.no_grad()
-def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None, capture=True):
+def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None, capture=None):
     """Continue prompt (B,T0) by length tokens: (B,T0+length).
 
     Reads each token once, through a key-value cache. generator: a torch.Generator on the
-    model's device, so that sampling has its own stream of randomness. capture: on CUDA, as a graph.
+    model's device, so that sampling has its own stream of randomness. capture(step, generator)
+    makes a faster step; by default captured on CUDA and nothing elsewhere.
     """
+    capture = capture or (captured if prompt.is_cuda else lambda step, generator: step)
     B, T0 = prompt.shape
     tokens = torch.cat((prompt, prompt.new_zeros(B, length)), dim=1)
     dtype = torch.bfloat16 if model.bf16 else model.embed.weight.dtype
@@ -224,8 +226,8 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None,
 
     with model.precision():      # once outside, so that weights are cast once, not at every token
         for t in range(length):
-            if t == 2 and capture and prompt.is_cuda:       # after one such step: it warms up what a capture needs
-                step = captured(step, generator)
+            if t == 2:               # after one such step, which warms up what a capture needs
+                step = capture(step, generator)
             step(prompt) if t == 0 else step()
     return tokens
 

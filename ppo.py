@@ -83,9 +83,8 @@ def gae(rewards, values, gamma=1.0, lam=0.95, mask=None):
     """
     rewards, mask = _masked(rewards, mask)
     values, _ = _masked(values, mask)
-    rewards = rewards.to(values.dtype)
-    advantages = torch.zeros_like(rewards)
-    advantage = next_value = torch.zeros_like(rewards[:, 0])
+    advantages = torch.zeros_like(rewards + values)
+    advantage = next_value = torch.zeros_like(advantages[:, 0])
     for t in reversed(range(rewards.size(1))):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, advantage)

@@ -46,7 +46,7 @@ BUGS = [
     Bug("sampling without the causal mask", "ZiyueWang25/RLHF-Shakespeare",
         "The sampler re-reads the text with no mask, the scorer with one, so tokens are drawn from another distribution than their log-probabilities say.",
         "gpt loop", "gpt.py",
-        [("future = keys > positions[:, None]", 'future = (keys > positions[:, None]) & globals().get("causal", True)'),
+        [("else keys > positions[:, None] ", 'else (keys > positions[:, None]) & globals().get("causal", True) '),
          ("        logits = model(new, cache)[:, -1] ",
           "        global causal\n        causal = False\n        cache.length += new.size(1)\n"
           "        logits = model(tokens[:, :cache.length])[:, -1]\n        causal = True ")]),
@@ -64,7 +64,7 @@ BUGS = [
         [("self.cos[positions].to(dtype), self.sin[positions].to(dtype)", "self.cos[:T].to(dtype), self.sin[:T].to(dtype)")]),
     Bug("token t scored by the logits at t", "lucidrains/PaLM-rlhf-pytorch #31",
         "A token's log-probability is read one position too late, from logits that predict the next one.",
-        "loop gpt", "gpt.py",
+        "gpt loop", "gpt.py",
         [("inputs = torch.cat((prompt.expand(len(tokens), -1), tokens), 1)[:, :-1]", "inputs = torch.cat((prompt.expand(len(tokens), -1), tokens), 1)"),
          ("model.hidden(inputs)[:, prompt.size(1) - 1:]", "model.hidden(inputs)[:, prompt.size(1):]")]),
     Bug("logits of the last position only", "nanoGPT's shortcut, taken over into RLHF code",

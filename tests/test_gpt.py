@@ -1,5 +1,6 @@
 """The transformer and the sampler: what is sampled is exactly what is scored."""
 
+import contextlib
 import copy
 import math
 
@@ -48,6 +49,10 @@ def test_attention_is_scaled_dot_product_attention_over_the_past(T, S):
     past = torch.ones(T, S, dtype=torch.bool).tril(S - T)
     assert_close(causal_attention(q, k, v, ~past), F.scaled_dot_product_attention(q, k, v, attn_mask=past),
                  "attention differs from torch's own: check the mask, the scale, and softmax over keys")
+    if T == S:
+        assert_close(causal_attention(q, k, v), causal_attention(q, k, v, ~past), "the fused kernel is not the written-out products")
+    if T == S:
+        assert_close(causal_attention(q, k, v), causal_attention(q, k, v, ~past), "the fused kernel is not the written-out products")
 
 
 def test_the_norm_has_unit_mean_square_and_ignores_scale():
@@ -210,17 +215,9 @@ def test_a_captured_step_draws_the_tokens_that_a_plain_one_draws(trained, bf16):
     """A CUDA graph replays the same kernels on the same memory, and each replay goes on in the stream of randomness."""
     gpu, prompt = copy.deepcopy(trained).cuda(), streams(64, 3).cuda()
     gpu.bf16 = bf16
-    plain, replayed = (generate(gpu, prompt, 20, generator=torch.Generator("cuda").manual_seed(0), capture=c) for c in (False, True))
+    plain, replayed = (generate(gpu, prompt, 20, generator=torch.Generator("cuda").manual_seed(0), capture=capture)
+                       for capture in (lambda step, generator: step, gpt.captured))
     assert torch.equal(plain, replayed), "captured and plain decoding differ"
-
-
-def test_decoding_moves_no_tensor_from_step_to_step(trained, monkeypatch):
-    """What a capture needs, and no CPU can capture: each step after the first works on tensors that stay where they are."""
-    places = []
-    monkeypatch.setattr(KVCache, "append", lambda self, *args, old=KVCache.append:
-                        places.append((self.k.data_ptr(), self.v.data_ptr(), self.length.data_ptr())) or old(self, *args))
-    generate(trained, streams(2, 3), 5, generator=seeded())
-    assert len(places) == 15 and len(set(places)) == 1, "a cache that moves cannot be replayed"
 
 
 # ---- sampling ---------------------------------------------------------------------------------
@@ -268,14 +265,6 @@ def test_rounding_of_the_cumulative_sum_never_yields_a_token_that_does_not_exist
     assert tokens.max() < 2048, "the draw fell off the end of the vocabulary"
 
 
-def test_temperature_0_is_greedy(trained):
-    """The limit of softmax(logits / temperature): every token is the likeliest one, on a whole-sequence pass."""
-    tokens = generate(trained, streams(8, 4), 20, temperature=0)
-    assert torch.equal(tokens[:, 4:], trained(tokens)[:, 3:-1].argmax(-1)), "a greedy token is not the likeliest"
-    assert torch.equal(generate(trained, streams(8, 4), 20, top_k=1), tokens), "top_k = 1 is greedy too"
-    assert torch.equal(generate(trained, streams(8, 4), 20, temperature=1e-308), tokens), "a tiny temperature overflows"
-
-
 @pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.7, None), (1.5, 5)])
 def test_generate_draws_what_a_loop_without_cache_draws(trained, temperature, top_k):
     """The oracle reads the whole text again for every token: slow and plain."""
@@ -295,6 +284,14 @@ def test_log_probabilities_of_the_sampler_equal_teacher_forced_ones(trained, mon
     sampled, forced = (logits.log_softmax(-1).gather(-1, tokens[:, 4:, None])
                        for logits in (torch.stack(seen, dim=1), trained(tokens)[:, 3:-1]))
     assert_close(sampled, forced, "the sampler's log-probability is not the scorer's", atol=1e-4, rtol=0)
+
+
+def test_temperature_0_is_greedy(trained):
+    """The limit of softmax(logits / temperature): every token is the likeliest one, on a whole-sequence pass."""
+    tokens = generate(trained, streams(8, 4), 20, temperature=0)
+    assert torch.equal(tokens[:, 4:], trained(tokens)[:, 3:-1].argmax(-1)), "a greedy token is not the likeliest"
+    assert torch.equal(generate(trained, streams(8, 4), 20, top_k=1), tokens), "top_k = 1 is greedy too"
+    assert torch.equal(generate(trained, streams(8, 4), 20, temperature=1e-308), tokens), "a tiny temperature overflows"
 
 
 def test_pairs_of_tokens_come_as_often_as_they_are_scored(trained):
@@ -392,3 +389,49 @@ def test_completions_come_from_the_whole_softmax_at_temperature_1():
     assert draws.shape == (20_000, 1), "completions come without the prompt"
     assert chi_square_p(draws[:, 0], model(prompt)[0, -1].softmax(-1)) > ALPHA, \
         "rollouts are drawn from another distribution than they are scored with"
+
+
+def test_every_step_after_the_first_two_can_be_captured_and_replayed(trained):
+    """capture gets the step and the generator, once; what it returns draws all further tokens, the same ones."""
+    replays, generator = [], seeded()
+    tokens = generate(trained, streams(8, 4), 20, generator=generator, capture=lambda step, g: lambda: replays.append(g) or step())
+    assert replays == [generator] * 18, "18 of 20 tokens should come from the captured step"
+    assert torch.equal(tokens, generate(trained, streams(8, 4), 20, generator=seeded())), "captured steps draw other tokens"
+
+
+def test_decoding_moves_no_tensor_from_step_to_step(trained, monkeypatch):
+    """What a capture needs, and no CPU can capture: each step after the first works on tensors that stay where they are."""
+    places = []
+    monkeypatch.setattr(KVCache, "append", lambda self, *args, old=KVCache.append:
+                        places.append((self.k.data_ptr(), self.v.data_ptr(), self.length.data_ptr())) or old(self, *args))
+    generate(trained, streams(2, 3), 5, generator=seeded())
+    assert len(places) == 15 and len(set(places)) == 1, "a cache that moves cannot be replayed"
+
+
+def test_decoding_and_scoring_stay_on_the_device_of_the_model_and_never_wait_for_it(trained, monkeypatch):
+    """On torch's meta device, which refuses tensors of the CPU and has no values to look at: so would a CUDA graph."""
+    monkeypatch.setattr(GPT, "precision", lambda self: contextlib.nullcontext())         # autocast knows no meta device
+    model, prompt = copy.deepcopy(trained).to("meta"), torch.zeros(2, 3, dtype=torch.long, device="meta")
+    for options in ({}, {"temperature": 0.7, "top_k": 3}, {"temperature": 0}):
+        tokens = generate(model, prompt, 5, **options)
+        assert tokens.shape == (2, 8) and tokens.is_meta, "decoding left the model's device"
+    assert completion_logits(model, prompt[:1], tokens).is_meta, "scoring left the model's device"
+    assert KVCache(model.config, 2, 8, "meta", torch.float32).length.is_meta, "the cache counts on another device"
+
+
+def test_logits_that_are_not_numbers_give_a_token_that_exists():
+    """NaN reaches no cumulative sum: the draw stays in the vocabulary, so that check_finite can report the NaN."""
+    tokens = sample_tokens(torch.full((3, 5), math.nan), generator=seeded())
+    assert ((tokens >= 0) & (tokens < 5)).all(), "a draw from NaN is no token"
+
+
+def test_bf16_is_bf16_whatever_half_precision_the_device_prefers(trained):
+    """CUDA's default of autocast is float16, which overflows at 65,504. Hidden states are kept in bf16 too: half the memory to move."""
+    half, default = copy.deepcopy(trained), torch.get_autocast_dtype("cpu")
+    half.bf16 = True
+    torch.set_autocast_dtype("cpu", torch.float16)
+    try:
+        assert half.precision().fast_dtype == torch.bfloat16, "autocast would use the device's default"
+    finally:
+        torch.set_autocast_dtype("cpu", default)
+    assert half.hidden(streams(2, 5)).dtype == torch.bfloat16, "hidden states should be bf16"

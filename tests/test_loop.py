@@ -111,143 +111,27 @@ def same(a, b):
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
 
 
-# ---- where the loop ends ------------------------------------------------------------------------
-
-@BETAS
-def test_the_loop_reaches_the_optimum(beta):
-    """KL(pi to pi*) < 0.01 nats, pi* = rho exp(r / beta) / Z, and J within 1 percent of J* (Korbak 2022)."""
-    policy, (target, J_best) = converged(beta)[0].policy, best(beta)
-    gap, J = kl(logprobs(policy), target), objective(policy, beta)
-    assert gap < 1e-2, f"the loop ends {gap:.4f} nats from pi*: is the KL of later tokens credited to each token?"
-    assert J > 0.99 * J_best, f"J is {J:.4f}, the optimum {J_best:.4f}"
-
-
-@BETAS
-def test_no_iteration_ends_above_the_optimum(beta):
-    """J(pi) <= J* for every pi, so on the way too; J* - J(pi) = beta KL(pi to pi*)."""
-    run, (target, J_best) = new_run(beta=beta), best(beta)
-    for i in range(5):
-        run.step(i)
-        J = objective(run.policy, beta)
-        assert J <= J_best + 1e-6, f"J = {J:.6f} after iteration {i} lies above J* = {J_best:.6f}"
-        assert_close(J_best - J, beta * kl(logprobs(run.policy), target), "J* - J is not beta KL(pi to pi*)", atol=1e-5, rtol=0)
-    assert objective(converged(beta)[0].policy, beta) <= J_best + 1e-6, "the tuned policy beats the optimum"
-
-
-def count_twos(tokens):
-    return (tokens == 2).sum(1).float()
-
-
-def test_beta_0_goes_greedy():
-    """Nothing holds the policy back: it puts its mass on the completion that scores best, here 2 2 2 2."""
-    p = logprobs(tuned(**{**LONG, "iterations": 25, "lr": 4e-3}, beta=0.0, score=count_twos)[0].policy).exp()
-    assert p[-1] > 0.9, f"the best completion has probability {p[-1]:.2f}"
-
-
-def test_a_large_beta_stays_at_rho():
-    """beta = 50: KL(pi* to rho) is about Var(r) / (2 beta^2), next to nothing."""
-    gap = kl(logprobs(tuned(**{**LONG, "iterations": 20, "lr": 5e-4}, beta=50.0)[0].policy), logprobs(rho()))
-    assert gap < 1e-2, f"a huge penalty let the policy drift {gap:.4f} nats"
-
-
-def test_a_larger_beta_ends_nearer_to_rho():
-    """KL(pi to rho) falls along the sweep, down to standing still."""
-    runs = [*map(converged, (1.0, 1.5, 2.5)), tuned(**{**LONG, "iterations": 20, "lr": 5e-4}, beta=50.0)]
-    drift = [kl(logprobs(run.policy), logprobs(rho())) for run, _ in runs]
-    assert drift == sorted(drift, reverse=True), f"KL to rho from small to large beta: {drift}"
-
-
-def own_token_credit(scores, logprobs, ref_logprobs, beta):
-    """Rewards whose later ones sum to score - beta k1_t: each token pays for its own KL only."""
-    own = kl_penalised_rewards(torch.zeros_like(scores), logprobs, ref_logprobs, beta)
-    return own - F.pad(own[:, 1:], (0, 1)) + kl_penalised_rewards(scores, logprobs, logprobs, beta)
-
-
-def penalty_in_the_loss(patch):
-    """The reward is the score alone; ratio * beta (log pi - log rho) joins the loss, with its gradient."""
-    seen = {}
-
-    def rewards(scores, logprobs, ref_logprobs, beta):
-        seen.update(ref_logprobs=ref_logprobs, beta=beta)
-        return kl_penalised_rewards(scores, logprobs, logprobs, beta)
-
-    def loss(logprobs, old_logprobs, advantages, clip):
-        surrogate, info = policy_loss(logprobs, old_logprobs, advantages[..., 0], clip)
-        penalty = (logprobs - old_logprobs).exp() * (logprobs - advantages[..., 1])
-        return surrogate + seen["beta"] * penalty.mean(), info
-
-    patch("kl_penalised_rewards", rewards)
-    patch("whiten", lambda x: torch.stack((whiten(x), seen["ref_logprobs"]), -1))       # (B,T,2): takes rho along
-    patch("policy_loss", loss)
-
-
-@pytest.mark.parametrize("bug", ["own token", "in the loss"])
-def test_two_well_known_bugs_end_elsewhere(bug, monkeypatch):
-    """The test above must see them: KL credited to its own token only, and KL as a term of the loss.
-
-    Both have another fixed point than pi* (ZiyueWang25/RLHF-Shakespeare has both).
-    """
-    patch = functools.partial(monkeypatch.setattr, ppo)
-    right = kl(logprobs(converged(1.0)[0].policy), best(1.0)[0])
-    patch("kl_penalised_rewards", own_token_credit) if bug == "own token" else penalty_in_the_loss(patch)
-    gap = kl(logprobs(train(**{**LONG, "iterations": 60}, beta=1.0)[0].policy), best(1.0)[0])
-    assert gap > max(0.05, 10 * right), f"broken on purpose, yet {gap:.4f} nats from pi*, {right:.4f} when right"
-
-
-def test_an_adaptive_beta_brings_ref_kl_to_its_target():
-    """Ziegler 2019, section 2.2: from a beta far too large, ref_kl ends near 0.5 nats per completion."""
-    run, history = tuned(**{**LONG, "iterations": 40, "lr": 2e-3}, beta=5.0, kl_target=0.5, kl_horizon=500.0)
-    end = kl(logprobs(run.policy), logprobs(rho()))
-    assert abs(end - 0.5) < 0.15, f"ref_kl ends at {end:.2f} nats, its target is 0.5, beta {history[-1]['beta']:.2f}"
-    assert history[-1]["beta"] < 3, "beta should have fallen from 5"
-
-
-def test_without_a_target_beta_stays_to_the_last_bit():
-    """The controller is off by default."""
-    assert {metrics["beta"] for metrics in converged(1.5)[1]} == {1.5}, "beta moved without a target"
-
-
-# ---- what it says of itself ---------------------------------------------------------------------
-
-@pytest.mark.parametrize("name", ["ref_kl", "exact_kl", "score", "objective"])
-def test_fresh_samples_agree_with_enumeration(name):
-    """KL in nats per completion, score and J of 4,000 rollouts: within 4 standard errors of the sums."""
-    run, p = converged(1.5)[0], logprobs(converged(1.5)[0].policy)
-    batch = copy.deepcopy(run).rollout(4000)
-    drift = kl(p, logprobs(rho()))
-    exact = {"ref_kl": drift, "exact_kl": drift, "score": (p.exp() * SCORES).sum().item(), "objective": objective(run.policy, 1.5)}
-    sampled = {"ref_kl": (batch["logprobs"] - batch["ref_logprobs"]).sum(1), "exact_kl": batch["exact_kl"].sum(1),
-               "score": batch["scores"], "objective": batch["scores"] - 1.5 * batch["exact_kl"].sum(1)}
-    error = sampled[name].std().item() / 4000 ** 0.5
-    assert abs(sampled[name].mean().item() - exact[name]) < 4 * error, \
-        f"{name} is {sampled[name].mean():.4f} in samples, {exact[name]:.4f} in truth, standard error {error:.4f}"
-
-
-def test_metrics_are_per_completion_and_of_the_rollout():
-    """ref_kl = mean over completions of the sum of k1 over tokens; objective = score - beta exact_kl."""
-    run = new_run(beta=0.5)
-    run.step(0)
-    metrics, batch = run.step(1), run.batch
-    assert_close(metrics["ref_kl"], (batch["logprobs"] - batch["ref_logprobs"]).sum(1).mean().item(), "ref_kl is not per completion")
-    assert_close(metrics["exact_kl"], batch["exact_kl"].sum(1).mean().item(), "exact_kl is not per completion")
-    assert_close(metrics["objective"], metrics["score"] - 0.5 * metrics["exact_kl"], "J is not score - beta KL", atol=1e-6, rtol=0)
-    assert metrics["ref_kl"] != 0, "after an update the policy should differ from rho"
-
-
-def test_pooled_samples_of_rho_and_the_tuned_policy_give_the_optimum():
-    """J* from 2,000 samples of rho and 2,000 of pi with weights rho / mixture, within 4 standard errors of beta log Z."""
-    generator, policy = torch.Generator().manual_seed(0), converged(1.5)[0].policy
-    y = torch.cat([sample_completions(model, PROMPT, 2000, 4, generator) for model in (rho(), policy)])
-    index = (y * PLACES).sum(1)
-    pooled = mixture_log_weights(torch.stack([logprobs(rho()), logprobs(policy)])[:, index], [2000, 2000])
-    target, J_best = best(1.5)
-    for says, found in (("rho alone", optimum(SCORES[index[:2000]], 1.5)), ("both pooled", optimum(SCORES[index], 1.5, pooled))):
-        assert abs(found["objective"] - J_best) < 4 * found["objective_se"], f"J* from {says} is {found['objective']:.4f}, not {J_best:.4f}"
-    assert_close(found["ref_kl"], kl(target, logprobs(rho())), "ref_kl of the optimum from pooled samples", atol=0.05, rtol=0)
-    assert found["ess"] > 2 * optimum(SCORES[index[:2000]], 1.5)["ess"], "the policy's samples should be worth more than rho's"
-
-
 # ---- where it starts ----------------------------------------------------------------------------
+
+def test_everything_is_read_off_whole_completions():
+    """The score and the log-probability of each of the 81, its last token too, which three public repositories leave out."""
+    batch = new_run().read(SEQUENCES)
+    assert_close(batch["scores"], SCORES.float(), "the score is not that of the whole completion")
+    assert_close(batch["logprobs"].sum(1).double(), logprobs(rho()), "the log-probability is not that of the whole completion", atol=1e-5, rtol=0)
+
+
+def test_rewards_hold_the_scores_as_they_are_and_the_penalty_at_beta(monkeypatch):
+    """Not z-scored in each batch, where beta would lose its meaning; and the penalty is here, not in the loss."""
+    seen = []
+    monkeypatch.setattr(ppo, "kl_penalised_rewards", lambda *inputs: seen.append(inputs) or kl_penalised_rewards(*inputs))
+    run = new_run(beta=0.7)
+    for i in range(2):
+        run.step(i)
+        scores, old, ref, beta = seen[i]
+        assert torch.equal(scores, run.batch["scores"]), "the scores were changed on the way into the rewards"
+        assert torch.equal(old, run.batch["logprobs"]) and torch.equal(ref, run.batch["ref_logprobs"]), "the KL of other policies"
+        assert beta == 0.7, f"the penalty in the rewards has coefficient {beta}, not beta"
+
 
 def test_at_the_start_policy_and_reference_are_one():
     """KL exactly 0, to the last bit, with no dropout anywhere: two readings of the same completions agree."""
@@ -272,7 +156,7 @@ def test_with_nothing_to_gain_the_policy_stays_at_rho_to_the_last_bit():
 
 def test_training_leaves_the_reference_alone():
     """A frozen copy: no shared storage, no gradient, the same weights after training (nanoChatGPT shares them)."""
-    run = converged(1.5)[0]
+    run = train(iterations=2)[0]
     owners = [{x.data_ptr() for x in model.parameters()} for model in (rho(), run.ref, run.policy)]
     assert len(set.union(*owners)) == sum(map(len, owners)), "policy and reference share storage"
     assert not any(x.requires_grad or x.grad is not None for x in run.ref.parameters()), "the reference has gradients"
@@ -457,3 +341,139 @@ def test_what_goes_wrong_is_said_in_words(changed, says):
     healthy = {"ref_kl": -0.1, "ref_kl_se": 0.1, "exact_kl": 2.0, "entropy": 3.0, "epochs": 2.0}
     said = ppo.diagnose({**healthy, **changed}, epochs=2)
     assert len(said) == (says is not None) and (says is None or says in said[0]), f"said {said}"
+
+
+# ---- where the loop ends ------------------------------------------------------------------------
+
+@BETAS
+def test_the_loop_reaches_the_optimum(beta):
+    """KL(pi to pi*) < 0.01 nats, pi* = rho exp(r / beta) / Z, and J within 1 percent of J* (Korbak 2022)."""
+    policy, (target, J_best) = converged(beta)[0].policy, best(beta)
+    gap, J = kl(logprobs(policy), target), objective(policy, beta)
+    assert gap < 1e-2, f"the loop ends {gap:.4f} nats from pi*: is the KL of later tokens credited to each token?"
+    assert J > 0.99 * J_best, f"J is {J:.4f}, the optimum {J_best:.4f}"
+
+
+@BETAS
+def test_no_iteration_ends_above_the_optimum(beta):
+    """J(pi) <= J* for every pi, so on the way too; J* - J(pi) = beta KL(pi to pi*)."""
+    run, (target, J_best) = new_run(beta=beta), best(beta)
+    for i in range(5):
+        run.step(i)
+        J = objective(run.policy, beta)
+        assert J <= J_best + 1e-6, f"J = {J:.6f} after iteration {i} lies above J* = {J_best:.6f}"
+        assert_close(J_best - J, beta * kl(logprobs(run.policy), target), "J* - J is not beta KL(pi to pi*)", atol=1e-5, rtol=0)
+    assert objective(converged(beta)[0].policy, beta) <= J_best + 1e-6, "the tuned policy beats the optimum"
+
+
+def count_twos(tokens):
+    return (tokens == 2).sum(1).float()
+
+
+def test_beta_0_goes_greedy():
+    """Nothing holds the policy back: it puts its mass on the completion that scores best, here 2 2 2 2."""
+    p = logprobs(tuned(**{**LONG, "iterations": 25, "lr": 4e-3}, beta=0.0, score=count_twos)[0].policy).exp()
+    assert p[-1] > 0.9, f"the best completion has probability {p[-1]:.2f}"
+
+
+def test_a_large_beta_stays_at_rho():
+    """beta = 50: KL(pi* to rho) is about Var(r) / (2 beta^2), next to nothing."""
+    gap = kl(logprobs(tuned(**{**LONG, "iterations": 20, "lr": 5e-4}, beta=50.0)[0].policy), logprobs(rho()))
+    assert gap < 1e-2, f"a huge penalty let the policy drift {gap:.4f} nats"
+
+
+def test_a_larger_beta_ends_nearer_to_rho():
+    """KL(pi to rho) falls along the sweep, down to standing still."""
+    runs = [*map(converged, (1.0, 1.5, 2.5)), tuned(**{**LONG, "iterations": 20, "lr": 5e-4}, beta=50.0)]
+    drift = [kl(logprobs(run.policy), logprobs(rho())) for run, _ in runs]
+    assert drift == sorted(drift, reverse=True), f"KL to rho from small to large beta: {drift}"
+
+
+def own_token_credit(scores, logprobs, ref_logprobs, beta):
+    """Rewards whose later ones sum to score - beta k1_t: each token pays for its own KL only."""
+    own = kl_penalised_rewards(torch.zeros_like(scores), logprobs, ref_logprobs, beta)
+    return own - F.pad(own[:, 1:], (0, 1)) + kl_penalised_rewards(scores, logprobs, logprobs, beta)
+
+
+def penalty_in_the_loss(patch):
+    """The reward is the score alone; ratio * beta (log pi - log rho) joins the loss, with its gradient."""
+    seen = {}
+
+    def rewards(scores, logprobs, ref_logprobs, beta):
+        seen.update(ref_logprobs=ref_logprobs, beta=beta)
+        return kl_penalised_rewards(scores, logprobs, logprobs, beta)
+
+    def loss(logprobs, old_logprobs, advantages, clip):
+        surrogate, info = policy_loss(logprobs, old_logprobs, advantages[..., 0], clip)
+        penalty = (logprobs - old_logprobs).exp() * (logprobs - advantages[..., 1])
+        return surrogate + seen["beta"] * penalty.mean(), info
+
+    patch("kl_penalised_rewards", rewards)
+    patch("whiten", lambda x: torch.stack((whiten(x), seen["ref_logprobs"]), -1))       # (B,T,2): takes rho along
+    patch("policy_loss", loss)
+
+
+@pytest.mark.parametrize("bug", ["own token", "in the loss"])
+def test_two_well_known_bugs_end_elsewhere(bug, monkeypatch):
+    """The test above must see them: KL credited to its own token only, and KL as a term of the loss.
+
+    Both have another fixed point than pi* (ZiyueWang25/RLHF-Shakespeare has both).
+    """
+    patch = functools.partial(monkeypatch.setattr, ppo)
+    right = kl(logprobs(converged(1.0)[0].policy), best(1.0)[0])
+    patch("kl_penalised_rewards", own_token_credit) if bug == "own token" else penalty_in_the_loss(patch)
+    gap = kl(logprobs(train(**{**LONG, "iterations": 60}, beta=1.0)[0].policy), best(1.0)[0])
+    assert gap > max(0.05, 10 * right), f"broken on purpose, yet {gap:.4f} nats from pi*, {right:.4f} when right"
+
+
+def test_an_adaptive_beta_brings_ref_kl_to_its_target():
+    """Ziegler 2019, section 2.2: from a beta far too large, ref_kl ends near 0.5 nats per completion."""
+    run, history = tuned(**{**LONG, "iterations": 40, "lr": 2e-3}, beta=5.0, kl_target=0.5, kl_horizon=500.0)
+    end = kl(logprobs(run.policy), logprobs(rho()))
+    assert abs(end - 0.5) < 0.15, f"ref_kl ends at {end:.2f} nats, its target is 0.5, beta {history[-1]['beta']:.2f}"
+    assert history[-1]["beta"] < 3, "beta should have fallen from 5"
+
+
+def test_without_a_target_beta_stays_to_the_last_bit():
+    """The controller is off by default."""
+    assert {metrics["beta"] for metrics in converged(1.5)[1]} == {1.5}, "beta moved without a target"
+
+
+# ---- what it says of itself ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["ref_kl", "exact_kl", "score", "objective"])
+def test_fresh_samples_agree_with_enumeration(name):
+    """KL in nats per completion, score and J of 4,000 rollouts: within 4 standard errors of the sums."""
+    run, p = converged(1.5)[0], logprobs(converged(1.5)[0].policy)
+    batch = copy.deepcopy(run).rollout(4000)
+    drift = kl(p, logprobs(rho()))
+    exact = {"ref_kl": drift, "exact_kl": drift, "score": (p.exp() * SCORES).sum().item(), "objective": objective(run.policy, 1.5)}
+    sampled = {"ref_kl": (batch["logprobs"] - batch["ref_logprobs"]).sum(1), "exact_kl": batch["exact_kl"].sum(1),
+               "score": batch["scores"], "objective": batch["scores"] - 1.5 * batch["exact_kl"].sum(1)}
+    error = sampled[name].std().item() / 4000 ** 0.5
+    assert abs(sampled[name].mean().item() - exact[name]) < 4 * error, \
+        f"{name} is {sampled[name].mean():.4f} in samples, {exact[name]:.4f} in truth, standard error {error:.4f}"
+
+
+def test_metrics_are_per_completion_and_of_the_rollout():
+    """ref_kl = mean over completions of the sum of k1 over tokens; objective = score - beta exact_kl."""
+    run = new_run(beta=0.5)
+    run.step(0)
+    metrics, batch = run.step(1), run.batch
+    assert_close(metrics["ref_kl"], (batch["logprobs"] - batch["ref_logprobs"]).sum(1).mean().item(), "ref_kl is not per completion")
+    assert_close(metrics["exact_kl"], batch["exact_kl"].sum(1).mean().item(), "exact_kl is not per completion")
+    assert_close(metrics["objective"], metrics["score"] - 0.5 * metrics["exact_kl"], "J is not score - beta KL", atol=1e-6, rtol=0)
+    assert metrics["ref_kl"] != 0, "after an update the policy should differ from rho"
+
+
+def test_pooled_samples_of_rho_and_the_tuned_policy_give_the_optimum():
+    """J* from 2,000 samples of rho and 2,000 of pi with weights rho / mixture, within 4 standard errors of beta log Z."""
+    generator, policy = torch.Generator().manual_seed(0), converged(1.5)[0].policy
+    y = torch.cat([sample_completions(model, PROMPT, 2000, 4, generator) for model in (rho(), policy)])
+    index = (y * PLACES).sum(1)
+    pooled = mixture_log_weights(torch.stack([logprobs(rho()), logprobs(policy)])[:, index], [2000, 2000])
+    target, J_best = best(1.5)
+    for says, found in (("rho alone", optimum(SCORES[index[:2000]], 1.5)), ("both pooled", optimum(SCORES[index], 1.5, pooled))):
+        assert abs(found["objective"] - J_best) < 4 * found["objective_se"], f"J* from {says} is {found['objective']:.4f}, not {J_best:.4f}"
+    assert_close(found["ref_kl"], kl(target, logprobs(rho())), "ref_kl of the optimum from pooled samples", atol=0.05, rtol=0)
+    assert found["ess"] > 2 * optimum(SCORES[index[:2000]], 1.5)["ess"], "the policy's samples should be worth more than rho's"

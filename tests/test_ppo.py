@@ -470,6 +470,28 @@ def test_odd_shapes_work(function, shape):
             assert y.shape in (shape, ()) and y.isfinite().all(), "an odd shape breaks this function"
 
 
+@functions
+@masks
+def test_results_stay_on_the_device_of_the_inputs(function, mask):
+    """On torch's meta device, which refuses tensors of the CPU, as CUDA would."""
+    outputs = function(*(x.to("meta") for x in inputs(B, T)), None if mask is None else mask.to("meta"))
+    assert all(y.is_meta for y in outputs), "something was computed on the CPU"
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_gae_keeps_the_digits_of_whichever_input_has_more(dtypes):
+    """Rewards and values of two precisions: advantages in the higher one."""
+    rewards, values = randn(B, T).to(dtypes[0]), randn(B, T, seed=1).to(dtypes[1])
+    for found, expected in zip(gae(rewards, values), gae(rewards.double(), values.double())):
+        assert_close(found, expected, "digits were lost on the way")
+
+
+def test_nothing_is_clipped_where_nothing_moved():
+    """clipfrac counts ratios outside the range, and 1 is inside even where the range is [1, 1]."""
+    x = randn(B, T)
+    assert policy_loss(x, x, x, clip=0.0)[1]["clipfrac"] == 0, "a ratio of 1 was counted as clipped"
+
+
 def test_the_mean_over_nothing_is_0():
     """masked_mean is the sum over unmasked tokens by their number, and 0 where there is none."""
     assert masked_mean(torch.tensor([[1.0, 5.0, 9.0]]), torch.tensor([[1, 1, 0]])) == 3, "mean of 1 and 5"
@@ -485,6 +507,7 @@ def test_the_mean_over_nothing_is_0():
     pytest.param([[1, 1], [3, 3]], [[0, 2], [2, 4]], 0.5, id="half"),
     pytest.param([[4, 3], [2, 1]], [[1, 2], [3, 4]], -3.0, id="worse than nothing"),
     pytest.param([[11, 12], [13, 14]], [[1, 2], [3, 4]], 1.0, id="off by a constant"),
+    pytest.param([[1e-3, 0]], [[2e-3, 0]], 0.75, id="returns that hardly vary"),
 ])
 def test_explained_variance_is_1_if_perfect_and_0_if_constant(values, returns, expected):
     """1 - Var(R - V) / Var(R), defined as 0 where returns do not vary (Huang 2022)."""
@@ -585,6 +608,7 @@ def test_the_optimum_goes_from_the_best_sample_to_the_mean_as_beta_grows():
 
 def test_the_optimum_takes_extreme_scores_and_plain_lists():
     """exp(r / beta) overflows long before its logarithm does."""
+    assert_close(optimum([0, 1], 1.0, [0, 1]), optimum(torch.arange(2.0), 1.0, torch.arange(2.0)), "plain numbers are read otherwise")
     found = optimum([-1e4, 1e4], 0.01)
     assert_close(found["objective"], 1e4 - 0.01 * math.log(2), "a large score overflows")
     assert all(math.isfinite(x) for x in found.values()), "every estimate should stay finite"
@@ -632,7 +656,7 @@ def test_mixture_weights_are_rho_over_the_mixture():
     q = (100 * p[0] + 300 * p[1] + 600 * p[2]) / 1000
     for counts in ([100, 300, 600], torch.tensor([100, 300, 600])):
         weights = mixture_log_weights(p.log(), counts)
-        assert_close(weights, (p[0] / q).log(), "the weight of a sample is not log(rho / mixture)")
+        assert_close(weights, (p[0] / q).log(), "the weight of a sample is not log(rho / mixture)", atol=1e-12, rtol=0)
     assert_close((q * weights.exp()).sum().item(), 1.0, "weights should average to 1 over the mixture")
 
 
@@ -674,8 +698,8 @@ def test_best_of_n_is_the_mean_of_the_maximum_over_all_subsets(n):
     """E[max of n] over the C(7, n) subsets, one by one; unsorted, with ties and negatives."""
     scores = [0.3, -2.0, 1.5, 0.3, 4.0, -0.7, 1.5]
     expected = mean([max(subset) for subset in itertools.combinations(scores, n)]).item()
-    for given in (scores, torch.tensor(scores)):
-        assert_close(best_of_n(given, n)[0], expected, f"best of {n} differs from brute force", atol=1e-6, rtol=0)
+    for given in (scores, torch.tensor(scores, dtype=torch.float64)):
+        assert_close(best_of_n(given, n)[0], expected, f"best of {n} differs from brute force", atol=1e-12, rtol=0)
 
 
 def test_best_of_1_is_the_mean_and_best_of_all_the_maximum():

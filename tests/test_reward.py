@@ -22,6 +22,7 @@ MASKS = {           # which tokens of three passages are real
     "both sides": [[0] + [1] * 12 + [0], [0] * 3 + [1] * 6 + [0] * 5, [0] * 6 + [1] * 2 + [0] * 6],
     "holes": [[1, 0] * 7, [0, 1, 1] * 4 + [0, 0], [1] + [0] * 12 + [1]],
 }
+NAMES = torch.tensor([5000, 5001, 5002])
 masks = pytest.mark.parametrize("mask", [torch.tensor(m) for m in MASKS.values()], ids=MASKS)
 
 
@@ -331,6 +332,30 @@ def test_nonsense_has_its_own_target_in_its_last_quarter(model):
     assert_close(prefix_loss(model, tokens, mask, target, spoilt=2), torch.cat(each).mean(), "nonsense counts otherwise", atol=1e-4, rtol=1e-4)
 
 
+def test_by_default_a_tenth_of_the_tokens_is_noise_and_two_whole_passages_are_spoilt(model, monkeypatch):
+    """What the trunk is shown: 200 passages, 1 token in 10 of them drawn anew from 16, and 5 kinds of nonsense made of 2."""
+    seen = []
+    monkeypatch.setattr(RewardModel, "pooled", lambda self, tokens, old=RewardModel.pooled: seen.append(tokens) or old(self, tokens))
+    tokens, mask, target = passages(200), torch.ones(200, T, dtype=torch.bool), torch.full((200,), 0.75)
+    mask[0, -1] = False                  # all but whole: not to be spoilt
+    loss = loss_on_prefixes(model, model.wide, tokens.masked_fill(~mask, 0), mask, target, NAMES % V, seeded())
+    assert len(seen[0]) == 210, "2 passages in 5 ways, beside the 200"
+    assert (seen[0][206].view(2, 7) == tokens[1, :7]).all(), "the first whole passage is the second: its first half twice"
+    share = (seen[0][1:200] != tokens[1:]).float().mean().item()
+    assert abs(share - 0.1 * 15 / 16) < 0.03, f"{share:.3f} of the tokens are noise"
+    each = soft_loss(model(seen[0][:200][:, :T]), target)
+    assert loss.isfinite() and each.isfinite().all(), "the loss should be a number"
+
+
+def test_a_single_prefix_has_its_own_loss(model):
+    """One passage of 8 tokens is one example: its mean is itself; a shorter one is none, and costs 0."""
+    tokens, target = passages(1, length=8), torch.tensor([0.75])
+    mask = torch.ones(1, 8, dtype=torch.bool)
+    assert_close(prefix_loss(model, tokens, mask, target), soft_loss(model(tokens), target)[0], "the mean of one example", atol=1e-5, rtol=1e-5)
+    mask[0, -1] = False
+    assert prefix_loss(model, tokens, mask, target) == 0, "7 tokens are too few to learn from"
+
+
 def test_training_teaches_the_head_and_leaves_the_bag_alone():
     """Positive passages are of tokens 0 to 7, negative of 8 to 15: after 40 steps of the shipped optimizer they are told apart."""
     with torch.random.fork_rng():
@@ -349,9 +374,6 @@ def test_training_teaches_the_head_and_leaves_the_bag_alone():
 
 
 # ---- nonsense -----------------------------------------------------------------------------------
-
-NAMES = torch.tensor([5000, 5001, 5002])
-
 
 def numbered(kind, B=20, T=T):
     """Passages (B,T) in which every token is another number, and nonsense of one kind made of them."""
@@ -376,6 +398,10 @@ def test_few_tokens_are_said_over_and_over():
     kinds = {len(set(out.tolist())) for out in numbered("few tokens repeated", B=100)[1]}
     assert kinds == {1, 2, 3, 4}, f"{kinds} different tokens in a passage"
     assert numbered("few tokens repeated", B=100)[1].unique().tolist() == list(range(16)), "not from the whole vocabulary"
+    patterns = {tuple((out == out[0]).tolist()) for out in numbered("few tokens repeated", B=100)[1]}
+    assert len(patterns) > 50, f"only {len(patterns)} different orders in 100 passages"
+    counts = [len(row.unique()) for row in nonsense(passages(100), 10_000, NAMES, seeded())["few tokens repeated"]]
+    assert counts.count(1) + counts.count(2) > 10 < counts.count(4), "some passages repeat one or two tokens, others four"
 
 
 @pytest.mark.parametrize("T", [14, 15])
@@ -392,6 +418,8 @@ def test_names_are_strewn_in():
     assert set(out[out >= 5000].tolist()) == {5000, 5001, 5002}, "some name is never used"
     share = (out >= 5000).float().mean().item()
     assert abs(share - 0.7) < 0.05, f"names are {share:.2f} of the tokens"
+    both = (out[0] >= 5000) & (out[1:] >= 5000)
+    assert (out[1:] != out[0])[both].any(), "all passages hold the same names"
 
 
 def test_nonsense_depends_on_its_generator_alone():
