@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import ppo
 from conftest import assert_close, randn
 from gpt import GPT, GPTConfig, completion_logits, sample_completions
-from ppo import PPO, PPOConfig, kl_penalised_rewards, mixture_log_weights, optimum, policy_loss, token_logprobs, whiten
+from ppo import PPO, PPOConfig, gae, kl_penalised_rewards, mixture_log_weights, optimum, policy_loss, token_logprobs, whiten
 
 SEQUENCES = torch.cartesian_prod(*[torch.arange(3)] * 4)                            # all completions (81,4)
 PLACES = torch.tensor([27, 9, 3, 1])        # a completion read as a number to base 3 is its row in SEQUENCES
@@ -236,10 +236,34 @@ def test_gradients_are_clipped_to_norm_1_and_their_norm_is_logged(monkeypatch):
     assert metrics["grad_norm"] > 10, "the logged norm should be that before clipping"
 
 
+def test_advantages_come_from_gae_with_the_lambda_of_the_settings(monkeypatch):
+    """Rewards and values of the rollout go in; the values are fitted, once, to the returns that come out."""
+    seen, fitted = [], []
+    monkeypatch.setattr(ppo, "gae", lambda *inputs, **options: seen.append((inputs, options)) or gae(*inputs, **options))
+    run = new_run(lam=0.7)
+    monkeypatch.setattr(run, "fit_values", lambda features, returns, epochs: fitted.append((returns, epochs)) or 0.25)
+    metrics = run.step(0)
+    (rewards, values), options = seen[0]
+    assert options == {"lam": 0.7} and torch.equal(values, run.batch["values"]), "not the values of the rollout, or another lambda"
+    assert torch.equal(fitted[0][0], gae(rewards, values, lam=0.7)[1]) and fitted[0][1] == 4, "values are not fitted to the returns"
+    assert metrics["value_loss"] == 0.25, "the loss of the value function should be in the metrics"
+
+
+def test_a_value_loss_that_is_not_finite_stops_the_run():
+    """Before its optimizer's step, so that the value function stays good."""
+    run = new_run()
+    before = weights(run.value)
+    with pytest.raises(FloatingPointError, match="the value function's loss is not finite: lower --lr"):
+        run.fit_values(run.prefix_features(SEQUENCES), torch.full((81, 4), math.nan), epochs=1)
+    assert same(weights(run.value), before), "the bad loss reached the weights"
+
+
 def test_adam_has_epsilon_1e_5_and_the_rate_falls_linearly():
     """Huang 2022 ("37 details") and the original code; lr (1 - i / iterations) at iteration i."""
     run = new_run(iterations=4, lr=1e-3)
     assert {optimizer.defaults["eps"] for optimizer in (run.optimizer, run.value_optimizer)} == {1e-5}, "Adam's epsilon"
+    assert run.optimizer.defaults["betas"] == (0.9, 0.95), "Adam's averages"
+    assert run.optimizer.defaults["weight_decay"] == run.value_optimizer.defaults["weight_decay"] == 0, "weights should not decay"
     rates = []
     for i in range(4):
         run.step(i)
@@ -463,6 +487,13 @@ def test_metrics_are_per_completion_and_of_the_rollout():
     assert_close(metrics["ref_kl"], (batch["logprobs"] - batch["ref_logprobs"]).sum(1).mean().item(), "ref_kl is not per completion")
     assert_close(metrics["exact_kl"], batch["exact_kl"].sum(1).mean().item(), "exact_kl is not per completion")
     assert_close(metrics["objective"], metrics["score"] - 0.5 * metrics["exact_kl"], "J is not score - beta KL", atol=1e-6, rtol=0)
+    k1 = batch["logprobs"] - batch["ref_logprobs"]
+    assert_close(metrics["ref_kl_se"], k1.sum(1).std(correction=0).item() / 512 ** 0.5, "not the standard error of 512 completions")
+    for name, key in (("entropy", "entropy"), ("ref_logprob", "ref_logprobs")):
+        assert_close(metrics[name], batch[key].mean().item(), f"{name} should be the mean over tokens")
+    rewards = kl_penalised_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], 0.5)
+    to_go = torch.stack([rewards[:, t:].sum(1) for t in range(4)], 1)
+    assert_close(metrics["explained_variance"], ppo.explained_variance(batch["values"], to_go), "not of the rest of the rewards")
     assert metrics["ref_kl"] != 0, "after an update the policy should differ from rho"
 
 
