@@ -81,16 +81,6 @@ def test_rotary_products_depend_on_relative_position_only():
     assert products[0].std() > 0.1, "the product ignores positions altogether"
 
 
-def test_reading_the_same_text_at_later_positions_changes_nothing(trained):
-    """Queries and keys both turn, values do not: only distances between tokens reach the logits."""
-    later, tokens = copy.deepcopy(trained), streams(8, 10)
-    later.cos, later.sin = trained.cos[7:], trained.sin[7:]
-    assert_close(later(tokens), trained(tokens), "logits depend on where the text stands: are queries and keys both rotated?",
-                 atol=1e-4, rtol=1e-4)
-    later.cos, later.sin = trained.cos[:1].expand(24, -1), trained.sin[:1].expand(24, -1)
-    assert (later(tokens) - trained(tokens)).abs().max() > 0.1, "the model does not use positions at all"
-
-
 def test_the_cache_returns_everything_appended_so_far_for_each_layer():
     """Keys stay keys, values stay values, layers stay apart, in the order of reading; what is not read yet is 0."""
     config = GPTConfig(vocab_size=4, block_size=8, n_layer=2, n_head=3, n_embd=12)
@@ -139,6 +129,14 @@ def test_logits_come_at_every_position_and_in_float32(trained, bf16):
 
 
 @pytest.mark.parametrize("training", [False, True])
+def test_two_passes_over_the_same_text_agree_to_the_last_bit(trained, training):
+    """There is no dropout, so train() and eval() are one: else the ratio is not 1 before the first step."""
+    model, tokens = copy.deepcopy(trained).train(training), streams(8, 20)
+    assert torch.equal(model(tokens), model(tokens)), "two passes differ: is dropout on?"
+    assert torch.equal(model(tokens), trained.eval()(tokens)), "training mode computes something else"
+
+
+@pytest.mark.parametrize("training", [False, True])
 def test_changing_token_t_plus_1_leaves_logits_up_to_t_unchanged(trained, training):
     """Causality: p(y_t | y_<t). A model that sees the token it predicts learns to copy it."""
     model, tokens = copy.deepcopy(trained).train(training), streams(8, 20)
@@ -149,6 +147,16 @@ def test_changing_token_t_plus_1_leaves_logits_up_to_t_unchanged(trained, traini
         changed = model(other)
         assert_close(changed[:, :t], logits[:, :t], f"positions before {t} saw token {t}")
         assert (changed[:, t] - logits[:, t]).abs().max() > 0.01, f"position {t} does not see its own token"
+
+
+def test_reading_the_same_text_at_later_positions_changes_nothing(trained):
+    """Queries and keys both turn, values do not: only distances between tokens reach the logits."""
+    later, tokens = copy.deepcopy(trained), streams(8, 10)
+    later.cos, later.sin = trained.cos[7:], trained.sin[7:]
+    assert_close(later(tokens), trained(tokens), "logits depend on where the text stands: are queries and keys both rotated?",
+                 atol=1e-4, rtol=1e-4)
+    later.cos, later.sin = trained.cos[:1].expand(24, -1), trained.sin[:1].expand(24, -1)
+    assert (later(tokens) - trained(tokens)).abs().max() > 0.1, "the model does not use positions at all"
 
 
 def test_sampling_further_leaves_the_tokens_sampled_so_far_unchanged(trained):
