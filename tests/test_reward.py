@@ -444,6 +444,23 @@ def test_what_fools_a_model_is_measured_by_its_own_mean_probability(model):
     assert_close(found["a favourite word repeated"], model(words).sigmoid().mean().item(), "not the mean over words repeated", atol=1e-5, rtol=0)
 
 
+def test_favourites_are_the_twenty_tokens_that_the_bag_likes_best():
+    """Of a vocabulary of 40; beside them stand the passages in which one of them occurs."""
+    model = RewardModel(GPTConfig(vocab_size=40, block_size=T, n_layer=1, n_head=1, n_embd=8)).requires_grad_(False)
+    model.wide.weight[:40] = torch.arange(40.0)
+    tokens = torch.cat((torch.randint(20, (5, T), generator=seeded()), torch.randint(20, 40, (7, T), generator=seeded())))
+    found = reward.fooled(model, tokens, torch.tensor([1, 2]), seeded())
+    assert_close(found["with a favourite word"], positive(model, tokens[5:]).mean().item(), "7 passages hold a favourite", atol=1e-6, rtol=0)
+    words = torch.arange(20, 40)[:, None].expand(20, T)
+    assert_close(found["a favourite word repeated"], positive(model, words).mean().item(), "not the twenty best", atol=1e-6, rtol=0)
+
+
+def test_the_trunk_computes_in_the_precision_asked_for():
+    """bf16 reaches the trunk, and float32 is the default."""
+    config = GPTConfig(vocab_size=V, block_size=T, n_layer=1, n_head=1, n_embd=8)
+    assert RewardModel(config, bf16=True).trunk.bf16 and not RewardModel(config).trunk.bf16, "the trunk's precision is not the one asked for"
+
+
 # ---- padding ------------------------------------------------------------------------------------
 
 def test_passages_are_padded_on_the_right_and_cut():
@@ -473,6 +490,12 @@ def test_auc_is_the_share_of_pairs_in_the_right_order():
     assert_close(rating_metrics(P, RATINGS, 0.5)["auc"], expected, "not the area under the ROC curve")
     for p, auc in ((RATINGS / 4 + 0.5, 1.0), (0.5 - RATINGS / 4, 0.0), (torch.full((9,), 0.4), 0.5)):
         assert_close(rating_metrics(p, RATINGS, 0.5)["auc"], auc, "right order 1, wrong order 0, no order 1/2")
+
+
+def test_a_slight_leaning_counts_in_the_auc_as_a_strong_one_does():
+    """Above 0 is above 0: ratings 0.5 and 1 against -0.5, both pairs in the right order."""
+    found = rating_metrics(torch.tensor([0.7, 0.6, 0.4]), torch.tensor([0.5, 1.0, -0.5]), 0.5)
+    assert found["auc"] == 1, f"auc {found['auc']}, where both pairs are in order"
 
 
 def test_log_losses_are_those_of_soft_targets_and_of_signs():
@@ -505,6 +528,16 @@ def test_ece_is_the_mean_gap_between_saying_and_being_right(p, ratings, expected
     assert_close(found, expected, "wrong expected calibration error", atol=1e-6, rtol=0)
 
 
+def test_ece_has_ten_bins_and_both_ends_belong_to_one():
+    """Sum over bins of |sum of (p - target)| / N (Guo 2017), bin by bin; p = 0 is in the first, p = 1 in the last."""
+    p = torch.linspace(0, 1, 81).double()
+    ratings = torch.where((p * 10).long() % 2 == 0, 1.5, -1.5)          # neighbouring bins err in opposite directions
+    gaps = [0.0] * 10
+    for x, r in zip(p.tolist(), ratings.tolist()):
+        gaps[min(int(x * 10), 9)] += x - (r + 2) / 4
+    assert_close(rating_metrics(p, ratings, 0.5)["ece"], sum(map(abs, gaps)) / 81, "not the gaps of ten bins")
+
+
 @pytest.mark.parametrize("ratings", [[1.0, 2.0], [-1.0, -1.0], [0.0, 0.0], [1.0]])
 def test_measures_are_defined_without_pairs_to_compare(ratings):
     """All positive, all negative, all neutral, one passage: auc 1/2, everything else a number."""
@@ -514,6 +547,8 @@ def test_measures_are_defined_without_pairs_to_compare(ratings):
     if len(set(ratings.tolist())) == 1 and len(ratings) > 1:
         del found["pearson"]        # a constant correlates with nothing: 0 / 0
     assert all(math.isfinite(x) for x in found.values()), f"not a number in {found}"
+    assert len(ratings) > 1 or found["pearson"] == 0, "a single passage correlates with nothing"
+    assert ratings.any() or found["sign_log_loss"] == found["constant_sign_log_loss"] == 0, "nothing but neutral passages costs nothing"
 
 
 # ---- scoring a file -----------------------------------------------------------------------------
