@@ -40,6 +40,26 @@ def bigram(probs):
     return model
 
 
+# ---- a pass ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_logits_come_at_every_position_and_in_float32(trained, bf16):
+    """PPO scores every token, so (B,T,V) and not the last position only; losses need float32."""
+    model = copy.deepcopy(trained)
+    model.bf16 = bf16
+    logits = model(streams(3, 10))
+    assert logits.shape == (3, 10, 16), "logits should be (B,T,V)"
+    assert logits.dtype == torch.float32, "log-softmax of bf16 logits loses two digits: return float32"
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_two_passes_over_the_same_text_agree_to_the_last_bit(trained, training):
+    """There is no dropout, so train() and eval() are one: else the ratio is not 1 before the first step."""
+    model, tokens = copy.deepcopy(trained).train(training), streams(8, 20)
+    assert torch.equal(model(tokens), model(tokens)), "two passes differ: is dropout on?"
+    assert torch.equal(model(tokens), trained.eval()(tokens)), "training mode computes something else"
+
+
 # ---- the pieces -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize("T, S", [(7, 7), (1, 7), (2, 7), (5, 7), (1, 1)])
@@ -116,24 +136,6 @@ def test_an_untrained_model_is_uniform():
     """Zero output projections: every token has probability 1/V before the first step."""
     logits = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16))(torch.arange(8)[None])
     assert_close(logits.softmax(-1), torch.full((1, 8, 11), 1 / 11), "an untrained model should know nothing")
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-def test_logits_come_at_every_position_and_in_float32(trained, bf16):
-    """PPO scores every token, so (B,T,V) and not the last position only; losses need float32."""
-    model = copy.deepcopy(trained)
-    model.bf16 = bf16
-    logits = model(streams(3, 10))
-    assert logits.shape == (3, 10, 16), "logits should be (B,T,V)"
-    assert logits.dtype == torch.float32, "log-softmax of bf16 logits loses two digits: return float32"
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_two_passes_over_the_same_text_agree_to_the_last_bit(trained, training):
-    """There is no dropout, so train() and eval() are one: else the ratio is not 1 before the first step."""
-    model, tokens = copy.deepcopy(trained).train(training), streams(8, 20)
-    assert torch.equal(model(tokens), model(tokens)), "two passes differ: is dropout on?"
-    assert torch.equal(model(tokens), trained.eval()(tokens)), "training mode computes something else"
 
 
 @pytest.mark.parametrize("training", [False, True])
