@@ -1,23 +1,28 @@
-"""The reward model: how positive does a passage feel? A classifier head on the GPT trunk.
+"""The reward model: how positive does a passage feel? Two readers, and what they are worth.
 
-Third on the reader's path. The curriculum's exercise asks for a classifier on top of the
-pretrained model, trained on soft targets (rating + 2) / 4. Here two readers add up to the log-odds
-of "positive", for every prefix of a passage:
+Third on the reader's path. The curriculum's exercise asks for a classifier trained on soft
+targets (rating + 2) / 4. A RewardModel is one of two readers, each of which gives the log-odds
+of "positive" for every prefix of a passage:
 
-- wide: which tokens and pairs of tokens have occurred, weighted by rarity (TF-IDF),
-  through one linear layer, fitted in closed form (ridge regression);
-- deep: the trunk's last hidden state and the mean of all so far, through one linear layer,
-  trained to correct the other.
+- "bag": a bag of words. Which words and which pairs of tokens have occurred, each with one
+  weight, summed: logistic regression. It starts from what a reader said of single words
+  (labels/words.csv) and is fitted in seconds;
+- "trunk": a classifier head on the pretrained GPT, fine-tuned.
 
-A trunk that has read five megabytes knows little of word meaning, and alone loses to a bag of
-words (the README has the numbers); wide and deep together: Cheng 2016. Each prefix is a training
-example: augmentation for free, and a start for PPO's value function.
+The bag is the default, because it is better: five megabytes of plays teach a trunk little of what
+words feel like (the README has the numbers). The trunk then serves as the judge, a second reader of
+another kind, trained on other plays, that measures what PPO did and is never optimised.
 
-    python reward.py                             trains it (after pretraining), prints what it reaches
+The reward of PPO is the score r(y) = (log P(positive given y) - mean) / std, with mean and std
+taken once over samples of the pretrained model.
+
+    python train.py --until reward               trains both, prints what they reach
     python reward.py --score FILE.jsonl          prints each line {"text": ...} with "positive": p
 """
 
-import functools
+import collections
+import csv
+import io
 import itertools
 import json
 import sys
@@ -27,237 +32,275 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import Parser, load_checkpoint, load_tokenizer, read_jsonl, run
-from gpt import GPT, GPTConfig
+import data
+from gpt import GPT, PAD, GPTConfig, in_chunks
 
-BUCKETS = 1 << 17       # rows of each hash table: of tokens, of pairs
 SHORTEST = 8            # tokens: shorter prefixes say too little to train on
+LETTERS = 7             # of a word that are read: then kindness and kindnesses share a weight
+WORDS = data.HERE / "labels" / "words.csv"
 
 
-class Wide(nn.Module):
-    """The bag of words: a rating from -2 to 2, read as log-odds, for every prefix: (B,T)."""
+# ---- the bag of words ---------------------------------------------------------------------
 
-    def __init__(self):
+class Bag(nn.Module):
+    """Logistic regression on which words and pairs of tokens have occurred, for every prefix.
+
+    vocabulary: the bytes of each token. rows: {name of a word or pair: its row of weight}; row 0,
+    whose weight is 0, is for what was never seen.
+    """
+
+    def __init__(self, vocabulary=(), names=()):
         super().__init__()
-        self.register_buffer("weight", torch.zeros(2 * BUCKETS))
-        self.register_buffer("idf", torch.ones(2 * BUCKETS))
-        self.register_buffer("mean", torch.zeros(()))
+        self.spelling = [token.decode("latin-1") for token in vocabulary]
+        self.register_buffer("bias", torch.zeros(()))
+        self.take_names(names)
 
-    def bag(self, tokens):
-        """Table rows (B,2T) of the tokens and pairs of tokens (B,T), and 1.0 where each first occurs (B,2T)."""
-        before = F.pad(tokens, (1, 0), value=0)[:, :-1]
-        pairs = (before * 1_000_003 + tokens + 1) * 0x9E3779B1 % (1 << 32) >> 15   # Knuth's multiplicative hash
-        rows = torch.stack((tokens % BUCKETS, pairs + BUCKETS), -1).flatten(1)      # token, pair, token, pair ...
-        order = rows.argsort(dim=1, stable=True)              # equal rows side by side, the earliest first
-        ordered = rows.gather(1, order)
-        first = F.pad((ordered[:, 1:] != ordered[:, :-1]).float(), (1, 0), value=1.0)
-        return rows, torch.zeros_like(first).scatter(1, order, first)
+    def take_names(self, names):
+        """Give each of these names a row, and weight 0."""
+        self.rows = {name: row for row, name in enumerate(["", *names])}
+        self.register_buffer("weight", torch.zeros(len(self.rows)))
 
-    @torch.no_grad()
-    def fit(self, tokens, mask, ratings, ridge=1.0, iterations=60):
-        """Ridge regression of ratings (N,) on the bags X (N, rows of the table) of passages tokens, mask (N,T).
+    def names(self, ids):
+        """What each token of a passage adds: the word it ends or goes on with, and its pair.
 
-        The weights are X' u with (X X' + ridge I) u = ratings - mean, solved by conjugate gradients.
+        Of the tokens "My", " gra", "cious", " lord": ("my", " my"), ("gra", "my gra"), ("graciou",
+        "gra cious"), ("lord", "cious lord"). Case and spaces do not matter.
         """
-        N = len(tokens)
-        rows, first = self.bag(tokens)
-        mask = mask.repeat_interleave(2, 1).float()
-        frequency = torch.zeros_like(self.idf).scatter_add_(0, rows.flatten(), (first * mask).flatten())
-        self.idf.copy_(torch.log((1 + N) / (1 + frequency)) + 1)
-        self.mean.copy_(ratings.mean())
-        idf = self.idf[rows] * mask
-        values = idf * first / idf.square().sum(1, keepdim=True).sqrt()                # the entries of X: (N,2T)
+        word, before, ends_in_letter, named = "", "", False, []
+        for i in ids:
+            token = self.spelling[i]
+            plain = token.strip(" ").lower()
+            goes_on = ends_in_letter and token[0].isalpha()
+            word = word + plain if goes_on else plain
+            named.append((word[:LETTERS], f"{before} {plain}"))
+            before, ends_in_letter = plain, token[-1].isalpha()
+        return named
 
-        def transposed(u):
-            return torch.zeros_like(self.weight).scatter_add_(0, rows.flatten(), (values * u[:, None]).flatten())
-
-        u, residual = torch.zeros_like(ratings), ratings - self.mean
-        direction = residual
-        for _ in range(iterations):
-            if residual.norm() <= 1e-6 * (ratings - self.mean).norm():
-                break                # solved: another step would divide by 0
-            image = (values * transposed(direction)[rows]).sum(1) + ridge * direction
-            step = residual.square().sum() / (direction @ image)
-            u, old, residual = u + step * direction, residual, residual - step * image
-            direction = residual + residual.square().sum() / old.square().sum() * direction
-        self.weight.copy_(transposed(u))
-        return self
+    def occurrences(self, tokens):
+        """Rows (B,T,2) of the word and the pair of each token of (B,T); 0 where it was there before."""
+        rows = torch.zeros(*tokens.shape, 2, dtype=torch.long)
+        for row, ids in zip(rows, tokens.tolist()):
+            seen, found = set(), []
+            for pair in self.names([i for i in ids if i != PAD]):
+                found.append([0 if name in seen else self.rows.get(name, 0) for name in pair])
+                seen.update(pair)
+            row[:len(found)] = torch.tensor(found, dtype=torch.long).view(-1, 2)
+        return rows.to(tokens.device)
 
     def forward(self, tokens):
-        """The sum over n-grams of their first occurrence, over the norm of all occurrences.
+        """Log-odds of positive for every prefix of tokens (B,T): (B,T).
 
-        So a word repeated adds nothing to the sum, and by the norm draws the value to the mean.
+        What is said again adds nothing, so repeating a kind word does not please.
         """
-        rows, first = self.bag(tokens)
-        idf = self.idf[rows]
-        total = (idf * first * self.weight[rows]).cumsum(1)
-        return (self.mean + total / idf.square().cumsum(1).sqrt())[:, 1::2]          # after each pair: (B,T)
+        return self.bias + self.weight[self.occurrences(tokens)].sum(-1).cumsum(1)
 
+    def find_names(self, tokens, words):
+        """The names of all that occurs in two of the passages (N,T) or more, and of rated words."""
+        counts = collections.Counter()
+        for ids in tokens.tolist():
+            named = self.names([i for i in ids if i != PAD])
+            counts.update({name for pair in named for name in pair})
+        often = {name for name, count in counts.items() if count > 1}
+        return sorted((often | {word[:LETTERS] for word in words}) - {""})
+
+    def prior(self, words):
+        """What a reader said of single words, {word: rating}, as weights: their means by row."""
+        ratings = collections.defaultdict(list)
+        for word, rating in words.items():
+            ratings[self.rows[word[:LETTERS]]].append(rating)
+        prior = torch.zeros_like(self.weight)
+        for row, found in ratings.items():
+            prior[row] = sum(found) / len(found)
+        return prior
+
+    def fit(self, tokens, targets, weights, words, ridge=20.0, pair_ridge=100.0, steps=100):
+        """Logistic regression of soft targets (N,) on passages tokens (N,T), padded with PAD.
+
+        weights (N,): how much each passage counts. The weight of each word is shrunk toward its
+        rating by a reader, times a strength that is fitted too; those of pairs, which are many and
+        rare, more strongly, toward 0. L-BFGS: the loss is convex, so it needs no learning rate.
+        """
+        self.take_names(self.find_names(tokens, words))
+        prior = self.prior(words)
+        is_pair = torch.tensor([" " in name for name in self.rows])
+        penalty = torch.where(is_pair, pair_ridge, ridge)
+        known = torch.ones_like(prior)
+        known[0] = 0.0                  # what was never seen weighs nothing
+        rows = self.occurrences(tokens).cpu().flatten(1)
+        targets, weights = targets.cpu(), weights.cpu()
+        change = torch.zeros_like(prior, requires_grad=True)
+        strength, bias = (torch.zeros((), requires_grad=True) for _ in range(2))
+        optimizer = torch.optim.LBFGS([change, strength, bias], max_iter=steps,
+                                      line_search_fn="strong_wolfe")
+
+        def loss():
+            optimizer.zero_grad()
+            weight = (change + strength * prior) * known
+            # gather, where weight[rows] says the same: its backward pass is many times as fast.
+            sums = weight.gather(0, rows.flatten()).view_as(rows).sum(1)
+            total = (weights * soft_loss(bias + sums, targets)).sum()
+            total = total + (penalty * change.square()).sum() / 2
+            total.backward()
+            return total
+
+        optimizer.step(loss)
+        self.weight.copy_((change + strength * prior).detach() * known)
+        self.bias.copy_(bias.detach())
+        return self
+
+
+def soft_loss(log_odds, targets):
+    """Cross-entropy with soft targets from 0 to 1, each, in nats: log 2 at target 1/2, log-odds 0."""
+    return F.binary_cross_entropy_with_logits(log_odds, targets.expand_as(log_odds),
+                                              reduction="none")
+
+
+# ---- the reward model ---------------------------------------------------------------------
 
 class RewardModel(nn.Module):
-    """RewardModel(config)(tokens (B,T), mask=None) -> log-odds of positive (B,), of the unmasked tokens."""
+    """RewardModel(config)(tokens (B,T), mask=None) -> log-odds of positive (B,).
 
-    def __init__(self, config, bf16=False):
+    reader: "bag", of tokens spelt as in vocabulary (their bytes) and of words and pairs called
+    names; or "trunk". Without a mask, what is PAD is not read.
+    """
+
+    def __init__(self, config, reader="bag", dtype=torch.float32, vocabulary=(), names=()):
         super().__init__()
-        self.trunk = GPT(config, bf16)
-        self.trunk.lm_head = nn.Identity()      # the trunk predicts no tokens here
-        self.head = nn.Linear(2 * config.n_embd, 1)
-        self.wide = Wide()
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.reader = reader
+        self.register_buffer("scale", torch.ones(()))       # 1 / temperature: see calibrate()
+        if reader == "bag":
+            self.bag = Bag(vocabulary, names)
+        else:
+            self.trunk = GPT(config, dtype)
+            self.trunk.lm_head = nn.Identity()              # the trunk predicts no tokens here
+            self.head = nn.Linear(2 * config.n_embd, 1)
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
 
-    def pooled(self, tokens):
-        """Mean and last hidden state of each prefix of tokens (B,T): (B,T,2C)."""
-        hidden = self.trunk.hidden(tokens).float()
+    def prefixes(self, tokens):
+        """Log-odds of positive (B,T) of every prefix of tokens (B,T), padded on the right."""
+        if self.reader == "bag":
+            return self.scale * self.bag(tokens)
+        hidden = self.trunk.hidden(tokens).float()                      # (B,T,C)
         count = torch.arange(1, tokens.size(1) + 1, device=tokens.device)[:, None]
-        return torch.cat((hidden.cumsum(1) / count, hidden), -1)
-
-    def features(self, tokens):
-        """What is known of each prefix, for a value function: pooled states, both log-odds: (B,T,2C+2)."""
-        pooled = self.pooled(tokens)
-        return torch.cat((pooled, self.head(pooled), self.wide(tokens)[..., None]), -1)
+        pooled = torch.cat((hidden.cumsum(1) / count, hidden), -1)      # mean so far, and last
+        return self.scale * self.head(pooled).squeeze(-1)
 
     def forward(self, tokens, mask=None):
-        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
-        tokens = tokens.gather(1, (~mask).int().argsort(dim=1, stable=True))    # unmasked first, padding after
-        deep = self.head(self.pooled(tokens)).squeeze(-1)
-        last = mask.sum(1, keepdim=True) - 1
-        return (deep + self.wide(tokens)).gather(1, last).squeeze(1)
+        mask = tokens != PAD if mask is None else mask.bool()
+        # Real tokens first, in their order, padding after: so padding anywhere is not read.
+        tokens = tokens.gather(1, (~mask).int().argsort(dim=1, stable=True))
+        last = mask.sum(1, keepdim=True).clamp(min=1) - 1
+        return self.prefixes(tokens).gather(1, last).squeeze(1)
 
 
-# ---- training -----------------------------------------------------------------------------
+def classifier_loss(model, tokens, targets, weights, generator, noise=0.1):
+    """Mean loss of the trunk's reader on all prefixes of passages tokens (B,T): a scalar, in nats.
 
-def pad(passages, length):
-    """Lists of token ids, cut to length: tokens (N,length) and mask (N,length), padded on the right with 0."""
-    tokens = torch.zeros(len(passages), length, dtype=torch.long)
-    mask = torch.zeros(len(passages), length, dtype=torch.bool)
-    for row, ids in enumerate(passages):
-        ids = ids[:length]
-        tokens[row, :len(ids)], mask[row, :len(ids)] = torch.tensor(ids), True
-    return tokens, mask
-
-
-def soft_loss(log_odds, target):
-    """Cross-entropy with a soft target from 0 to 1, elementwise, in nats: at target 1/2 and log-odds 0 it is log 2."""
-    return F.binary_cross_entropy_with_logits(log_odds, target.expand_as(log_odds), reduction="none")
-
-
-def nonsense(tokens, vocab_size, names, generator):
-    """Passages (B,T) spoilt as word salad is spoilt: a dict of five kinds, each (B,T).
-
-    Their tokens shuffled; drawn at random from all of them; one to four tokens of the
-    vocabulary over and over; the first half twice; speakers' names (a list of ids) strewn in.
+    targets, weights (B,). Every prefix of SHORTEST tokens or more is an example of its own. A
+    share of the tokens, noise, is replaced at random, so that no single word decides.
     """
-    B, T = tokens.shape
-
-    def rand(*shape):
-        return torch.rand(*shape, generator=generator)
-
-    few = torch.randint(vocab_size, (B, 4), generator=generator)
-    return {"shuffled": tokens.gather(1, rand(B, T).argsort(1)),
-            "drawn at random": tokens.flatten()[(rand(B, T) * B * T).long()],
-            "few tokens repeated": few.gather(1, (rand(B, T) * (1 + 3 * rand(B, 1))).long()),
-            "first half twice": torch.cat((tokens[:, :T // 2], tokens[:, :T - T // 2]), 1),
-            "heap of names": torch.where(rand(B, T) < 0.7, names[(rand(B, T) * len(names)).long()], tokens)}
+    V, T = model.trunk.config.vocab_size, tokens.size(1)
+    mask = tokens != PAD
+    replaced = (torch.rand(tokens.shape, generator=generator) < noise).to(tokens.device)
+    random = torch.randint(V, tokens.shape, generator=generator).to(tokens.device)
+    log_odds = model.prefixes(torch.where(replaced & mask, random, tokens))
+    long_enough = torch.arange(T, device=tokens.device) >= SHORTEST - 1
+    weights = (mask & long_enough) * weights[:, None]
+    loss = soft_loss(log_odds, targets[:, None]) * weights
+    return loss.sum() / weights.sum().clamp(min=1e-6)
 
 
 def make_optimizer(model):
-    """AdamW, fastest for the embeddings: words must learn how kind they are, the layers know the rest."""
-    return torch.optim.AdamW([{"params": model.trunk.blocks.parameters(), "lr": 2e-4},
-                              {"params": model.trunk.embed.parameters(), "lr": 1e-2},
-                              {"params": model.head.parameters(), "lr": 1e-3}],
-                             betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    """AdamW for the trunk's reader: words must learn what they feel like, the layers know the rest."""
+    rates = ((model.trunk.blocks, 2e-4), (model.trunk.embed, 1e-2), (model.head, 1e-3))
+    groups = [{"params": part.parameters(), "lr": rate} for part, rate in rates]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
 
-def loss_on_prefixes(model, wide, tokens, mask, target, names, generator, noise=0.1, spoilt=2, spoilt_target=0.25):
-    """Mean loss on all prefixes of passages tokens, mask (B,T), soft targets (B,), in nats.
+def calibrate(model, tokens, targets):
+    """Set the model's scale, so that P(positive) is neither over- nor underconfident.
 
-    wide: a bag of words fitted on other passages than these: on those it was fitted on its errors
-    are far smaller than on new ones, and the deep reader would learn to trust it. A tenth of
-    the tokens is replaced at random, so that no single word decides. A few whole passages
-    are also shown as nonsense of each kind, with spoilt_target for their last quarter: it should not please.
+    One number, 1 / temperature (Guo 2017): the slope of a logistic regression of soft targets (N,)
+    on the log-odds of passages tokens (N,T) that the model was not trained on.
     """
-    device, T, V = tokens.device, tokens.size(1), model.trunk.config.vocab_size
-    replaced = (torch.rand(tokens.shape, generator=generator) < noise).to(device)
-    random = torch.randint(V, tokens.shape, generator=generator).to(device)
-    bad = torch.cat(list(nonsense(tokens[mask[:, -1]][:spoilt].cpu(), V, names, generator).values())).to(device)
-    inputs = torch.cat((torch.where(replaced, random, tokens), bad))
-    position = torch.arange(T, device=device)
-    weight = torch.cat((mask & (position >= SHORTEST - 1), (position >= 3 * T // 4).expand(bad.shape))).float()
-    target = torch.cat((target, target.new_full((len(bad),), spoilt_target)))[:, None]
-    loss = soft_loss(model.head(model.pooled(inputs)).squeeze(-1) + wide(inputs), target)
-    return (loss * weight).sum() / weight.sum().clamp(min=1)
+    log_odds = in_chunks(model, tokens)
+    scale = torch.ones_like(model.scale, requires_grad=True)
+    optimizer = torch.optim.LBFGS([scale], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        mean = soft_loss(scale * log_odds, targets).mean()
+        mean.backward()
+        return mean
+
+    optimizer.step(loss)
+    model.scale *= scale.detach()
 
 
-# ---- measuring ----------------------------------------------------------------------------
-
-def positive(model, tokens, mask=None):
-    """P(positive given y) of tokens (N,T): (N,)."""
-    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    with torch.no_grad():
-        return torch.cat([model(t, m) for t, m in zip(tokens.split(64), mask.split(64))]).sigmoid()
+def score(log_odds, mean, std, toward="positive"):
+    """The score r(y) = (log P(toward) - mean) / std of log-odds of positive (B,): (B,)."""
+    return (log_p(log_odds, toward) - mean) / std
 
 
-def fooled(model, tokens, names, generator):
-    """Mean P(positive) of whole passages (N,T), of the same as nonsense of each kind, and of favourite words: a dict.
-
-    Favourites are the twenty tokens that the bag of words likes best, each said T times; beside
-    them stand the passages in which one of them occurs.
-    """
-    vocab_size = model.trunk.config.vocab_size
-    weights = model.wide.weight[:min(vocab_size, BUCKETS)]
-    favourites = weights.topk(min(20, len(weights))).indices
-    pleasant = tokens[torch.isin(tokens, favourites).any(1)]
-    kinds = {"as written": tokens, **nonsense(tokens.cpu(), vocab_size, names, generator),
-             "with a favourite word": pleasant, "a favourite word repeated": favourites[:, None].expand(-1, tokens.size(1))}
-    return {kind: positive(model, x.to(tokens.device)).mean().item() for kind, x in kinds.items() if len(x)}
+def log_p(log_odds, toward="positive"):
+    """log P(positive), or log P(negative), of log-odds of positive, in nats."""
+    return F.logsigmoid(log_odds if toward == "positive" else -log_odds)
 
 
-def rating_metrics(p, ratings, base_rate):
-    """How well p (N,) predicts ratings (N,) from -2 to 2: a dict of floats.
+# ---- passages and measures ----------------------------------------------------------------
 
-    pearson with the rating; auc of rating above 0 against below 0; log_loss with soft targets in nats,
-    and of the constant predictor base_rate; sign_log_loss, on passages not neutral, likewise;
-    ece, expected calibration error over ten equal bins of p.
+def read_words(path=WORDS):
+    """The rated words of a CSV file word,rating: {word: rating from -2 to 2}."""
+    rows = csv.DictReader(io.StringIO(data.read_text(path, "rated words")))
+    return {row["word"]: data.parse_rating(row["rating"]) for row in rows}
+
+
+def pad(passages, length):
+    """Lists of token ids, cut to length, as a tensor (N,length) padded with PAD on the right."""
+    tokens = torch.full((len(passages), length), PAD)
+    for row, ids in enumerate(passages):
+        tokens[row, :len(ids)] = torch.tensor(ids[:length], dtype=torch.long)
+    return tokens
+
+
+def rating_metrics(p, ratings):
+    """How well P(positive) p (N,) predicts ratings (N,) from -2 to 2: a dict of floats.
+
+    pearson with the rating, pearson_se its standard error; auc of ratings above 0 against below 0;
+    log_loss with soft targets, nats, and that of the best constant.
     """
     p, ratings = p.double().cpu(), ratings.double().cpu()
-    target, sign = (ratings + 2) / 4, (ratings > 0).double()
+    targets = (ratings + 2) / 4
     pairs = p[ratings > 0][:, None] - p[ratings < 0]
-    taken = ratings != 0
-
-    def cross_entropy(q, t):
-        return F.binary_cross_entropy(q, t).item()
-
-    bins = (p * 10).long().clamp(0, 9)
-    gaps = [(p - target)[bins == b].sum().abs() for b in range(10)]
-    share = sign[taken].mean()
-    return {"pearson": torch.corrcoef(torch.stack((p, target))).nan_to_num()[0, 1].item() if len(p) > 1 else 0.0,
-            "auc": ((pairs > 0).double() + 0.5 * (pairs == 0)).mean().item() if pairs.numel() else 0.5,
-            "log_loss": cross_entropy(p, target),
-            "constant_log_loss": cross_entropy(torch.full_like(p, base_rate), target),
-            "sign_log_loss": cross_entropy(p[taken], sign[taken]) if taken.any() else 0.0,
-            "constant_sign_log_loss": cross_entropy(share.expand(int(taken.sum())), sign[taken]) if taken.any() else 0.0,
-            "ece": (sum(gaps) / len(p)).item()}
+    wins = (pairs > 0).double() + 0.5 * (pairs == 0)
+    pearson = 0.0
+    if len(p) > 1:
+        pearson = torch.corrcoef(torch.stack((p, targets))).nan_to_num()[0, 1].item()
+    constant = targets.mean().expand(len(p))
+    return {"n": len(p), "pearson": pearson,
+            "pearson_se": (1 - pearson ** 2) / max(len(p) - 1, 1) ** 0.5,
+            "auc": wins.mean().item() if len(wins.flatten()) else 0.5,
+            "log_loss": F.binary_cross_entropy(p, targets).item(),
+            "constant_log_loss": F.binary_cross_entropy(constant, targets).item()}
 
 
-def score(log_odds, mean, std):
-    """The score r(y) = (log P(positive) - mean) / std of log-odds (B,): (B,)."""
-    return (F.logsigmoid(log_odds) - mean) / std
+def reliability(p, ratings, bins=10):
+    """Is P(positive) what it says? Of tenths of the passages by p: lists of four numbers each.
 
-
-def readings(model, mean, std):
-    """score_fn (tokens (B,T) -> (B,)) and features_fn (tokens -> (B,T,F)) for PPO.
-
-    The features of the last prefix end with its log-odds, deep and wide; so both share one pass over
-    the tokens asked for last.
+    Mean p, mean soft target, its standard error, number of passages. In a calibrated model the
+    first two agree within a few of the third.
     """
-    features_fn = functools.lru_cache(maxsize=1)(model.features)
-    return lambda tokens: score(features_fn(tokens)[:, -1, -2:].sum(-1), mean, std), features_fn
+    targets = (ratings + 2) / 4
+    rows = [rows for rows in p.argsort().chunk(bins) if len(rows) > 1]
+    return [[p[r].mean().item(), targets[r].mean().item(),
+             targets[r].std().item() / len(r) ** 0.5, len(r)] for r in rows]
 
 
-def load_reward(state, device="cpu", bf16=False):
+def load_reward(state, device="cpu", dtype=torch.float32):
     """The RewardModel of a checkpoint, frozen."""
-    model = RewardModel(GPTConfig(**state["config"]), bf16)
+    model = RewardModel(GPTConfig(**state["config"]), state["reader"], dtype, state["vocabulary"],
+                        state["names"])
     model.load_state_dict(state["model"])
     return model.requires_grad_(False).to(device)
 
@@ -265,34 +308,30 @@ def load_reward(state, device="cpu", bf16=False):
 # ---- the command line ---------------------------------------------------------------------
 
 def score_file(path, out, batch=64):
-    """Print each line {"text": ...} of a JSON-lines file with "positive": p added, a batch at a time."""
-    state = load_checkpoint(Path(out) / "reward.pt", "reward")
-    tokenizer = load_tokenizer(Path(out) / "tokenizer.tiktoken", state)
-    model, cut, rows = load_reward(state), 0, read_jsonl(path)
+    """Print each line {"text": ...} of a JSON-lines file with "positive": p, a batch at a time."""
+    state = data.load_checkpoint(Path(out) / "reward.pt", "reward")
+    tokenizer = data.load_tokenizer(Path(out) / "tokenizer.tiktoken", state)
+    model, length, rows, cut = load_reward(state), state["length"], data.read_jsonl(path), 0
     while chunk := list(itertools.islice(rows, batch)):
         passages = [tokenizer.encode_ordinary(row["text"].strip()) for row in chunk]
-        cut += sum(len(ids) > state["length"] for ids in passages)
-        tokens, mask = pad([ids or [0] for ids in passages], state["length"])
-        for row, p in zip(chunk, positive(model, tokens, mask).tolist()):
-            print(json.dumps({**row, "positive": round(p, 6)}, ensure_ascii=False))
+        cut += sum(len(ids) > length for ids in passages)
+        p = in_chunks(model, pad(passages, length)).sigmoid()
+        for row, positive in zip(chunk, p.tolist()):
+            print(json.dumps({**row, "positive": round(positive, 6)}, ensure_ascii=False))
     if cut:
-        print(f"note: {cut} texts are longer than {state['length']} tokens; only their beginning was read", file=sys.stderr)
+        print(f"note: {cut} texts are longer than {length} tokens; only their beginning was read",
+              file=sys.stderr)
 
 
 def main():
-    parser = Parser(description="Score texts with the reward model, or train it.", allow_abbrev=False,
-                    epilog="Without --score it is trained, with the options of train.py.")
-    parser.add_argument("--score", metavar="FILE.jsonl", help='print each line {"text": ...} of this file with "positive" added')
-    parser.add_argument("--out", default="out", help="the folder of reward.pt and tokenizer.tiktoken (default out)")
-    args, rest = parser.parse_known_args()
-    if args.score is None:
-        import train             # training is a stage of the study, with the study's options
-        train.main(["--out", args.out, *rest], until="reward")
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    else:
-        score_file(args.score, args.out)
+    parser = data.Parser(description="Score texts with the reward model. "
+                                     "(python train.py --until reward trains it.)")
+    parser.add_argument("--score", metavar="FILE.jsonl", required=True,
+                        help='print each line {"text": ...} of this file with "positive" added')
+    parser.add_argument("--out", default="out", help="the folder of reward.pt (default out)")
+    args = parser.parse_args()
+    score_file(args.score, args.out)
 
 
 if __name__ == "__main__":
-    run(main)
+    data.run(main)
