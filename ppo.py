@@ -16,7 +16,7 @@ One iteration, with the numbers of the comments below and of the README:
     6. fit the value function to the returns
 
 Departure from the textbook: the value function reads fixed features of what was written so far
-instead of sharing the policy's trunk, so step 6 costs next to nothing and cannot disturb the policy.
+instead of sharing the policy's trunk, so step 6 costs next to nothing and disturbs no policy.
 
 A completion is T token ids. Where it ended before its full length, PAD (-1) fills the rest, and
 mask (B,T), 1 for real tokens, keeps what lies there out of every sum. Prompts are padded on the
@@ -67,7 +67,8 @@ def kl_penalised_rewards(scores, logprobs, ref_logprobs, beta, mask=None):
     scores (B,), logprobs and ref_logprobs (B,T) of the sampled tokens, in nats. Each row
     sums to score - beta * sum of k1 (Ziegler 2019, equation 2). No gradient flows through it.
 
-    >>> kl_penalised_rewards(torch.tensor([1.]), torch.tensor([[-1., -2.]]), torch.tensor([[-2., -2.]]), 0.5)
+    >>> logprobs, ref_logprobs = torch.tensor([[-1., -2.]]), torch.tensor([[-2., -2.]])
+    >>> kl_penalised_rewards(torch.tensor([1.]), logprobs, ref_logprobs, beta=0.5)
     tensor([[-0.5000,  1.0000]])
     """
     k1, mask = _masked((logprobs - ref_logprobs).detach(), mask)
@@ -138,11 +139,13 @@ def policy_loss(logprobs, old_logprobs, advantages, clip=0.2, mask=None):
     tokens. info: approx_kl = KL(pi_old to pi) in nats per token (k3), clipfrac = share of
     tokens whose ratio lies outside the clip range, ratio = its mean.
     """
+    # Masked ratios become 1, and masked advantages 0: they add nothing to any sum.
     log_ratio, mask = _masked(logprobs - old_logprobs.detach(), mask)
     advantages, _ = _masked(advantages.detach(), mask)
     # exp(89) is infinite in float32, and its gradient no number.
     ratio = log_ratio.clamp(max=80).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
+    # The worse of both, so that there is no gain from leaving the range.
     surrogate = torch.min(ratio * advantages, clipped * advantages)
     with torch.no_grad():
         outside = ((ratio - 1).abs() > clip).float()
@@ -159,6 +162,7 @@ def value_loss(values, old_values, returns, clip=0.2, mask=None):
     values, mask = _masked(values, mask)
     old_values, _ = _masked(old_values.detach(), mask)
     returns, _ = _masked(returns.detach(), mask)
+    # The old values are what the rollout recorded.
     clipped = values.clamp(old_values - clip, old_values + clip)
     error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
     info = {"value_clipfrac": masked_mean((clipped_error > error).float(), mask).detach()}
@@ -189,7 +193,7 @@ def entropy(logprobs):
 
 
 def explained_variance(values, returns, mask=None):
-    """1 - Var(returns - values) / Var(returns) over unmasked tokens; 0 where returns do not vary."""
+    """1 - Var(returns - values) / Var(returns) over unmasked tokens; 0 if returns do not vary."""
     returns, mask = _masked(returns, mask)
     variance = returns[mask].var(correction=0)
     left = (returns - values)[mask].var(correction=0)
@@ -208,6 +212,7 @@ class AdaptiveKL:
 
     def update(self, ref_kl, n):
         """beta *= 1 + clip(ref_kl / target - 1, -0.2, 0.2) * n / horizon; returns the new beta."""
+        # Bounded, or one noisy batch could throw beta far off.
         error = min(max(ref_kl / self.target - 1, -0.2), 0.2)
         self.beta *= 1 + error * n / self.horizon
         return self.beta
@@ -236,10 +241,12 @@ def optimum(scores, beta, log_weights=None):
     base = torch.zeros_like(scores)
     if log_weights is not None:
         base = torch.as_tensor(log_weights, dtype=torch.float64)
+    # In logarithms throughout: exp(score / beta) overflows for small beta.
     tilted = base + scores / beta
     objective = beta * (tilted.logsumexp(0) - base.logsumexp(0))
     weights = tilted.softmax(0)
     score = (weights * scores).sum()
+    # Delta method: J* is a smooth function of two weighted means of the same samples.
     spread = (weights - base.softmax(0)).square().sum().sqrt()
     return {"objective": objective.item(), "score": score.item(),
             "ref_kl": ((score - objective) / beta).item(),
@@ -250,7 +257,7 @@ def pareto_k(log_weights):
     """How heavy the tail of importance weights (N,) is: k-hat (Vehtari 2024). A float.
 
     The shape of a generalised Pareto distribution, fitted to the largest 3 sqrt(N) weights (Zhang
-    and Stephens 2009). Above 0.7 a standard error says too little: rarer, larger weights are to come.
+    and Stephens 2009). Above 0.7 a standard error says too little: larger weights are to come.
 
     >>> round(pareto_k(-torch.linspace(0.9999, 0.0001, 10_000).log() / 2), 1)    # alpha 2: k = 1/2
     0.5
@@ -294,6 +301,7 @@ def best_of_n(scores, n):
         raise ValueError(f"n must be from 1 to the number of scores, {N}, not {n}")
     i = torch.arange(n, N + 1, dtype=torch.float64)
     k = torch.tensor(float(n), dtype=torch.float64)
+    # C(i-1, n-1) / C(N, n): how often the i-th smallest is the best of n.
     weights = (log_choose(i - 1, k - 1) - log_choose(i[-1], k)).exp()
     return (weights * scores[n - 1:]).sum().item(), math.log(n) - (n - 1) / n
 
@@ -337,9 +345,9 @@ class PPOConfig:
 class ValueFunction(nn.Module):
     """V: the rewards still to come, from features of what was written so far. Starts at 0.
 
-    The last `known` of the features are readings of the score itself. They go straight to the output
-    layer, once as they are and once times the position: what is known of the score counts for more
-    the less there is to come. The others, hidden states, pass a layer of ReLUs.
+    The last `known` of the features are readings of the score itself. They go straight to the
+    output layer, once as they are and once times the position: what is known of the score counts
+    for more the less there is to come. The others, hidden states, pass a layer of ReLUs.
     """
 
     def __init__(self, features, known=0, width=128):
@@ -361,7 +369,7 @@ class ValueFunction(nn.Module):
 
 
 def learning_rate(i, iterations, peak):
-    """Of iteration i: falls linearly to 0. What is learnt last is then averaged over many batches."""
+    """Of iteration i: falls linearly to 0, so that the last steps average over many batches."""
     return peak * (1 - i / iterations)
 
 
@@ -378,6 +386,7 @@ class PPO:
     def __init__(self, ref, score_fn, prompts, config, seed=0, features_fn=None, end=None):
         self.config, self.score_fn, self.features_fn = config, score_fn, features_fn
         self.prompts, self.end = prompts, end
+        # A copy: shared weights would move along, and KL would be 0 for ever.
         self.ref = copy.deepcopy(ref).requires_grad_(False)
         self.policy = copy.deepcopy(ref).requires_grad_(True)
         self.sampler = Generator(prompts.device).manual_seed(seed)
@@ -412,7 +421,7 @@ class PPO:
 
     @torch.no_grad()
     def read(self, prompts, tokens):
-        """Step 2: all that is read off completions (B,T): a dict of tensors (B,), (B,T), (B,T,F)."""
+        """Step 2: all that is read off completions (B,T): a dict of (B,), (B,T), (B,T,F)."""
         hidden = completion_hidden(self.ref, prompts, tokens)
         ref_logprobs = self.ref.logits(hidden).log_softmax(-1)                      # (B,T,V)
         logprobs = completion_logits(self.policy, prompts, tokens).log_softmax(-1)
@@ -427,6 +436,7 @@ class PPO:
 
     def rollout(self, n):
         """Steps 1 and 2: n completions drawn from the policy, and all that is read off them."""
+        # Completions of one prompt stand side by side, for leave_one_out.
         group = self.group(n)
         rows = torch.randint(len(self.prompts), (n // group,), generator=self.shuffler)
         prompts = self.prompts[rows.repeat_interleave(group)]
@@ -488,6 +498,7 @@ class PPO:
             loss, info = policy_loss(token_logprobs(logits, tokens), batch["logprobs"][rows],
                                      advantages[rows], config.clip, mask)
             infos.append({**info, "policy_loss": loss.detach()})
+            # Before backward(): no gradient of this minibatch is left behind.
             if info["approx_kl"] > config.max_update_kl:
                 break
             self.optimizer.zero_grad(set_to_none=True)
@@ -512,6 +523,7 @@ class PPO:
         losses = []
         for rows in self.minibatches(len(features), minibatch, epochs):
             values = self.value(features[rows])
+            # The second argument only matters with a clip.
             loss, _ = value_loss(values, values, returns[rows], math.inf, mask[rows])
             if not loss.isfinite():
                 raise FloatingPointError("the value function's loss is not finite: lower --lr")
@@ -544,26 +556,27 @@ class PPO:
 def mean_info(infos):
     """Means over an update's minibatches: a list of dicts of tensors -> a dict of floats."""
     keys = dict.fromkeys(key for info in infos for key in info)
+    # The minibatch that ended an update early has no gradient norm.
     columns = {key: [info[key] for info in infos if key in info] for key in keys}
     return {key: torch.stack(column).float().mean().item() for key, column in columns.items()}
 
 
 def check_finite(batch, i):
-    """Raise FloatingPointError naming the first thing read off the completions that is not finite."""
+    """Raise FloatingPointError naming the first thing read that is not finite."""
     for name, x in batch.items():
         if not torch.isfinite(x).all():
             raise FloatingPointError(f"iteration {i}: {name} of the completions are not finite")
 
 
-def diagnose(metrics, epochs):
-    """What an experienced eye would say of an iteration's metrics: sentences, none if all is well."""
+def diagnose(metrics):
+    """What an experienced eye would say of an iteration's metrics; nothing if all is well."""
     said = []
     if metrics["ref_kl"] < -5 * metrics["ref_kl_se"]:
         said.append("ref_kl is negative by 5 standard errors: the sampler and the scorer differ")
     if metrics["entropy"] < 0.5:
         said.append("entropy is below half a nat a token: the policy is collapsing; "
                     "raise --beta or lower --lr")
-    if metrics["epochs"] < epochs:
-        said.append("the update stopped early, too far from the policy that sampled: "
-                    "lower --lr or --epochs")
+    if metrics["epochs"] < 0.25:
+        said.append("the update stopped almost at once, too far from the policy that sampled: "
+                    "lower --lr")
     return said

@@ -69,7 +69,9 @@ class Bag(nn.Module):
         word, before, ends_in_letter, named = "", "", False, []
         for i in ids:
             token = self.spelling[i]
+            # " Love", "LOVE" and "love" are one word to a reader.
             plain = token.strip(" ").lower()
+            # BPE cuts words into tokens; letters after letters belong to the same word.
             goes_on = ends_in_letter and token[0].isalpha()
             word = word + plain if goes_on else plain
             named.append((word[:LETTERS], f"{before} {plain}"))
@@ -77,7 +79,7 @@ class Bag(nn.Module):
         return named
 
     def occurrences(self, tokens):
-        """Rows (B,T,2) of the word and the pair of each token of (B,T); 0 where it was there before."""
+        """Rows (B,T,2) of each token's word and pair, tokens (B,T); 0 where it was there before."""
         rows = torch.zeros(*tokens.shape, 2, dtype=torch.long)
         for row, ids in zip(rows, tokens.tolist()):
             seen, found = set(), []
@@ -96,6 +98,7 @@ class Bag(nn.Module):
 
     def find_names(self, tokens, words):
         """The names of all that occurs in two of the passages (N,T) or more, and of rated words."""
+        # What occurs in a single passage teaches its weight that passage's rating, no more.
         counts = collections.Counter()
         for ids in tokens.tolist():
             named = self.names([i for i in ids if i != PAD])
@@ -105,6 +108,7 @@ class Bag(nn.Module):
 
     def prior(self, words):
         """What a reader said of single words, {word: rating}, as weights: their means by row."""
+        # Words that share their first letters share a row.
         ratings = collections.defaultdict(list)
         for word, rating in words.items():
             ratings[self.rows[word[:LETTERS]]].append(rating)
@@ -128,6 +132,7 @@ class Bag(nn.Module):
         known[0] = 0.0                  # what was never seen weighs nothing
         rows = self.occurrences(tokens).cpu().flatten(1)
         targets, weights = targets.cpu(), weights.cpu()
+        # What the passages teach beyond the rated words. It starts at 0; the ridge pulls it back.
         change = torch.zeros_like(prior, requires_grad=True)
         strength, bias = (torch.zeros((), requires_grad=True) for _ in range(2))
         optimizer = torch.optim.LBFGS([change, strength, bias], max_iter=steps,
@@ -150,7 +155,10 @@ class Bag(nn.Module):
 
 
 def soft_loss(log_odds, targets):
-    """Cross-entropy with soft targets from 0 to 1, each, in nats: log 2 at target 1/2, log-odds 0."""
+    """Cross-entropy with soft targets from 0 to 1, elementwise, in nats.
+
+    At target 1/2 and log-odds 0 it is log 2, and its gradient 0: a neutral passage pulls nowhere.
+    """
     return F.binary_cross_entropy_with_logits(log_odds, targets.expand_as(log_odds),
                                               reduction="none")
 
@@ -181,6 +189,7 @@ class RewardModel(nn.Module):
         """Log-odds of positive (B,T) of every prefix of tokens (B,T), padded on the right."""
         if self.reader == "bag":
             return self.scale * self.bag(tokens)
+        # Causal attention: the state of each prefix does not know what follows, nor the padding.
         hidden = self.trunk.hidden(tokens).float()                      # (B,T,C)
         count = torch.arange(1, tokens.size(1) + 1, device=tokens.device)[:, None]
         pooled = torch.cat((hidden.cumsum(1) / count, hidden), -1)      # mean so far, and last
@@ -202,6 +211,7 @@ def classifier_loss(model, tokens, targets, weights, generator, noise=0.1):
     """
     V, T = model.trunk.config.vocab_size, tokens.size(1)
     mask = tokens != PAD
+    # Drawn on the CPU, so that every device sees the same noise.
     replaced = (torch.rand(tokens.shape, generator=generator) < noise).to(tokens.device)
     random = torch.randint(V, tokens.shape, generator=generator).to(tokens.device)
     log_odds = model.prefixes(torch.where(replaced & mask, random, tokens))
@@ -212,7 +222,7 @@ def classifier_loss(model, tokens, targets, weights, generator, noise=0.1):
 
 
 def make_optimizer(model):
-    """AdamW for the trunk's reader: words must learn what they feel like, the layers know the rest."""
+    """AdamW for the trunk's reader: words must learn what they feel like, layers know the rest."""
     rates = ((model.trunk.blocks, 2e-4), (model.trunk.embed, 1e-2), (model.head, 1e-3))
     groups = [{"params": part.parameters(), "lr": rate} for part, rate in rates]
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
@@ -273,6 +283,7 @@ def rating_metrics(p, ratings):
     p, ratings = p.double().cpu(), ratings.double().cpu()
     targets = (ratings + 2) / 4
     pairs = p[ratings > 0][:, None] - p[ratings < 0]
+    # A tie is half a win.
     wins = (pairs > 0).double() + 0.5 * (pairs == 0)
     pearson = 0.0
     if len(p) > 1:

@@ -61,17 +61,23 @@ def beside(path, state, kind):
         same = state["inputs"][kind] == data.digest(found["model"])
     else:
         same = found["inputs"]["pretrain"] == data.digest(state["model"])
+    # Files of two studies may lie in one folder after a change of options.
     if not same:
         raise data.UserError(f"{file} and {path} are not of the same study. Run train.py again.")
     return found
+
+
+def marks_of(path):
+    """The marks of its drift, in nats, at which the run of a checkpoint kept its policy."""
+    kept = path.parent.glob(f"{path.stem}_kl*.pt")
+    return sorted(float(file.stem.split("_kl")[1]) for file in kept)
 
 
 def kept_at(path, kl):
     """The file of the policy that the run of a checkpoint kept at this mark of its drift."""
     kept = path.with_name(f"{path.stem}_kl{kl:g}.pt")
     if not kept.exists():
-        marks = sorted(float(file.stem.split("_kl")[1]) for file in path.parent.glob(f"{path.stem}_kl*.pt"))
-        known = ", ".join(f"{mark:g}" for mark in marks) or "no mark at all"
+        known = ", ".join(f"{mark:g}" for mark in marks_of(path)) or "no mark at all"
         raise data.UserError(f"{path} was not kept at {kl:g} nats. It passed {known}.")
     return kept
 
@@ -98,6 +104,7 @@ def draw(path, args, num):
                              f"the context of {model.config.block_size} tokens. Shorten either.")
     prompt = torch.tensor([ids])
     skip = 0 if args.prompt else 1      # an unprompted sample is read without the boundary
+    # One at a time, so that the first samples do not depend on how many are drawn.
     generator = torch.Generator().manual_seed(args.seed)
     samples = []
     for _ in range(num):
@@ -145,16 +152,19 @@ def print_samples(args):
 
 def read_ratings(path):
     """The rows of a file of ratings, dicts of COLUMNS, rating and sense as floats (or None)."""
-    rows = list(csv.DictReader(io.StringIO(data.read_text(path, "ratings"))))
-    for number, row in enumerate(rows, 2):
-        try:
-            if set(row) != set(COLUMNS) or None in row.values():
-                raise ValueError(f"its columns must be {', '.join(COLUMNS)}")
+    reader, rows = csv.DictReader(io.StringIO(data.read_text(path, "ratings"))), []
+    try:
+        if set(reader.fieldnames or COLUMNS) != set(COLUMNS):
+            raise ValueError(f"the columns must be {', '.join(COLUMNS)}")
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError("it has not as many fields as there are columns")
             row["rating"] = data.parse_rating(row["rating"])
             row["sense"] = data.parse_rating(row["sense"], 1, 5) if row["sense"] else None
-        except ValueError as error:
-            raise data.UserError(f"ratings {path}, row {number}: {error}. "
-                                 "Correct it or choose another file.") from None
+            rows.append(row)
+    except (ValueError, csv.Error) as error:
+        raise data.UserError(f"ratings {path}, line {max(reader.line_num, 1)}: {error}. "
+                             "Correct it or choose another file.") from None
     return rows
 
 
@@ -207,6 +217,7 @@ def rate(args):
         passages = (passages_of_plays(args, args.num) if name == "plays"
                     else draw(Path(name), args, args.num))
         items += [{"text": p["text"].strip(), "drawn_from": Path(name).stem} for p in passages]
+    # The same order every time, so that a reader can stop and go on.
     random.Random(args.seed).shuffle(items)
     done = {row["text"] for row in rows}
     items = [item for item in items if item["text"] not in done]
@@ -219,10 +230,12 @@ def rate(args):
             answers.append(ask("sense, 1 none to 5 all of it:", 1, 5))
         if answers[-1] == "q":
             break
+        # Takes back the rating before this one.
         if answers[-1] == "b":
             if i:
                 i -= 1
                 rows.pop()
+                write_ratings(path, rows)
             continue
         rows.append({**items[i], "rating": answers[0], "sense": answers[1] if blind else ""})
         write_ratings(path, rows)
@@ -249,6 +262,7 @@ def permutation_interval(a, b, times=10_000, seed=0):
     """
     values = torch.tensor(a + b, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
+    # Each row of argsort is a random order of all values.
     order = torch.rand(times, len(values), generator=generator).argsort(1)
     dealt = values[order]
     differences = dealt[:, :len(a)].mean(1) - dealt[:, len(a):].mean(1)
@@ -258,6 +272,7 @@ def permutation_interval(a, b, times=10_000, seed=0):
 def quadratic_kappa(a, b):
     """Agreement of two readers' ratings beyond chance, 1 if perfect (Cohen 1968)."""
     a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    # What the mean squared difference would be if the readers knew nothing of each other.
     expected = (a[:, None] - b).square().mean()
     return 1.0 if expected == 0 else float(1 - (a - b).square().mean() / expected)
 
@@ -286,8 +301,8 @@ def print_ratings(args):
         if all(r["sense"] is not None for r in group):
             sense = mean_se([r["sense"] for r in group])
         known = [p[r["text"]] for r in group if r["text"] in p]
-        lines.append((name, len(group), *("%.2f ± %.2f" % x if x else "" for x in (feeling, sense)),
-                      sum(known) / len(known) if known else None))
+        said = ["%.2f ± %.2f" % x if x else "" for x in (feeling, sense)]
+        lines.append((name, len(group), *said, sum(known) / len(known) if known else None))
     print(*table(["drawn from", "ratings", "feeling, -2 to 2", "sense, 1 to 5", "P(positive)"],
                  lines), sep="\n")
     first, *others = groups(rows).items()
@@ -309,7 +324,7 @@ def print_ratings(args):
 
 
 def probabilities(checkpoint, rows):
-    """{text: P(positive)} by the reward model in the folder of a checkpoint; {} if there is none."""
+    """{text: P(positive)} by the reward model beside a checkpoint; {} if there is none."""
     path = checkpoint.with_name("reward.pt")
     if not path.exists():
         return {}
@@ -330,7 +345,7 @@ def table(columns, rows):
 # ---- the report ---------------------------------------------------------------------------
 
 def load_study(out):
-    """(pretrained, rewarded, judged, runs) of a folder: checkpoints; runs of this reward model only."""
+    """(pretrained, rewarded, judged, runs) of a folder; runs of this reward model only."""
     found = [data.load_checkpoint(out / f"{kind}.pt", kind)
              for kind in ("pretrain", "reward", "judge")]
     runs = []
@@ -353,10 +368,11 @@ def scores_of(state, log_odds, toward):
 
 
 def pool(rewarded, run):
-    """Scores (N,) of rho's and a run's fresh samples, and their log(rho/q), q the mixture of both."""
+    """Scores (N,) of rho's and a run's fresh samples, and their log(rho/q), q the mixture."""
     fresh = run["fresh"]
     log_odds = torch.cat((rewarded["rho"]["log_odds"], fresh["log_odds"]))
     # log pi - log rho of every sample: rho's own row is 0, for only the ratio matters.
+    # Samples of rho first, then the policy's, as their log-odds above.
     ratio = torch.cat((run["rho_log_ratio"], fresh["log_ratio"]))
     counts = [len(run["rho_log_ratio"]), len(fresh["log_ratio"])]
     weights = ppo.mixture_log_weights(torch.stack((torch.zeros_like(ratio), ratio)), counts)
@@ -374,7 +390,8 @@ def summarise_run(pretrained, rewarded, judged, run):
     if beta:
         samples, weights = pool(rewarded, run)
         best = ppo.optimum(samples, beta, weights)
-        best["pareto_k"] = ppo.pareto_k(weights + samples / beta)
+        k = ppo.pareto_k(weights + samples / beta)
+        best["pareto_k"] = None if math.isnan(k) else k     # JSON knows no NaN
     known = best["ess"] >= MIN_ESS
     fraction = fraction_se = None
     if known:
@@ -449,6 +466,7 @@ def draw_frontier(path, rewarded, runs, summary):
         for beta in (10 ** (e / 20) for e in range(40, -40, -1)):
             found = [ppo.optimum(scores, beta, weights) for t, scores, weights in pools
                      if t == toward]
+            # Of several runs' pools the one that knows this beta best.
             best = max(found, key=lambda o: o["ess"])
             if best["ess"] >= MIN_ESS:
                 frontier.append((best["ref_kl"], best["score"]))
@@ -476,6 +494,7 @@ def draw_frontier(path, rewarded, runs, summary):
 def draw_judge(path, rewarded, judged, runs):
     """Score by the reward model and by the judge that was not optimised, against drift."""
     figure, axis = plt.subplots(figsize=(8, 5))
+    # If the two correlate c on rho, a gain of s by one is c s by the other without any cheating.
     rho = [state["rho"]["log_odds"] for state in (rewarded, judged)]
     for i, run in enumerate(runs):
         kls, proxy = root(column(run, "exact_kl")), column(run, "score")
@@ -496,14 +515,14 @@ def draw_training(path, runs):
     """What PPO logs, against iteration: J with J*, drift, and the signs of collapse."""
     panels = {"objective": "objective J, dotted: J* from rho's samples", "exact_kl": "drift, nats "
               "per completion", "policy_loss": "train loss: the clipped surrogate", "clipfrac":
-              "clip fraction, share of tokens", "explained_variance": "explained variance of returns",
+              "clip fraction, share of tokens", "explained_variance": "explained variance",
               "entropy": "entropy, nats per token", "distinct_2": "distinct pairs of tokens, share",
               "ref_logprob": "log rho of the samples, nats per token", "positive": "P(positive)"}
     figure, axes = plt.subplots(3, 3, figsize=(13, 9))
     for axis, (key, title) in zip(axes.flat, panels.items()):
         for i, run in enumerate(runs):
             axis.plot(column(run, "step"), column(run, key), f"C{i}", label=f"beta {label(run)}")
-            if key == "objective":
+            if key == "objective" and run["inputs"]["beta"]:
                 axis.plot(column(run, "step"), column(run, "best"), f"C{i}:")
         axis.set(title=title, xlabel="iteration")
         axis.grid(alpha=0.3)
@@ -567,8 +586,7 @@ def sample_texts(tokenizer, rewarded, toward, pool, n=20):
 def strip_along_kl(out, run, args):
     """A sample of each policy that a run kept along its drift: rows of a table."""
     path, rows = out / f"{train.run_name(run['toward'], run['inputs']['beta'])}.pt", []
-    marks = sorted(float(file.stem.split("_kl")[1]) for file in out.glob(f"{path.stem}_kl*.pt"))
-    for mark in marks:
+    for mark in marks_of(path):
         samples = draw(kept_at(path, mark), args, 8)
         texts = [sample["text"] for sample in samples]
         words = [text.split() for text in texts]
@@ -607,8 +625,8 @@ def write_report(args):
              f"P(positive) of rho {summary['reward']['reference_positive']:.3f}.", "", *results,
              "Measured on fresh samples, ± one standard error; KL in nats per completion. The "
              "optimum J* is estimated from samples of rho and of the policy; where its effective "
-             f"sample size (ESS) is below {MIN_ESS}, it is not quoted. judge: the score by a second "
-             "reward model, for which nothing was optimised.", "",
+             f"sample size (ESS) is below {MIN_ESS}, it is not quoted. judge: the score by a "
+             "second reward model, for which nothing was optimised.", "",
              *best_of_n_table(rewarded, runs),
              *[f"![{name}](figures/{name}.png)\n" for name in names]]
     for name, state in (("reward", rewarded), ("judge", judged)):
@@ -657,7 +675,7 @@ def results_table(summary):
 
 
 def best_of_n_table(rewarded, runs):
-    """Best of n samples of rho, the yardstick that needs no training: its score, KL, J at each beta."""
+    """Best of n samples of rho, the yardstick that needs no training: score, KL, J by beta."""
     lines = []
     for toward in dict.fromkeys(run["toward"] for run in runs):
         rho = scores_of(rewarded, rewarded["rho"]["log_odds"], toward)
@@ -693,8 +711,8 @@ def parse():
     parser.add_argument("--compare", action="store_true",
                         help="show rho's samples and those of the twin as well, side by side")
     parser.add_argument("--jsonl", action="store_true", help="one JSON object a line")
-    parser.add_argument("--rate", nargs="+", metavar="CHECKPOINT", help="take your ratings of their "
-                        "samples: several, shuffled and blind; one, or plays: labels to train on")
+    parser.add_argument("--rate", nargs="+", metavar="CHECKPOINT", help="take your ratings of "
+                        "their samples: several, shuffled and blind; one, or plays: labels")
     parser.add_argument("--ratings", nargs="+", type=Path, metavar="FILE.csv",
                         help="the file of your ratings; without --rate, what one or two files say")
     parser.add_argument("--report", type=Path, metavar="DIR",

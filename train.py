@@ -1,4 +1,4 @@
-"""The whole study: pretrain a GPT, train a reward model, tune the GPT by PPO, report what came of it.
+"""The whole study: pretrain a GPT, train a reward model, tune the GPT by PPO, report.
 
 Fifth on the reader's path: it adds the loop that remembers, and puts the others together. Its
 stages are data, pretrain, reward, judge (a second reward model, only to measure with) and one PPO
@@ -15,6 +15,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -88,8 +89,8 @@ def make_parser():
                        help="seconds of work that a crash or Ctrl-C may cost")
     texts = parser.add_argument_group("texts")
     texts.add_argument("--corpus", metavar="FILE.txt", help="a text of your own, not the plays")
-    texts.add_argument("--labels", metavar="FILE.csv", nargs="+", help="your own ratings, not those "
-                       "of labels/: play, first_line, last_line, rating; or text, rating")
+    texts.add_argument("--labels", metavar="FILE.csv", nargs="+", help="your own ratings, not "
+                       "those of labels/: play, first_line, last_line, rating; or text, rating")
     texts.add_argument("--vocab-size", type=number(int, 257, 65535), help="tokens of the tokenizer "
                        "trained here: more make texts shorter, tokens rarer")
     budgets = parser.add_argument_group("budgets")
@@ -132,13 +133,23 @@ def parse(argv=None):
 
 # ---- the loop that remembers --------------------------------------------------------------
 
+@functools.cache
+def source(file):
+    """The text of a script as it was when first asked for: later edits are the next run's."""
+    return Path(file).read_text(encoding="utf-8")
+
+
 def source_digest(thing):
-    """A digest of the source of a module or function: comments, blank lines, docstrings left out."""
-    tree = ast.parse(inspect.getsource(thing))
+    """A digest of the code of a module or function; comments and docstrings do not count."""
+    # A syntax tree knows neither comments nor blank lines.
+    tree = ast.parse(source(inspect.getsourcefile(thing)))
+    if not inspect.ismodule(thing):
+        named = [node for node in tree.body if getattr(node, "name", None) == thing.__name__]
+        tree.body = named or tree.body
     for node in ast.walk(tree):
-        if ast.get_docstring(node) if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) \
-                else False:
-            node.body[0] = ast.Pass()
+        documented = isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef))
+        if documented and ast.get_docstring(node):
+            del node.body[0]
     return data.digest(ast.dump(tree))
 
 
@@ -157,6 +168,7 @@ def finished(path, inputs, keep=False):
         return None
     state = data.load_checkpoint(path)
     old = state.get("inputs", {})
+    # Whatever is new, gone, or different.
     changed = [key for key in {**old, **inputs} if old.get(key) != inputs.get(key)]
     if keep:
         changed = [key for key in changed if ".py" not in key]
@@ -208,13 +220,16 @@ class Stage:
         if left:
             for name, part in parts.items():
                 part.load_state_dict(left["parts"][name])
+            # The global stream; each loop's own generators are among its parts.
             torch.set_rng_state(left["rng"])
             self.start, self.history = left["step"], left["history"]
             self.began -= left["seconds"]
             print(f"{self.path.name}: going on after step {self.start} of {n}", flush=True)
+        # Lines logged after the last save are dropped: those steps are done again.
         data.write_file(self.log_path, "".join(json.dumps(row) + "\n" for row in self.history))
         saved = time.monotonic()
         for self.step in range(self.start, n):
+            # Whatever the loop does with step i is done when it asks for the next one.
             yield self.step
             if time.monotonic() - saved > self.args.checkpoint_every and self.step + 1 < n:
                 self.save_partial(parts)
@@ -229,7 +244,7 @@ class Stage:
             "rng": torch.get_rng_state()})
 
     def log(self, pause=5.0, shown=None, **metrics):
-        """Keep the metrics of a step; print those shown (all), every pause seconds, with time left."""
+        """Keep a step's metrics; print those shown (all), every pause seconds, with time left."""
         metrics = {"step": self.step + 1, **metrics}
         self.history.append(metrics)
         with open(self.log_path, "a") as file:
@@ -238,13 +253,14 @@ class Stage:
         if now - self.printed >= pause or done == self.n:
             self.printed = now
             left = (now - self.began) / done * (self.n - done)
-            values = "  ".join(f"{key} {metrics[key]:.3g}" for key in shown or metrics
-                               if key != "step")
+            values = "  ".join(f"{key} {x:.3g}" for key, x in metrics.items()
+                               if key != "step" and (shown is None or key in shown))
             print(f"{self.path.stem} {done}/{self.n}  {values}  "
                   f"{left // 60:.0f}:{left % 60:02.0f} left", flush=True)
 
     def finish(self, **results):
         """Write the checkpoint of the finished stage, with its options and history; return it."""
+        # weights_only reads plain values alone, so paths and dtypes are kept as text.
         options = {key: value if isinstance(value, (int, float, list, type(None))) else str(value)
                    for key, value in vars(self.args).items()}
         self.state = {"kind": self.path.stem.split("_")[0], "args": options, "inputs": self.inputs,
@@ -256,7 +272,7 @@ class Stage:
 
 @contextlib.contextmanager
 def locked(folder):
-    """Make folder and hold it for this run alone; a second run is refused. The lock dies with us."""
+    """Make folder and hold it for this run alone: a second is refused. The lock dies with us."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
@@ -295,6 +311,7 @@ def data_stage(args):
     """Corpus -> tokenizer.tiktoken, and token arrays: data.pt, the tokenizer."""
     texts = data.load_corpus(args.corpus)
     path = args.out / "tokenizer.tiktoken"
+    # A lost tokenizer is made again, just the same.
     if not path.exists():
         (args.out / "data.pt").unlink(missing_ok=True)
     inputs = {"vocab_size": args.vocab_size, "corpus": [data.digest(text) for text in texts]}
@@ -326,6 +343,7 @@ def draw_starts(n, openings, batch, generator):
     There samples will begin, with nothing before.
     """
     starts = torch.randint(n, (batch,), generator=generator)
+    # Every second one.
     starts[::2] = openings[torch.randint(len(openings), (len(starts[::2]),), generator=generator)]
     return starts
 
@@ -376,7 +394,8 @@ def pretrain_stage(args, texts, start):
     n, T, batch = args.pretrain_steps, args.block_size, 16
     shape = {name: getattr(args, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
     config = {"vocab_size": len(texts["bytes"]), **shape}
-    inputs = {"pretrain_steps": n, **config, "data": texts["inputs"]}
+    inputs = {"pretrain_steps": n, **config, "tokenizer": texts["tokenizer"],
+              "data": data.digest({key: texts[key] for key in ("train", "held_out", "bytes")})}
     stage = Stage(args, "pretrain", inputs, code=[
         gpt, pretrain_stage, windows, draw_starts, trapezoid, set_rates, descend])
     if stage.done:
@@ -385,6 +404,7 @@ def pretrain_stage(args, texts, start):
     if min(len(train), len(held_out)) < T + 2:
         raise data.UserError("the corpus is too short for the model's context. "
                              "Give a longer text.")
+    # Where a blank line ends a speech, so that the next token opens one.
     openings = (train[:-T] == start).nonzero().squeeze(1)
     if len(openings) == 0:
         openings = torch.arange(len(train) - T)
@@ -423,7 +443,9 @@ def rated_passages(args, tokenizer):
     passages = []
     for path in args.labels or [data.HERE / "labels" / name for name in names]:
         passages += data.read_labels(path, args.corpus)
-    parts = [PARTS[data.fold(play or text, 10)] for text, _, play in passages]
+    own = args.corpus and Path(args.corpus).stem        # one text: its passages are split, not it
+    parts = [PARTS[data.fold(text if play in (None, own) else play, 10)]
+             for text, _, play in passages]
     rows = {name: torch.tensor([i for i, part in enumerate(parts) if part == name])
             for name in dict.fromkeys(PARTS)}
     if min(map(len, rows.values())) < 2:
@@ -438,7 +460,7 @@ def rated_passages(args, tokenizer):
     return {"tokens": reward.pad(ids, args.length).to(args.device),
             "ratings": torch.tensor([rating for _, rating, _ in passages], dtype=torch.float32),
             "weights": torch.tensor(weights), "is_sample": is_sample, "rows": rows,
-            "digest": data.digest(json.dumps(passages))}
+            "digest": data.digest(json.dumps([passages, parts, weights]))}
 
 
 def reward_stage(args, name, reader, pretrained, rated, tokenizer, start):
@@ -480,9 +502,11 @@ def reward_stage(args, name, reader, pretrained, rated, tokenizer, start):
             stage.log(loss=loss.item())
 
     model.requires_grad_(False)
+    # On ratings that it was not trained on: on its own it would look too sure.
     reward.calibrate(model, tokens[choose], targets[choose])
     rho = load_gpt(pretrained, args.device, args.dtype)
     prompts = torch.full((args.rho_samples, 1), start, device=args.device)
+    # The same samples for both models, so that their scores can be compared.
     samples = sample_completions(rho, prompts, args.length, generator(args, "rho"))
     log_odds = in_chunks(model, samples)
     constants = {toward: {"mean": reward.log_p(log_odds, toward).mean().item(),
@@ -529,6 +553,7 @@ def collapse(rows, tokenizer):
 
 def keep_along_kl(args, name, run, before, history, kl, state):
     """Write the policy, weights before, whose drift kl is the first to pass a mark of KL_MARKS."""
+    # From the history, which a resumed run has too: so a kill changes nothing here.
     farthest = max([row["exact_kl"] for row in history], default=0.0)
     for mark in KL_MARKS:
         if farthest < mark <= kl:
@@ -538,6 +563,30 @@ def keep_along_kl(args, name, run, before, history, kl, state):
     if farthest < 10 <= kl:
         print("warning: the drift has passed 10 nats a completion. What scores best there is often "
               "one kind of sentence, said again and again: read samples, watch distinct_2.")
+
+
+def make_run(args, config, seed, start, pretrained, rewarded):
+    """A PPO run at its beginning, and the reward model that scores it.
+
+    Its value function has been warmed up: fitted to the scores of samples of rho that are there.
+    """
+    rho = load_gpt(pretrained, args.device, args.dtype)
+    model = reward.load_reward(rewarded, args.device, args.dtype)
+
+    def score_fn(tokens):
+        return reward.score(model(tokens), **rewarded["constants"][args.toward],
+                            toward=args.toward)
+
+    def features_fn(tokens):
+        return model.prefixes(tokens)[..., None]
+
+    prompts = torch.full((1, 1), start, device=args.device)
+    run = ppo.PPO(rho, score_fn, prompts, config, seed, features_fn)
+    tokens = rewarded["rho"]["tokens"][:2048].long().to(args.device)
+    seen = in_chunks(lambda y: run.features(prompts.expand(len(y), -1), y), tokens)
+    returns = score_fn(tokens)[:, None].expand(tokens.shape)
+    run.fit_values(seen, returns, torch.ones_like(returns), epochs=3)
+    return run, model
 
 
 def ppo_stage(args, beta, tokenizer, start, pretrained, rewarded, judged):
@@ -551,46 +600,36 @@ def ppo_stage(args, beta, tokenizer, start, pretrained, rewarded, judged):
               "pretrain": data.digest(pretrained["model"]),
               "reward": data.digest(rewarded["model"]), "judge": data.digest(judged["model"])}
     stage = Stage(args, name, inputs, code=[gpt, reward.Bag, reward.RewardModel, reward.score, ppo,
-                                            ppo_stage, measure_drift, keep_along_kl, collapse])
+                                            ppo_stage, make_run, measure_drift, keep_along_kl,
+                                            collapse])
     if stage.done:
         return stage.state
-    rho = load_gpt(pretrained, args.device, args.dtype)
-    model = reward.load_reward(rewarded, args.device, args.dtype)
+    run, model = make_run(args, config, seed_of(args, "ppo", beta), start, pretrained, rewarded)
     judge = reward.load_reward(judged, args.device, args.dtype)
-    prompts = torch.full((1, 1), start, device=args.device)
-
-    def score_fn(tokens):
-        return reward.score(model(tokens), **constants, toward=args.toward)
-
-    def features_fn(tokens):
-        return model.prefixes(tokens)[..., None]
 
     def judge_scores(tokens):
         return reward.score(judge(tokens), **judged["constants"][args.toward], toward=args.toward)
 
-    run = ppo.PPO(rho, score_fn, prompts, config, seed_of(args, "ppo", beta), features_fn)
     pool = rewarded["rho"]
     scores = reward.score(pool["log_odds"], **constants, toward=args.toward)
-    best = ppo.optimum(scores, beta)["objective"] if beta else math.inf
+    best = {"best": ppo.optimum(scores, beta)["objective"]} if beta else {}
     about = {"config": pretrained["config"], "tokenizer": pretrained["tokenizer"], "beta": beta,
              "toward": args.toward, "inputs": stage.inputs}
     for i in stage.steps(config.iterations, **run.parts):
-        if i == 0:      # the value function starts from what rho's samples teach
-            tokens = pool["tokens"][:2048].long().to(args.device)
-            seen = in_chunks(lambda y: run.features(prompts.expand(len(y), -1), y), tokens)
-            returns = scores[:2048, None].to(args.device).expand(tokens.shape)
-            run.fit_values(seen, returns, torch.ones_like(returns), epochs=3)
+        for old in args.out.glob(f"{name}_kl*.pt") if i == 0 else ():
+            old.unlink()                            # of a run with other options
+        # The metrics of a step are those of the policy before its update.
         before = copy.deepcopy(run.policy.state_dict())
         metrics = run.step(i)
         tokens, batch_scores = run.batch["tokens"], run.batch["scores"]
         keep_along_kl(args, name, run, before, stage.history, metrics["exact_kl"], about)
         p = (batch_scores * constants["std"] + constants["mean"]).exp().mean().item()
         metrics |= {"positive": p if args.toward == "positive" else 1 - p,
-                    "judge": in_chunks(judge_scores, tokens).mean().item(), "best": best,
+                    "judge": in_chunks(judge_scores, tokens).mean().item(), **best,
                     **collapse(tokens.tolist(), tokenizer)}
         stage.log(pause=0, shown=["score", "judge", "ref_kl", "objective", "best", "clipfrac",
                                   "entropy", "explained_variance"], **metrics)
-        for line in ppo.diagnose(metrics, config.epochs):
+        for line in ppo.diagnose(metrics):
             print(f"warning: {line}")
         if (i + 1) % 10 == 0:
             for row, value in zip(tokens[:2].tolist(), batch_scores):
@@ -601,9 +640,9 @@ def ppo_stage(args, beta, tokenizer, start, pretrained, rewarded, judged):
 
     # Fresh samples, and how likely each of these and of rho's samples is under pi and rho: all that
     # the report needs to know how far from the optimum this policy is.
-    prompts = prompts.expand(args.fresh_samples, -1)
+    prompts = run.prompts.expand(args.fresh_samples, -1)
     tokens = sample_completions(run.policy, prompts, args.length, generator(args, "fresh", beta))
-    models = (run.policy, rho, start)
+    models = (run.policy, run.ref, start)
     fresh = {"tokens": tokens.int().cpu(), "log_odds": in_chunks(model, tokens).cpu(),
              "judge": in_chunks(judge, tokens).cpu(), **measure_drift(*models, tokens)}
     of_rho = measure_drift(*models, pool["tokens"].long().to(args.device))
@@ -613,7 +652,7 @@ def ppo_stage(args, beta, tokenizer, start, pretrained, rewarded, judged):
 
 
 def measure_drift(policy, ref, start, tokens):
-    """Of completions (N,T): log pi(y) - log rho(y), and the exact KL summed over tokens: (N,) each."""
+    """Of completions (N,T): log pi(y) - log rho(y), and the exact KL summed over tokens: (N,)."""
     found = []
     for part in tokens.split(64):
         prompts = torch.full((len(part), 1), start, device=part.device)
@@ -628,6 +667,8 @@ def measure_drift(policy, ref, start, tokens):
 
 def main():
     args = parse()
+    for module in (data, gpt, reward, ppo, sys.modules[__name__]):
+        source(inspect.getsourcefile(module))
     began = time.monotonic()
     with locked(args.out):
         texts, tokenizer = data_stage(args)

@@ -5,7 +5,7 @@
     python tests/benchmark.py --scaling  how the times grow with length, batch, depth and width (minutes)
 
 Times, medians of several repeats after a warm-up, of one iteration as ppo.PPO does it: rollout
-(sampling), scoring (policy, reference, reward model, values), update (all epochs and the value
+(sampling), scoring (policy, reference, bag of words, values), update (all epochs and the value
 function). Beside them the machine's measured matrix-product rate, the arithmetic floor that follows from it (multiply-adds
 of the iteration at that rate), and a naive twin: no key-value cache, float32, the whole prefix read for each token.
 """
@@ -24,9 +24,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import Parser, number, run  # noqa: E402
-from gpt import GPT, GPTConfig, has_bf16, make_optimizers, sample_completions, sample_tokens  # noqa: E402
-from ppo import PPO, PPOConfig, gae, kl_penalised_rewards, whiten  # noqa: E402
-from reward import RewardModel, readings  # noqa: E402
+from gpt import (GPT, GPTConfig, compute_dtype, make_optimizers,  # noqa: E402
+                 sample_completions, sample_tokens)
+from ppo import PPO, PPOConfig, kl_penalised_rewards, whiten  # noqa: E402
+from reward import Bag  # noqa: E402
 
 
 def median_seconds(function, repeats, device):
@@ -55,12 +56,12 @@ def matmul_rate(config, rows, dtype, device, repeats):
 def iteration_flops(config, batch, length, epochs):
     """Arithmetic of one iteration: 2 a parameter and token forward, 6 with backward, and attention's products.
 
-    Forward passes: sampling, policy, reference, reward model's trunk (no output layer); update: epochs.
+    Forward passes: sampling, policy, reference; update: epochs. (The bag of words multiplies nothing.)
     """
     blocks = 12 * config.n_layer * config.n_embd ** 2 + 2 * config.n_layer * config.n_embd * length / 2
     output = config.n_embd * config.vocab_size
     tokens = batch * length
-    return tokens * (2 * (4 * blocks + 3 * output) + 6 * epochs * (blocks + output))
+    return tokens * (2 * 3 + 6 * epochs) * (blocks + output)
 
 
 @torch.no_grad()
@@ -72,17 +73,20 @@ def naive_rollout(model, prompt, batch, length, generator):
     return tokens[:, prompt.size(1):]
 
 
-def make_run(args, bf16, device):
+def make_run(args, dtype, device):
     """A PPO run on random weights of the shape asked for; speed does not depend on what they say."""
     torch.manual_seed(0)
-    config = GPTConfig(args.vocab, max(128, args.length + 1), args.layers, args.width // 64 or 1, args.width)
-    rho = GPT(config, bf16).to(device)
+    length = max(128, args.length + 1)
+    config = GPTConfig(args.vocab, length, args.layers, args.width // 64 or 1, args.width)
+    rho = GPT(config, dtype).to(device)
     for parameter in rho.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    model = RewardModel(config, bf16).requires_grad_(False).to(device)
-    ppo_config = PPOConfig(batch=args.batch, length=args.length, minibatch=args.minibatch, epochs=args.epochs, target_kl=1e9)
-    score_fn, features_fn = readings(model, 0.0, 1.0)
-    return PPO(rho, score_fn, torch.zeros(1, 1, dtype=torch.long, device=device), ppo_config, 0, features_fn)
+    bag = Bag([b" %x" % i for i in range(args.vocab)]).to(device)
+    settings = PPOConfig(batch=args.batch, length=args.length, minibatch=args.minibatch,
+                         epochs=args.epochs, max_update_kl=1e9)
+    prompts = torch.zeros(1, 1, dtype=torch.long, device=device)
+    return PPO(rho, lambda y: bag(y)[:, -1] + torch.randn(len(y), device=device), prompts, settings,
+               0, lambda y: bag(y)[..., None])
 
 
 def time_iteration(run, repeats, device, sampler):
@@ -93,23 +97,27 @@ def time_iteration(run, repeats, device, sampler):
         kept["tokens"] = sampler(run)
 
     def scoring():
-        parts = [run.read(chunk) for chunk in kept["tokens"].split(config.minibatch)]
+        tokens = kept["tokens"]
+        prompts = run.prompts.expand(len(tokens), -1)
+        chunks = zip(prompts.split(config.minibatch), tokens.split(config.minibatch))
+        parts = [run.read(*chunk) for chunk in chunks]
         kept["batch"] = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
     def update():
-        batch = kept["batch"]
-        rewards = kl_penalised_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"], config.beta)
-        advantages, returns = gae(rewards, batch["values"])
-        run.update(batch, whiten(advantages))
-        run.fit_values(batch["features"], returns, epochs=4)
+        batch, mask = kept["batch"], kept["batch"]["mask"]
+        rewards = kl_penalised_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"],
+                                       config.beta, mask)
+        advantages, returns = run.advantages(rewards, batch["values"], mask)
+        run.update(batch, whiten(advantages, mask))
+        run.fit_values(batch["features"], returns, mask, epochs=4)
 
     return [median_seconds(part, repeats, device) for part in (rollout, scoring, update)]
 
 
-def pretrain_rate(args, bf16, device):
+def pretrain_rate(args, dtype, device):
     """Pretraining tokens a second, in batches of 16 windows of 128 tokens."""
     torch.manual_seed(0)
-    model = GPT(GPTConfig(args.vocab, 128, args.layers, args.width // 64 or 1, args.width), bf16).to(device)
+    model = GPT(GPTConfig(args.vocab, 128, args.layers, args.width // 64 or 1, args.width), dtype).to(device)
     optimizers = make_optimizers(model, 0.02, 0.01)
     tokens = torch.randint(args.vocab, (16, 129), device=device)
 
@@ -148,22 +156,22 @@ def main():
     parser.add_argument("--scaling", action="store_true", help="a table over lengths, batches, depths and widths instead")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bf16 = has_bf16(device) and not args.fp32
+    dtype = torch.float32 if args.fp32 else compute_dtype(device)
     if args.scaling:
         return scaling([option for option in sys.argv[1:] if option != "--scaling"])
-    ppo = make_run(args, bf16, device)
+    ppo = make_run(args, dtype, device)
     rollout, scoring, update = time_iteration(ppo, args.repeats, device, lambda r: sample_completions(
-        r.policy, r.prompt, args.batch, args.length, r.sampler))
+        r.policy, r.prompts.expand(args.batch, -1), args.length, r.sampler))
     memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**20
-    rate = matmul_rate(ppo.ref.config, args.minibatch * args.length, torch.bfloat16 if bf16 else torch.float32, device, args.repeats)
+    rate = matmul_rate(ppo.ref.config, args.minibatch * args.length, dtype, device, args.repeats)
     total, floor = rollout + scoring + update, iteration_flops(ppo.ref.config, args.batch, args.length, args.epochs) / rate
     naive = None
     if not args.no_naive:
-        naive = sum(time_iteration(make_run(args, False, device), 1, device, lambda r: naive_rollout(
-            r.policy, r.prompt, args.batch, args.length, r.sampler)))
-    result = {"shape": {name: getattr(args, name) for name in shape}, "dtype": "bfloat16" if bf16 else "float32",
+        naive = sum(time_iteration(make_run(args, torch.float32, device), 1, device, lambda r: naive_rollout(
+            r.policy, r.prompts, args.batch, args.length, r.sampler)))
+    result = {"shape": {name: getattr(args, name) for name in shape}, "dtype": str(dtype).removeprefix("torch."),
               "rollout_seconds": rollout, "scoring_seconds": scoring, "update_seconds": update, "total_seconds": total,
-              "rollout_tokens_per_second": args.batch * args.length / rollout, "pretrain_tokens_per_second": pretrain_rate(args, bf16, device),
+              "rollout_tokens_per_second": args.batch * args.length / rollout, "pretrain_tokens_per_second": pretrain_rate(args, dtype, device),
               "peak_memory_mb": memory, "matmul_gflops": rate / 1e9, "floor_seconds": floor, "floor_ratio": total / floor,
               "naive_seconds": naive, "naive_ratio": naive and naive / total}
     if args.json:

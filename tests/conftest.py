@@ -1,7 +1,15 @@
-"""What the test files share: the import path, comparisons that explain themselves, a trained GPT."""
+"""What the test files share: the import path, comparisons that explain themselves, a trained GPT.
 
+Read the tests in this order: test_ppo (the equations), test_loop, test_gpt, test_reward, test_data,
+test_train, test_sample; then bug_hunt.py (are the tests strong?) and benchmark.py (is it fast?).
+"""
+
+import csv
+import random
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,20 +23,23 @@ torch.set_num_threads(1)    # the tensors here are tiny: threads only cost time
 
 def assert_close(actual, expected, says, **tolerance):
     """actual equals expected within rounding, or the failure opens with what that says in words."""
-    torch.testing.assert_close(actual, expected, msg=lambda numbers: f"{says}\n{numbers}", **tolerance)
+    torch.testing.assert_close(actual, expected, msg=lambda numbers: f"{says}\n{numbers}",
+                               **tolerance)
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
     """The same normal numbers at every call with the same seed."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def chi_square_p(draws, probs):
-    """The chance of counts at least this far from probs (V,) if draws (N,) do follow it (Pearson 1900).
+    """The chance of counts at least this far from probs (V,) if draws (N,) do follow it.
 
-    Cells expecting fewer than 5 draws are pooled; a draw of probability 0 gives 0.
+    Pearson 1900. Cells expecting fewer than 5 draws are pooled; a draw of probability 0 gives 0.
     """
-    counts, expected = torch.bincount(draws, minlength=len(probs)).double(), probs.double() * len(draws)
+    counts = torch.bincount(draws, minlength=len(probs)).double()
+    expected = probs.double() * len(draws)
     if counts[probs == 0].any():
         return 0.0
     rare = expected < 5
@@ -38,7 +49,8 @@ def chi_square_p(draws, probs):
     if len(counts) == 1:
         return 1.0          # one cell takes every draw
     statistic = ((counts - expected) ** 2 / expected).sum()
-    return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2).item()
+    freedom = torch.tensor(len(counts) - 1).double()
+    return torch.special.gammaincc(freedom / 2, statistic / 2).item()
 
 
 def loops(n, length, generator):
@@ -67,3 +79,100 @@ def trained():
         loss.backward()
         optimizer.step()
     return model.requires_grad_(False)
+
+
+# ---- a whole study of a made-up text ------------------------------------------------------
+
+TOY = {"vocab_size": 300, "block_size": 80, "n_layer": 1, "n_head": 2, "n_embd": 32,
+       "pretrain_steps": 30, "judge_steps": 12, "iterations": 3, "batch": 32, "minibatch": 16,
+       "rho_samples": 512, "fresh_samples": 128}
+KIND = "love joy sweet merry gentle blessed laughing friend golden dear".split()
+SAD = "death grief bloody cruel tears grave traitor poison weeping curse".split()
+PLAIN = "the my lord thou and of night a shall king come to that with not her sea morning".split()
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """A folder with play.txt, 50 kB of speeches in seeded words, and labels.csv.
+
+    The ratings count the kind and the sad words of the lines they name.
+    """
+    folder, rng, lines = tmp_path_factory.mktemp("texts"), random.Random(0), []
+    while len(lines) < 1800:
+        words = rng.choice([KIND, SAD, PLAIN]) + PLAIN
+        speech = [" ".join(rng.choices(words, k=rng.randint(4, 9))).capitalize()
+                  + rng.choice(",.;!?") for _ in range(rng.randint(1, 4))]
+        lines += [rng.choice(["ORSINO.", "VIOLA.", "SIR TOBY.", "CURIO."]), *speech, ""]
+    (folder / "play.txt").write_text("\n".join(lines))
+    with open(folder / "labels.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["play", "first_line", "last_line", "rating"])
+        for first in range(0, 1500, 6):
+            words = " ".join(lines[first:first + 6]).lower()
+            rating = sum(word in words for word in KIND) - sum(word in words for word in SAD)
+            rows.writerow(["play", first + 1, first + 6, max(-2, min(2, rating))])
+    return folder
+
+
+def argv(texts, out, *more):
+    """The command line of the tiny study, which run_script knows as --size toy."""
+    options = {"--size": "toy", "--device": "cpu", "--length": 16, "--out": out,
+               "--corpus": texts / "play.txt", "--labels": texts / "labels.csv"}
+    return [str(x) for pair in options.items() for x in pair] + ["--beta", "2", "0.5",
+                                                                *map(str, more)]
+
+
+def run_script(script, *arguments):
+    """Run a script in this process as its command line would: its exit code.
+
+    The report, which train.py leaves to a process of its own, is made in this one too.
+    """
+    import data
+    import sample
+    import train
+
+    def report(command):
+        assert Path(command[1]).name == "sample.py", f"train.py runs {command}"
+        return SimpleNamespace(returncode=run_script(sample, *command[2:]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.SIZES, "toy", TOY)
+        patch.setattr(train, "subprocess", SimpleNamespace(run=report))
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        try:
+            data.run(script.main)
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+@pytest.fixture(scope="session")
+def study(texts, tmp_path_factory):
+    """The folder of a whole run; look, but do not write."""
+    import train
+    out = tmp_path_factory.mktemp("study") / "out"
+    assert run_script(train, *argv(texts, out)) == 0, "the tiny study failed"
+    return out
+
+
+@pytest.fixture
+def again(study, tmp_path):
+    """A copy of that folder, to run in."""
+    return shutil.copytree(study, tmp_path / "out")
+
+
+@pytest.fixture
+def command(capsys):
+    """command(script, arguments ...) -> exit code, standard output, standard error."""
+    def run(script, *arguments):
+        capsys.readouterr()
+        return run_script(script, *arguments), *capsys.readouterr()
+    return run
+
+
+def explains(result, says):
+    """A failed command said what is wrong in one line, with exit code 2."""
+    code, _, err = result
+    assert code == 2, f"exit code {code}, said: {err}"
+    assert len(err.splitlines()) == 1 and "Traceback" not in err, f"more than a line: {err}"
+    assert says in err, f"the message should hold {says!r}: {err}"

@@ -1,0 +1,499 @@
+"""What looks at a study: samples, blind ratings and what they say, figures, report, summary."""
+
+import csv
+import io
+import itertools
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import data
+import gpt
+import reward
+import sample
+import train
+from conftest import argv, assert_close, explains, run_script
+
+NEGATIVE = "ppo_negative_beta0.02"
+
+
+@pytest.fixture(scope="module")
+def drifted(study, texts, tmp_path_factory):
+    """That study with a negative twin, whose policy was kept along its drift, and beta 0."""
+    out = shutil.copytree(study, tmp_path_factory.mktemp("drifted") / "out")
+    more = ["--lr", 0.01, "--max-update-kl", 0.1, "--iterations", 4]
+    run_script(train, *argv(texts, out, "--beta", 0, "--iterations", 1, "--until", "ppo"))
+    assert run_script(train, *argv(texts, out, "--toward", "negative", "--beta", 0.02, *more)) == 0
+    return out
+
+
+def summary_of(out):
+    """summary.json, which holds no NaN or Infinity: other readers of JSON refuse them."""
+    return json.loads((out / "summary.json").read_text(), parse_constant=lambda x: pytest.fail(x))
+
+
+def without_times(x):
+    """A summary less its seconds."""
+    if isinstance(x, dict):
+        return {key: without_times(y) for key, y in x.items() if not key.startswith("seconds")}
+    return [without_times(y) for y in x] if isinstance(x, list) else x
+
+
+# ---- samples ------------------------------------------------------------------------------
+
+@pytest.fixture
+def drawn(study, command):
+    """drawn(options ...) -> the JSON lines that sample.py prints."""
+    def draw(*options, checkpoint=study / "ppo_beta2.pt"):
+        code, out, err = command(sample, "--checkpoint", checkpoint, "--jsonl", *options)
+        assert (code, err) == (0, ""), err
+        return [json.loads(line) for line in out.splitlines()]
+    return draw
+
+
+def test_samples_are_printed_with_their_probability(study, command):
+    """Positive Prob: 44.0% under each, and KL: how far pi's log-probability is from rho's."""
+    code, out, err = command(sample, "--checkpoint", study / "ppo_beta2.pt", "--num", 3)
+    assert (code, err) == (0, ""), err
+    assert out.count("----- ") == out.count("Positive Prob: ") == out.count("KL: ") == 3, out
+
+
+@pytest.mark.parametrize("prompt", ["", "VIOLA.\nMy love"], ids=["no prompt", "a prompt"])
+def test_a_sample_is_what_its_line_says(study, monkeypatch, prompt):
+    """positive by the reward model of the text, ref_kl = log pi - log rho of the tokens drawn."""
+    generate, drawn = sample.generate, []
+
+    def spy(*args):
+        drawn.append(generate(*args))
+        return drawn[-1]
+
+    monkeypatch.setattr(sample, "generate", spy)
+    policy, rho = (gpt.load_gpt(data.load_checkpoint(study / f"{name}.pt"))
+                   for name in ("ppo_beta2", "pretrain"))
+    judge = reward.load_reward(data.load_checkpoint(study / "reward.pt"))
+    encoding = data.load_tokenizer(study / "tokenizer.tiktoken")
+    args = run_options("--prompt", prompt, "--length", 16, "--best-of", 3)
+    before = encoding.encode_ordinary(prompt or data.BOUNDARY)
+    for row, tokens in zip(sample.draw(study / "ppo_beta2.pt", args, 4), drawn):
+        text = tokens if prompt else tokens[:, 1:]      # the blank line before is not read
+        p = judge(text).sigmoid()
+        best = p.argmax()
+        assert row["text"] == encoding.decode(text[best].tolist()) and len(tokens) == 3
+        assert_close(row["positive"], p.max().item(), "P(positive)", atol=1e-5, rtol=0)
+        assert tokens[best].tolist()[:len(before)] == before and len(text[0]) >= 16
+        with torch.no_grad():
+            logp, ref = (model(tokens[best:best + 1])[0, len(before) - 1:-1].log_softmax(-1).gather(
+                1, tokens[best, len(before):, None]).sum() for model in (policy, rho))
+        assert_close(row["ref_kl"], (logp - ref).item(), "log pi - log rho", atol=1e-3, rtol=0)
+
+
+def run_options(*arguments):
+    """The options of sample.py with these arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
+        return sample.parse()
+
+
+def test_the_seed_the_temperature_and_top_k_decide_what_is_drawn(drawn):
+    """The same seed the same samples, another others; greedy needs no seed, and is top 1."""
+    assert drawn("--seed", 3) == drawn("--seed", 3) != drawn("--seed", 4)
+    greedy = drawn("--temperature", 0, "--seed", 3)[0]
+    assert greedy == drawn("--temperature", 0, "--seed", 4)[0] == drawn("--top-k", 1)[0]
+
+
+def test_the_best_of_many_is_judged_more_positive(drawn):
+    """Of the same draws: with one seed, the first of 8 single samples and the best of those 8."""
+    single = [row["positive"] for row in drawn("--num", 80)]
+    best = [row["positive"] for row in drawn("--num", 10, "--best-of", 8)]
+    assert min(best) > sum(single) / 80, f"single {single}, best of 8 {best}"
+
+
+def test_compare_shows_rho_and_the_twins_side_by_side(drifted, command, drawn):
+    """Sample by sample, each model's its own from that seed; text says whose each is."""
+    shutil.copy(drifted / f"{NEGATIVE}.pt", drifted / "ppo_negative_beta2.pt")
+    rows = drawn("--compare", "--num", 2, checkpoint=drifted / "ppo_beta2.pt")
+    (drifted / "ppo_negative_beta2.pt").unlink()
+    names = ["pretrain", "ppo_beta2", "ppo_negative_beta2"]
+    assert [row.pop("model") for row in rows] == names * 2
+    for i, name in enumerate((*names[:2], NEGATIVE)):
+        assert rows[i::3] == drawn("--num", 2, checkpoint=drifted / f"{name}.pt"), f"not {name}'s"
+    assert rows[0]["ref_kl"] is None
+    out = command(sample, "--checkpoint", drifted / "ppo_beta2.pt", "--compare", "--num", 1)[1]
+    assert "----- 1 pretrain\n" in out and "----- 1 ppo_beta2\n" in out, out
+
+
+def test_a_policy_of_the_drift_is_drawn_from_at_its_mark(drifted, drawn, command):
+    """--kl; an unknown mark is answered with those that are known."""
+    found = drawn("--kl", 0.5, checkpoint=drifted / f"{NEGATIVE}.pt")
+    kept = drifted / f"{NEGATIVE}_kl0.5.pt"
+    assert found == drawn(checkpoint=kept) != drawn(checkpoint=drifted / f"{NEGATIVE}.pt")
+    marks = sorted(float(path.stem.split("_kl")[1]) for path in drifted.glob(f"{NEGATIVE}_kl*"))
+    explains(command(sample, "--checkpoint", drifted / f"{NEGATIVE}.pt", "--kl", 3),
+             f"was not kept at 3 nats. It passed {', '.join(f'{x:g}' for x in marks)}.")
+    explains(command(sample, "--checkpoint", drifted / "ppo_beta2.pt", "--kl", 1), "no mark at all")
+
+
+@pytest.mark.parametrize("options, says", [
+    ("--checkpoint none.pt", "checkpoint none.pt: No such file or directory"),
+    ("--checkpoint .", "checkpoint .: Is a directory"),
+    ("--checkpoint reward.pt", "is a reward checkpoint, where one of kind pretrain or ppo"),
+    ("--checkpoint summary.json", "checkpoint summary.json"),
+    ("--top-k 0", "--top-k: 0 is not from 1"),
+    ("--num 0", "--num: 0 is not from 1"),
+    ("--best-of 0", "--best-of: 0 is not from 1"),
+    ("--length 0", "--length: 0 is not from 1"),
+    ("--length 80", "Shorten either"),
+    ("--prompt " + "love" * 100, "Shorten either"),
+    ("--temperature nan", "--temperature: nan is not from 0"),
+    ("--seed -1", "--seed: -1 is not from 0"),
+    ("--nonsense", "unrecognized arguments"),
+    ("--rate pretrain.pt", "--rate needs a file to keep the ratings in"),
+    ("--ratings none.csv", "ratings none.csv: No such file or directory"),
+    ("--report samples", "samples/pretrain.pt: No such file or directory"),
+])
+def test_bad_options_of_sample_are_explained(study, command, monkeypatch, options, says):
+    """In one line, with what to give instead."""
+    monkeypatch.chdir(study)
+    explains(command(sample, "--checkpoint", "ppo_beta2.pt", *options.split()), says)
+
+
+def test_a_policy_without_the_files_beside_it_is_explained(study, tmp_path, command):
+    """A tokenizer is needed always, a reward model for --best-of; those of another study never."""
+    shutil.copy(study / "ppo_beta2.pt", tmp_path)
+    arguments = ["--checkpoint", tmp_path / "ppo_beta2.pt", "--num", 1]
+    explains(command(sample, *arguments), "tokenizer.tiktoken: No such file or directory")
+    shutil.copy(study / "tokenizer.tiktoken", tmp_path)
+    explains(command(sample, *arguments, "--best-of", 2), "--best-of needs the reward model")
+    explains(command(sample, *arguments, "--compare"), "--compare needs a ppo checkpoint with its")
+    row = json.loads(command(sample, *arguments, "--jsonl")[1])
+    assert row["positive"] is row["ref_kl"] is None, "nothing here can know these"
+    state = data.load_checkpoint(study / "reward.pt")
+    state["model"]["bag.bias"] += 1
+    data.save_checkpoint(tmp_path / "reward.pt", state)
+    explains(command(sample, *arguments), "are not of the same study")
+
+
+def test_the_script_itself_exits_with_2_and_one_line(tmp_path):
+    """python sample.py where there is nothing to sample from, in a process of its own."""
+    done = subprocess.run([sys.executable, data.HERE / "sample.py"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    explains((done.returncode, done.stdout, done.stderr), "checkpoint out/pretrain.pt: No such")
+
+
+# ---- reward.py --score --------------------------------------------------------------------
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--score", "none.jsonl"], "none.jsonl: No such file or directory"),
+    (["--score", "."], "Is a directory"),
+    (["--score", "bad.jsonl"], "bad.jsonl line 2 is not a JSON object"),
+    (["--score", "bad.jsonl", "--out", "."], "reward.pt: No such file or directory"),
+    (["--score"], "expected one argument"),
+])
+def test_what_cannot_be_scored_is_explained(study, tmp_path, command, monkeypatch, arguments, says):
+    """By its line, where it has one."""
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nlove\n')
+    monkeypatch.chdir(tmp_path)
+    explains(command(reward, "--out", study, *arguments), says)
+
+
+# ---- ratings ------------------------------------------------------------------------------
+
+@pytest.fixture
+def rated(drifted, tmp_path, command, monkeypatch):
+    """rated(answers, checkpoint ...) -> what --rate printed, the rows on disk afterwards."""
+    def rate(answers, *names, num=2):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{x}\n" for x in answers)))
+        code, out, err = command(sample, "--rate", *(drifted / f"{name}.pt" for name in names),
+                                 "--ratings", tmp_path / "mine.csv", "--num", num,
+                                 "--length", 16, "--checkpoint", drifted / "pretrain.pt")
+        assert (code, err) == (0, ""), err
+        with open(tmp_path / "mine.csv", newline="") as file:
+            return out, list(csv.DictReader(file))
+    return rate
+
+
+THREE = ["pretrain", "ppo_beta2", NEGATIVE]
+
+
+def test_samples_of_three_models_are_rated_blind(rated, drifted, tmp_path):
+    """Each shown once, shuffled, without a word of whose it is; the table afterwards says it."""
+    out, rows = rated([x for i in range(6) for x in (i % 5 - 2, 1 + i % 5)], *THREE)
+    shown, _, table = out.partition("| drawn from")
+    assert not any(word in shown for word in ("pretrain", "ppo", "beta", "Positive Prob")), out
+    args = run_options("--length", 16)
+    wanted = {(row["text"].strip(), name) for name in THREE
+              for row in sample.draw(drifted / f"{name}.pt", args, 2)}
+    assert {(row["text"], row["drawn_from"]) for row in rows} == wanted and len(rows) == 6
+    switches = sum(a["drawn_from"] != b["drawn_from"] for a, b in itertools.pairwise(rows))
+    assert switches > 2, "one model's samples stand together"
+    at = [shown.index(f"----- {i + 1} of 6\n{row['text']}\n") for i, row in enumerate(rows)]
+    assert at == sorted(at), "an answer belongs to another text"
+    assert [(float(r["rating"]), float(r["sense"])) for r in rows] == [
+        (i % 5 - 2, 1 + i % 5) for i in range(6)]
+    assert all(name in table for name in THREE), table
+    # What a reader has rated can be trained on.
+    assert data.read_labels(tmp_path / "mine.csv") == [
+        (row["text"], float(row["rating"]), None) for row in rows]
+
+
+def test_rating_goes_back_and_stops_and_goes_on(rated):
+    """b asks again, also from the second question; q keeps what is done; the rest comes later."""
+    out, rows = rated([1, 5, "b", -1, 4, 2, "b", 0, 3, "b", "q"], *THREE)
+    assert [(row["rating"], row["sense"]) for row in rows] == [], "what was taken back is gone"
+    first = out.partition("----- 1 of 6\n")[2].partition("\n\nfeeling")[0]
+    out, rows = rated([1, 2, "q"], *THREE)
+    assert len(rows) == 1 and rows[0]["text"] == first and "1 ratings are in" in out, out
+    out, again = rated([0, 1] * 5, *THREE)
+    assert out.startswith("1 rated, 5 to go.") and again[0] == rows[0] and len(again) == 6
+    assert len({row["text"] for row in again}) == 6, "a text was asked twice"
+    assert rated([], *THREE)[0].startswith("6 rated, 0 to go.")
+
+
+@pytest.mark.parametrize("answer, says", [
+    ("3", "rating 3 is outside -2 to 2"), ("good", "rating 'good' is not a number"),
+    ("nan", "rating nan is outside"), ("", "rating '' is not a number"),
+    ("1,5", "is not a number")])
+def test_an_answer_that_is_none_is_asked_for_again(rated, answer, says):
+    """With what is wrong; nothing is written down. A rating may lie between whole numbers."""
+    out, rows = rated([answer, " 0.5 ", "q"], "pretrain")
+    assert says in out and out.count("feeling, -2 very negative") == 3, out
+    assert [float(row["rating"]) for row in rows] == [0.5]
+
+
+def test_no_rating_is_lost_by_a_kill(drifted, tmp_path, monkeypatch):
+    """Whenever the next question is asked, all answers before are on the disk."""
+    path, seen = tmp_path / "mine.csv", []
+
+    class Reader:
+        def readline(self):
+            seen.append(len(sample.read_ratings(path)) if path.exists() else 0)
+            if len(seen) == 4:
+                raise KeyboardInterrupt
+            return "1\n"
+
+    monkeypatch.setattr(sys, "stdin", Reader())
+    args = ["--rate", drifted / "pretrain.pt", "--ratings", path, "--num", 5, "--length", 16]
+    assert run_script(sample, *args) == 130
+    assert seen == [0, 1, 2, 3] and len(sample.read_ratings(path)) == 3
+
+
+def test_passages_of_the_plays_are_rated_as_labels(monkeypatch, tmp_path, command):
+    """--rate plays: whole speeches of training plays, feeling alone; sense stays empty."""
+    speeches = [f"SPEAKER {i}.\nWords of speech {i}." for i in range(99)]
+    monkeypatch.setattr(data, "load_corpus", lambda: (data.BOUNDARY.join(speeches), "held out"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1\n-2\n"))
+    path = tmp_path / "mine.csv"
+    code, out, _ = command(sample, "--rate", "plays", "--ratings", path, "--num", 2)
+    assert code == 0 and "sense" not in out and f"python train.py --labels {path}" in out, out
+    rows = sample.read_ratings(path)
+    assert [(r["rating"], r["sense"], r["drawn_from"]) for r in rows] == [
+        (1.0, None, "plays"), (-2.0, None, "plays")]
+    for row in rows:
+        found = row["text"].split(data.BOUNDARY)
+        first = speeches.index(found[0])
+        assert found == speeches[first:first + len(found)] and len(row["text"]) >= 160
+        assert len(data.BOUNDARY.join(found[:-1])) < 160, "longer than need be"
+
+
+@pytest.mark.parametrize("content, says", [
+    ("play,first_line\n", "line 1: the columns must be text, rating, sense, drawn_from"),
+    ("To be, or not to be\n", "line 1: the columns must be"),
+    ("text,rating,sense,drawn_from\na,1,1,x\nb,1\n", "line 3: it has not as many fields"),
+    ("text,rating,sense,drawn_from\na,1,1,x,y\n", "line 2: it has not as many fields"),
+    ("text,rating,sense,drawn_from\na,3,1,x\n", "line 2: rating 3 is outside -2 to 2"),
+    ("text,rating,sense,drawn_from\na,1,0,x\n", "line 2: rating 0 is outside 1 to 5"),
+    ("text,rating,sense,drawn_from\na,good,1,x\n", "line 2: rating 'good' is not a number"),
+    ("text,rating,sense,drawn_from\n" + "a" * 200_000 + ",1,1,x\n", "field larger than"),
+    ("a\0b", "holds NUL bytes"),
+    ("text,rating,sense,drawn_from\n", "a file of ratings is empty"),
+    ("", "a file of ratings is empty"),
+], ids=range(11))
+def test_a_bad_file_of_ratings_is_explained_and_left_alone(study, tmp_path, command, content,
+                                                           says):
+    """Read or to go on with: one line, and no byte of somebody's file is changed."""
+    path = tmp_path / "mine.csv"
+    path.write_text(content)
+    more = ["--checkpoint", study / "pretrain.pt", "--length", 16]
+    explains(command(sample, "--ratings", path, *more), says)
+    if "empty" not in says:
+        explains(command(sample, "--rate", study / "pretrain.pt", "--ratings", path, *more), says)
+    assert path.read_text() == content
+
+
+def test_the_table_of_ratings_says_what_readers_found(study, tmp_path, command):
+    """Means with standard errors by hand, rho first; how two readers agree on what both read."""
+    header = "text,rating,sense,drawn_from\n"
+    (tmp_path / "a.csv").write_text(header + "love,2,5,ppo\njoy,1,4,ppo\nsir,0,3,pretrain\n"
+                                    "death,-1,1,pretrain\nhere,1,1,pretrain\n")
+    (tmp_path / "b.csv").write_text(header + "love,1,4,ppo\njoy,1,3,ppo\nsir,0,2,pretrain\n"
+                                    "death,-2,1,pretrain\n")
+    code, out, _ = command(sample, "--ratings", tmp_path / "a.csv", tmp_path / "b.csv",
+                           "--checkpoint", study / "pretrain.pt")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()
+            if line.startswith("|")]
+    assert code == 0 and [row[0] for row in rows[2:]] == ["pretrain", "ppo"], out
+    # Of rho 0 -1 1 0 -2: mean -0.4, deviation sqrt(1.3), error sqrt(1.3 / 5) = 0.51; and so on.
+    assert rows[2][1:4] == ["5", "-0.40 ± 0.51", "1.60 ± 0.40"], rows[2]
+    assert rows[3][1:4] == ["4", "1.25 ± 0.25", "4.00 ± 0.41"], rows[3]
+    # Common: 2 1 0 -1 and 1 1 0 -2: disagreement 0.5, by chance mean (a - b)^2 = 3; r by hand.
+    assert "two readers of 4 passages: quadratic kappa 0.83, Pearson 0.91" in out, out
+    assert "ppo feels +1.65 from pretrain, 95 % interval" in out, out
+    p = sample.probabilities(study / "pretrain.pt", [{"text": x} for x in ("love", "joy")])
+    assert rows[3][4] == f"{sum(p.values()) / 2:.3g}", "P(positive) of what the policy wrote"
+
+
+def test_permutation_interval_is_that_of_all_ways_to_deal():
+    """10,000 random deals of 3 + 4 values against all 35: the 95 % quantile of |difference|."""
+    rng = random.Random(0)
+    for _ in range(5):
+        values = [rng.uniform(-2, 2) for _ in range(7)]
+        gaps = []
+        for chosen in itertools.combinations(range(7), 3):
+            a = [values[i] for i in chosen]
+            b = [x for i, x in enumerate(values) if i not in chosen]
+            gaps.append(abs(sum(a) / 3 - sum(b) / 4))
+        gaps.sort()
+        # Each way has chance 1/35: the quantile is the 34th, within the noise of the deals.
+        found = sample.permutation_interval(values[:3], values[3:])
+        assert gaps[32] - 1e-9 <= found <= gaps[34] + 1e-9, f"{found} in {gaps[-4:]}"
+    assert sample.permutation_interval([1.0] * 3, [1.0] * 4) == 0, "all alike: no difference"
+
+
+@pytest.mark.parametrize("a, b, kappa", [
+    ([1, 2, 3], [1, 2, 3], 1.0),
+    ([0, 0], [0, 0], 1.0),
+    ([-1, 1], [1, -1], -1.0),       # 4 / mean of 4 0 0 4 = 2
+    ([-2, 0, 2], [0, 0, 0], 0.0),   # a reader who always says the same
+    ([0, 1], [0, 2], 1 - 0.5 / 1.5),
+])
+def test_quadratic_kappa_by_hand(a, b, kappa):
+    """1 - disagreement / disagreement by chance; 1 for two who agree, though they say one thing."""
+    assert_close(sample.quadratic_kappa(a, b), kappa, "kappa")
+
+
+# ---- the report ---------------------------------------------------------------------------
+
+def test_the_report_is_what_was_promised(study, drifted):
+    """Figures, samples, report.md with them, a strip along the drift; nothing half done is left."""
+    def made(out):
+        return {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+
+    runs, figures = ["ppo_beta0.5", "ppo_beta2"], ("frontier", "judge", "ppo", "reward")
+    stages = ["data", "pretrain", "reward", "judge", *runs]
+    wanted = {"tokenizer.tiktoken", "report.md", "summary.json", ".lock",
+              *(f"{name}.pt" for name in stages), *(f"{x}.metrics.jsonl" for x in stages[1:]),
+              *(f"figures/{name}.png" for name in figures),
+              *(f"samples/{name}.txt" for name in ("rho", *runs))}
+    assert made(study) == wanted, f"missing or unexpected: {made(study) ^ wanted}"
+    report = (study / "report.md").read_text()
+    for name in figures:
+        assert f"(figures/{name}.png)" in report, f"the report does not show {name}.png"
+        assert (study / f"figures/{name}.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("rho", *runs):
+        assert (study / "samples" / f"{name}.txt").read_text().count("Positive Prob: ") == 20
+    assert "along its drift" not in report
+    report = (drifted / "report.md").read_text()
+    strip = report.partition(f"## {NEGATIVE} along its drift")[2].splitlines()[4:]
+    marks = [line.split("|")[1].strip() for line in itertools.takewhile(bool, strip)]
+    kept = sorted(float(path.stem.split("_kl")[1]) for path in drifted.glob("*_kl*"))
+    assert marks == [f"{mark:g}" for mark in kept] and kept, "one line for each policy kept"
+
+
+def test_the_summary_has_the_keys_that_others_read(study):
+    """Those of the README's summary.json; there may be more."""
+    summary = summary_of(study)
+    keys = {"seconds": "data pretrain reward judge ppo total",
+            "pretrain": "parameters val_bits_per_byte",
+            "reward": "val_pearson val_auc val_log_loss mean std reference_positive",
+            "judge": "val_pearson val_auc val_log_loss mean std"}
+    for part, names in keys.items():
+        assert set(names.split()) <= set(summary[part]), f"summary.json lacks keys in {part}"
+    assert (summary["size"], summary["device"]) == ("toy", "cpu")
+    seconds = summary["seconds"]
+    assert list(seconds["ppo"]) == ["0.5", "2"]
+    assert_close(seconds["total"], sum(seconds["ppo"].values()) + sum(
+        seconds[x] for x in ("data", "pretrain", "reward", "judge")), "the total")
+    for row in summary["ppo"]:
+        assert set("beta iterations score positive ref_kl objective reference_objective optimum "
+                   "fraction_of_optimum seconds_per_iteration judge toward".split()) <= set(row)
+        assert {"objective", "score", "ref_kl", "ess", "pareto_k"} <= set(row["optimum"])
+        assert row["iterations"] == 3
+    assert [row["beta"] for row in summary["ppo"]] == [0.5, 2.0], "sorted, whatever was asked first"
+
+
+def test_the_numbers_of_the_summary_hang_together(drifted):
+    """J = score - beta KL; fraction = (J - J_rho) / (J* - J_rho); no J* below an ess of 100."""
+    rows = summary_of(drifted)["ppo"]
+    assert [(row["toward"], row["beta"]) for row in rows] == [
+        ("negative", 0.02), ("positive", 0.0), ("positive", 0.5), ("positive", 2.0)]
+    for row in rows:
+        best, J = row["optimum"], row["objective"]
+        assert_close(J, row["score"] - row["beta"] * row["ref_kl"], "J", atol=1e-5, rtol=0)
+        assert_close(row["reference_objective"], 0.0, "scores are of these samples of rho",
+                     atol=1e-4, rtol=0)
+        if best["ess"] < 100:
+            assert row["fraction_of_optimum"] is row["kl_to_optimum"] is best["objective"] is None
+            continue
+        way = best["objective"] - row["reference_objective"]
+        assert_close(row["fraction_of_optimum"], (J - row["reference_objective"]) / way, "fraction")
+        assert_close(row["kl_to_optimum"], (best["objective"] - J) / row["beta"], "KL(pi to pi*)")
+        assert J < best["objective"] + 4 * row["objective_se"], "J lies above J*"
+    ess = [row["optimum"]["ess"] for row in rows]
+    assert ess[3] >= 100 > ess[2] and ess[1] == 0, f"beta 2 is in reach, 0 has no optimum: {ess}"
+
+
+def test_the_pool_weighs_by_the_right_policys_probabilities(drifted):
+    """log(rho/q) of rho's and pi's samples, q their mixture: by forward passes of both models."""
+    run, pretrained, rewarded = (data.load_checkpoint(drifted / f"{name}.pt")
+                                 for name in (NEGATIVE, "pretrain", "reward"))
+    tokens = torch.cat((rewarded["rho"]["tokens"], run["fresh"]["tokens"])).long()
+    start = data.load_tokenizer(drifted / "tokenizer.tiktoken").encode_ordinary("\n\n")[0]
+    whole = torch.cat((torch.full((len(tokens), 1), start), tokens), 1)
+    with torch.no_grad():
+        pi, rho = (gpt.load_gpt(state)(whole[:, :-1]).log_softmax(-1).gather(
+            2, tokens[..., None]).sum((1, 2)).double() for state in (run, pretrained))
+    n = torch.tensor([512, 128]) / 640
+    log_q = torch.stack((rho + n[0].log(), pi + n[1].log())).logsumexp(0)
+    scores, weights = sample.pool(rewarded, run)
+    # The run's numbers were made in the device's own precision, these in float32.
+    assert_close(weights, rho - log_q, "log(rho/q)", atol=0.15, rtol=0)
+    assert (weights[:512].mean() - weights[512:].mean()) > 1, "the two should differ much"
+    logp = reward.load_reward(rewarded)(tokens).neg().sigmoid().log()
+    assert_close(scores, (logp - logp[:512].mean()) / logp[:512].std(), "the score toward negative",
+                 atol=0.05, rtol=0)
+
+
+def test_a_second_report_says_the_same(study, tmp_path, texts):
+    """Drawn again, or by a run that finds all done: only times differ. Ratings add a figure."""
+    out = shutil.copytree(study, tmp_path / "out")
+    for name in ("summary.json", "report.md"):
+        (out / name).unlink()
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*.pt")}
+    (tmp_path / "mine.csv").write_text("text,rating,sense,drawn_from\nlove,2,5,ppo_beta2\n"
+                                       "joy,1,4,ppo_beta2\nsir,0,3,pretrain\nmy,0,3,pretrain\n")
+    assert run_script(sample, "--report", out, "--ratings", tmp_path / "mine.csv") == 0
+    assert (out / "figures" / "readers.png").read_bytes()[:4] == b"\x89PNG"
+    assert "(figures/readers.png)" in (out / "report.md").read_text()
+    assert run_script(train, *argv(texts, out)) == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in out.glob("*.pt")}
+    assert (out / "report.md").read_text() == (study / "report.md").read_text()
+    assert without_times(summary_of(out)) == without_times(summary_of(study))
+
+
+def test_a_run_of_another_reward_model_is_left_out(study, tmp_path, command):
+    """Its scores mean something else; where no run is left, one line says so."""
+    out = shutil.copytree(study, tmp_path / "out")
+    state = data.load_checkpoint(out / "ppo_beta2.pt")
+    state["inputs"]["reward"] = "another"
+    data.save_checkpoint(out / "ppo_beta2.pt", state)
+    code, said, _ = command(sample, "--report", out)
+    assert code == 0 and "ppo_beta2.pt is of another reward model and is left out" in said, said
+    assert [row["beta"] for row in summary_of(out)["ppo"]] == [0.5]
+    (out / "ppo_beta0.5.pt").unlink()
+    explains(command(sample, "--report", out), "has no finished PPO run")

@@ -1,0 +1,173 @@
+"""What is each ingredient of PPO worth? PPO again on a finished study, with one thing changed.
+
+    python tests/what_matters.py --study out                  a table (many runs: hours on 2 cores)
+    python tests/what_matters.py --study out --iterations 12  shorter runs
+    python tests/what_matters.py --table                      the table of the runs that are kept
+
+Each run is one row of results/what_matters.csv, written when it ends; what is there already is not
+run again, so it can be stopped at any time. J is measured on fresh samples with the exact KL, and
+the fraction against the J* of the study's own run at that beta. A change within two or three
+standard errors of the default's mean is none that was shown.
+"""
+
+import csv
+import functools
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data  # noqa: E402
+import ppo  # noqa: E402
+import reward  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from gpt import in_chunks, sample_completions  # noqa: E402
+
+KEPT = data.HERE / "results" / "what_matters.csv"
+COLUMNS = ["change", "beta", "seed", "iterations", "batch", "score", "kl", "J", "fraction",
+           "seconds"]
+
+
+def own_token_penalty(scores, logprobs, ref_logprobs, beta, mask=None, right=None):
+    """Each token pays for its own KL only: rewards whose sum to go is score - beta k1_t."""
+    own = right(torch.zeros_like(scores), logprobs, ref_logprobs, beta, mask)
+    whole = right(scores, logprobs, logprobs, beta, mask)
+    return own - torch.nn.functional.pad(own[:, 1:], (0, 1)) + whole
+
+
+def scaled_per_batch(scores, logprobs, ref_logprobs, beta, mask=None, right=None):
+    """The common bug: scores are z-scored in every batch, so beta has no fixed meaning."""
+    scores = (scores - scores.mean()) / (scores.std() + 1e-8)
+    return right(scores, logprobs, ref_logprobs, beta, mask)
+
+
+# Of each change: the settings it alters, and the function of ppo.py it puts another in place of.
+CHANGES = {
+    "default": ({}, {}),
+    "no value function (simple)": ({"algorithm": "simple"}, {}),
+    "leave-one-out (rloo)": ({"algorithm": "rloo"}, {}),
+    "values start at 0": ({}, {"warm": False}),
+    "lambda 1": ({"lam": 1.0}, {}),
+    "lambda 0.95": ({"lam": 0.95}, {}),
+    "lambda 0.3": ({"lam": 0.3}, {}),
+    "no whitening": ({}, {"whiten": lambda x, mask=None: x / 0.15}),
+    "one epoch": ({"epochs": 1}, {}),
+    "four epochs": ({"epochs": 4}, {}),
+    "no clipping": ({"clip": 1e9, "max_update_kl": 1e9}, {}),
+    "penalty of the token alone": ({}, {"kl_penalised_rewards": own_token_penalty}),
+    "score scaled in each batch": ({}, {"kl_penalised_rewards": scaled_per_batch}),
+    "half the batch": ({"batch": 0.5}, {}),
+    "twice the batch": ({"batch": 2}, {}),
+    "learning rate / 2": ({"lr": 0.5}, {}),
+    "learning rate x 2": ({"lr": 2}, {}),
+}
+RELATIVE = {"batch", "lr"}
+
+
+def run_once(args, study, change, beta, seed, iterations):
+    """One run: a row of the table, a dict of COLUMNS."""
+    pretrained, rewarded, judged, runs = study
+    settings, patches = CHANGES[change]
+    config = ppo.PPOConfig(beta=beta, batch=args.batch, iterations=iterations)
+    for name, value in settings.items():
+        old = getattr(config, name)
+        setattr(config, name, type(old)(old * value) if name in RELATIVE else value)
+    right = {name: getattr(ppo, name) for name in patches if name != "warm"}
+    for name in right:
+        new = patches[name]
+        setattr(ppo, name, new if name == "whiten" else functools.partial(new, right=right[name]))
+    try:
+        start = args.start
+        began = time.process_time()
+        torch.manual_seed(seed)
+        run, model = train.make_run(args, config, 1000 + seed, start, pretrained, rewarded)
+        if not patches.get("warm", True):
+            for weight in (run.value.out.weight, run.value.out.bias):
+                torch.nn.init.zeros_(weight)
+        for i in range(iterations):
+            run.step(i)
+        seconds = time.process_time() - began
+    finally:
+        for name, function in right.items():
+            setattr(ppo, name, function)
+    generator = torch.Generator().manual_seed(5000 + seed)
+    prompts = run.prompts.expand(1024, -1)
+    tokens = sample_completions(run.policy, prompts, config.length, generator)
+    scores = reward.score(in_chunks(model, tokens), **rewarded["constants"]["positive"])
+    kl = train.measure_drift(run.policy, run.ref, start, tokens)["ref_kl"]
+    objective = (scores - beta * kl).mean().item()
+    known = next(r for r in runs if r["inputs"]["beta"] == beta and r["toward"] == "positive")
+    pooled, weights = sample.pool(rewarded, known)
+    best = ppo.optimum(pooled, beta, weights)["objective"]
+    return dict(zip(COLUMNS, (change, beta, seed, iterations, config.batch, scores.mean().item(),
+                              kl.mean().item(), objective, objective / best, seconds)))
+
+
+def mean_se(values):
+    """"mean ± standard error" of some numbers."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) / len(values) ** 0.5:.2f}"
+
+
+def print_table(rows):
+    """The means over seeds of all kept runs, a markdown table for each beta and length of run."""
+    for beta, iterations in sorted({(r["beta"], r["iterations"]) for r in rows}):
+        chosen = [r for r in rows if (r["beta"], r["iterations"]) == (beta, iterations)]
+        lines = []
+        for change in (c for c in CHANGES if any(r["change"] == c for r in chosen)):
+            runs = [r for r in chosen if r["change"] == change]
+            columns = [mean_se([float(r[key]) for r in runs])
+                       for key in ("score", "kl", "J", "fraction")]
+            seconds = statistics.mean(float(r["seconds"]) for r in runs)
+            lines.append((change, len(runs), *columns, f"{seconds:.0f}"))
+        print(f"beta {beta}, {iterations} iterations\n")
+        print(*sample.table(["change", "seeds", "score", "KL", "J", "fraction of optimum",
+                             "CPU seconds"], lines), sep="\n")
+
+
+def main():
+    parser = data.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--study", default="out", type=Path, help="folder of a finished study")
+    parser.add_argument("--iterations", type=data.number(int, 1), default=36)
+    parser.add_argument("--batch", type=data.number(int, 4), default=384)
+    parser.add_argument("--beta", type=float, nargs="+", default=[0.2])
+    parser.add_argument("--seeds", type=data.number(int, 1), default=3)
+    parser.add_argument("--only", nargs="+", choices=list(CHANGES), default=list(CHANGES))
+    parser.add_argument("--table", action="store_true", help="print what was kept, run nothing")
+    args = parser.parse_args()
+    kept = []
+    if KEPT.exists():
+        with open(KEPT) as file:
+            kept = list(csv.DictReader(file))
+    if args.table:
+        return print_table(kept)
+    args.device, args.toward = torch.device("cpu"), "positive"
+    args.dtype = train.gpt.compute_dtype(args.device)
+    study = sample.load_study(args.study)
+    tokenizer = data.load_tokenizer(args.study / "tokenizer.tiktoken", study[0])
+    args.start = tokenizer.encode_ordinary(data.BOUNDARY)[0]
+    done = {(r["change"], float(r["beta"]), int(r["seed"]), int(r["iterations"])) for r in kept}
+    for seed in range(args.seeds):
+        for beta in args.beta:
+            for change in args.only:
+                if (change, beta, seed, args.iterations) in done:
+                    continue
+                row = run_once(args, study, change, beta, seed, args.iterations)
+                is_new = not KEPT.exists()
+                with open(KEPT, "a", newline="") as file:
+                    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                    if is_new:
+                        writer.writeheader()
+                    writer.writerow({key: f"{x:.4g}" if isinstance(x, float) else x
+                                     for key, x in row.items()})
+                print(f"{change}, beta {beta}, seed {seed}: J {row['J']:.3f}, fraction "
+                      f"{row['fraction']:.3f}, {row['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    data.run(main)
