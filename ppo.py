@@ -327,7 +327,7 @@ class PPOConfig:
                             choices=["simple", "rloo", "ppo"])
     iterations: int = option(36, "of sampling and updating: more come closer to the optimum")
     length: int = option(64, "tokens of a completion")
-    batch: int = option(256, "completions an iteration: more mean less noise")
+    batch: int = option(512, "completions an iteration: more mean less noise")
     per_prompt: int = option(4, "completions of each prompt in a batch (rloo compares them); "
                              "where there is one prompt, all are of it")
     minibatch: int = option(32, "completions an optimizer step")
@@ -389,8 +389,9 @@ class PPO:
         # A copy: shared weights would move along, and KL would be 0 for ever.
         self.ref = copy.deepcopy(ref).requires_grad_(False)
         self.policy = copy.deepcopy(ref).requires_grad_(True)
+        # Two streams, two seeds: from the same one both would draw the same numbers.
         self.sampler = Generator(prompts.device).manual_seed(seed)
-        self.shuffler = Generator().manual_seed(seed)
+        self.shuffler = Generator().manual_seed(seed + 1)
         size = self.features(prompts[:1], prompts.new_zeros(1, config.length)).size(-1)
         known = size - ref.config.n_embd
         self.value = ValueFunction(size, known).to(prompts.device)

@@ -46,7 +46,7 @@ SIZES = {
              "pretrain_steps": 150, "judge_steps": 60, "iterations": 4, "batch": 64,
              "minibatch": 32, "rho_samples": 2048, "fresh_samples": 256},
     "small": {"vocab_size": 2048, "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 256,
-              "pretrain_steps": 1000, "judge_steps": 400, "iterations": 36, "batch": 384,
+              "pretrain_steps": 1000, "judge_steps": 400, "iterations": 36, "batch": 512,
               "minibatch": 32, "rho_samples": 4096, "fresh_samples": 1024},
     "base": {"vocab_size": 4096, "block_size": 256, "n_layer": 8, "n_head": 8, "n_embd": 512,
              "pretrain_steps": 2000, "judge_steps": 400, "iterations": 60, "batch": 2048,

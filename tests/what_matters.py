@@ -134,7 +134,7 @@ def main():
     parser = data.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--study", default="out", type=Path, help="folder of a finished study")
     parser.add_argument("--iterations", type=data.number(int, 1), default=36)
-    parser.add_argument("--batch", type=data.number(int, 4), default=384)
+    parser.add_argument("--batch", type=data.number(int, 4), default=512)
     parser.add_argument("--beta", type=float, nargs="+", default=[0.2])
     parser.add_argument("--seeds", type=data.number(int, 1), default=3)
     parser.add_argument("--only", nargs="+", choices=list(CHANGES), default=list(CHANGES))
