@@ -41,7 +41,9 @@ from gpt import PAD, Generator, completion_hidden, completion_logits, sample_com
 def _masked(x, mask):
     """x in at least float32 with masked positions set to 0, and the mask as booleans."""
     x = x if x.dtype == torch.float64 else x.float()
-    mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
+    if mask is None:
+        mask = torch.ones_like(x, dtype=torch.bool)
+    mask = mask.bool()
     return x.masked_fill(~mask, 0.0), mask
 
 
@@ -58,7 +60,8 @@ def token_logprobs(logits, tokens):
     earlier. What comes out for PAD means nothing; the mask keeps it out.
     """
     logprobs = logits.float().log_softmax(-1)
-    return logprobs.gather(-1, tokens.clamp(min=0)[..., None]).squeeze(-1)
+    index = tokens.clamp(min=0)[..., None]
+    return logprobs.gather(-1, index).squeeze(-1)
 
 
 def kl_penalised_rewards(scores, logprobs, ref_logprobs, beta, mask=None):
@@ -74,8 +77,8 @@ def kl_penalised_rewards(scores, logprobs, ref_logprobs, beta, mask=None):
     k1, mask = _masked((logprobs - ref_logprobs).detach(), mask)
     position = torch.arange(1, k1.size(1) + 1, device=mask.device)
     last = (mask * position).argmax(1, keepdim=True)                    # (B,1): of the real tokens
-    rewards = -beta * k1
-    rewards = rewards.scatter_add(1, last, scores.detach().to(rewards.dtype)[:, None])
+    scores = scores.detach().to(k1.dtype)[:, None]
+    rewards = (-beta * k1).scatter_add(1, last, scores)
     return rewards.masked_fill(~mask, 0.0)
 
 
@@ -148,9 +151,11 @@ def policy_loss(logprobs, old_logprobs, advantages, clip=0.2, mask=None):
     # The worse of both, so that there is no gain from leaving the range.
     surrogate = torch.min(ratio * advantages, clipped * advantages)
     with torch.no_grad():
-        outside = ((ratio - 1).abs() > clip).float()
-        info = {"approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, mask),
-                "clipfrac": masked_mean(outside, mask), "ratio": masked_mean(ratio, mask)}
+        outside = (ratio - 1).abs() > clip
+        k3 = torch.expm1(log_ratio) - log_ratio
+        info = {"approx_kl": masked_mean(k3, mask),
+                "clipfrac": masked_mean(outside.float(), mask),
+                "ratio": masked_mean(ratio, mask)}
     return -masked_mean(surrogate, mask), info
 
 
@@ -164,9 +169,11 @@ def value_loss(values, old_values, returns, clip=0.2, mask=None):
     returns, _ = _masked(returns.detach(), mask)
     # The old values are what the rollout recorded.
     clipped = values.clamp(old_values - clip, old_values + clip)
-    error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
-    info = {"value_clipfrac": masked_mean((clipped_error > error).float(), mask).detach()}
-    return 0.5 * masked_mean(torch.max(error, clipped_error), mask), info
+    error = (values - returns) ** 2
+    clipped_error = (clipped - returns) ** 2
+    loss = 0.5 * masked_mean(torch.max(error, clipped_error), mask)
+    clipfrac = masked_mean((clipped_error > error).float(), mask)
+    return loss, {"value_clipfrac": clipfrac.detach()}
 
 
 def kl_estimates(logprobs, ref_logprobs):
@@ -176,7 +183,9 @@ def kl_estimates(logprobs, ref_logprobs):
     and never negative. (exp(k1) - 1 - k1, often seen, estimates another quantity.)
     """
     k1 = logprobs - ref_logprobs
-    return k1, k1 ** 2 / 2, torch.expm1(-k1) + k1
+    k2 = k1 ** 2 / 2
+    k3 = torch.expm1(-k1) + k1
+    return k1, k2, k3
 
 
 def exact_kl(logprobs, ref_logprobs):
@@ -196,8 +205,10 @@ def explained_variance(values, returns, mask=None):
     """1 - Var(returns - values) / Var(returns) over unmasked tokens; 0 if returns do not vary."""
     returns, mask = _masked(returns, mask)
     variance = returns[mask].var(correction=0)
+    if variance == 0:
+        return 0.0
     left = (returns - values)[mask].var(correction=0)
-    return float(1 - left / variance) if variance > 0 else 0.0
+    return (1 - left / variance).item()
 
 
 class AdaptiveKL:
@@ -208,7 +219,9 @@ class AdaptiveKL:
     """
 
     def __init__(self, beta, target, horizon):
-        self.beta, self.target, self.horizon = beta, target, horizon
+        self.beta = beta
+        self.target = target
+        self.horizon = horizon
 
     def update(self, ref_kl, n):
         """beta *= 1 + clip(ref_kl / target - 1, -0.2, 0.2) * n / horizon; returns the new beta."""
@@ -247,10 +260,14 @@ def optimum(scores, beta, log_weights=None):
     weights = tilted.softmax(0)
     score = (weights * scores).sum()
     # Delta method: J* is a smooth function of two weighted means of the same samples.
-    spread = (weights - base.softmax(0)).square().sum().sqrt()
-    return {"objective": objective.item(), "score": score.item(),
-            "ref_kl": ((score - objective) / beta).item(),
-            "ess": (1 / weights.square().sum()).item(), "objective_se": (beta * spread).item()}
+    difference = weights - base.softmax(0)
+    spread = difference.square().sum().sqrt()
+    found = {"objective": objective,
+             "score": score,
+             "ref_kl": (score - objective) / beta,
+             "ess": 1 / weights.square().sum(),
+             "objective_se": beta * spread}
+    return {name: x.item() for name, x in found.items()}
 
 
 def pareto_k(log_weights):
@@ -270,7 +287,8 @@ def pareto_k(log_weights):
         return math.nan                 # too few, or all alike
     m = 30 + int(M ** 0.5)
     grid = 1 - (m / (torch.arange(1, m + 1) - 0.5)).sqrt()
-    theta = 1 / tail[-1] + grid / (3 * tail[int(M / 4 + 0.5) - 1])
+    quartile = tail[int(M / 4 + 0.5) - 1]
+    theta = 1 / tail[-1] + grid / (3 * quartile)
     k = torch.log1p(-theta[:, None] * tail).mean(1)
     likelihood = M * ((-theta / k).log() - k - 1)
     theta = (theta * likelihood.softmax(0)).sum()
@@ -292,23 +310,20 @@ def mixture_log_weights(logprobs, counts):
 def best_of_n(scores, n):
     """(expected best score among n samples, bound on KL(best-of-n to rho) in nats).
 
-    The expectation over all subsets of n of the scores (N,) given: the i-th smallest is the
-    best of C(i-1, n-1) of the C(N, n). The bound is log n - (n-1)/n.
+    The expectation over all subsets of n of the scores (N,) given: in C(i, n) of the C(N, n) all
+    are among the i smallest. The bound is log n - (n-1)/n.
     """
     scores = torch.as_tensor(scores, dtype=torch.float64).cpu().sort().values
     N = len(scores)
     if not 1 <= n <= N:
         raise ValueError(f"n must be from 1 to the number of scores, {N}, not {n}")
-    i = torch.arange(n, N + 1, dtype=torch.float64)
-    k = torch.tensor(float(n), dtype=torch.float64)
-    # C(i-1, n-1) / C(N, n): how often the i-th smallest is the best of n.
-    weights = (log_choose(i - 1, k - 1) - log_choose(i[-1], k)).exp()
-    return (weights * scores[n - 1:]).sum().item(), math.log(n) - (n - 1) / n
-
-
-def log_choose(a, b):
-    """log of the binomial coefficient: the number of ways to choose b of a."""
-    return torch.lgamma(a + 1) - torch.lgamma(b + 1) - torch.lgamma(a - b + 1)
+    i = torch.arange(N + 1, dtype=torch.float64)
+    # log C(i, n) but for a constant; where i is below n, lgamma is infinite, and this log 0.
+    log_ways = torch.lgamma(i + 1) - torch.lgamma(i + 1 - n)
+    # How likely all n are among the i smallest; its steps: how likely the i-th smallest is best.
+    all_below = (log_ways - log_ways[-1]).exp()
+    best = (all_below.diff() * scores).sum().item()
+    return best, math.log(n) - (n - 1) / n
 
 
 # ---- the loop -----------------------------------------------------------------------------
@@ -352,8 +367,10 @@ class ValueFunction(nn.Module):
 
     def __init__(self, features, known=0, width=128):
         super().__init__()
-        self.sizes = [features - known, known]
-        self.net = nn.Sequential(nn.LayerNorm(self.sizes[0]), nn.Linear(self.sizes[0], width),
+        states = features - known
+        self.sizes = [states, known]
+        self.net = nn.Sequential(nn.LayerNorm(states),
+                                 nn.Linear(states, width),
                                  nn.ReLU())
         self.out = nn.Linear(width + 2 * known + 2, 1)
         nn.init.zeros_(self.out.weight)         # values of 0 are a neutral start (Huang 2024)
@@ -363,7 +380,8 @@ class ValueFunction(nn.Module):
         """features (B,T,F) before each token -> values (B,T) before each token."""
         B, T, _ = features.shape
         states, known = features.split(self.sizes, dim=-1)
-        time = (torch.arange(T, device=features.device) / T).expand(B, T)[..., None]
+        time = torch.arange(T, device=features.device) / T
+        time = time.expand(B, T)[..., None]
         inputs = (self.net(states), known, known * time, time, time * time)
         return self.out(torch.cat(inputs, dim=-1)).squeeze(-1)
 
@@ -384,17 +402,20 @@ class PPO:
     """
 
     def __init__(self, ref, score_fn, prompts, config, seed=0, features_fn=None, end=None):
-        self.config, self.score_fn, self.features_fn = config, score_fn, features_fn
-        self.prompts, self.end = prompts, end
+        self.config = config
+        self.score_fn = score_fn
+        self.features_fn = features_fn
+        self.prompts = prompts
+        self.end = end
         # A copy: shared weights would move along, and KL would be 0 for ever.
         self.ref = copy.deepcopy(ref).requires_grad_(False)
         self.policy = copy.deepcopy(ref).requires_grad_(True)
         # Two streams, two seeds: from the same one both would draw the same numbers.
         self.sampler = Generator(prompts.device).manual_seed(seed)
         self.shuffler = Generator().manual_seed(seed + 1)
-        size = self.features(prompts[:1], prompts.new_zeros(1, config.length)).size(-1)
-        known = size - ref.config.n_embd
-        self.value = ValueFunction(size, known).to(prompts.device)
+        tokens = prompts.new_zeros(1, config.length)
+        size = self.features(prompts[:1], tokens).size(-1)
+        self.value = ValueFunction(size, size - ref.config.n_embd).to(prompts.device)
         # Adam's epsilon is 1e-5, as in the original code (Huang 2022): torch's 1e-8 steps
         # farther on tokens so rare that their gradient is mostly noise.
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=config.lr, eps=1e-5,
@@ -405,9 +426,9 @@ class PPO:
                                                  weight_decay=0.0)
         self.controller = AdaptiveKL(config.beta, config.adaptive_kl_target,
                                      config.adaptive_kl_horizon)
-        self.parts = {"policy": self.policy, "value": self.value, "optimizer": self.optimizer,
-                      "value_optimizer": self.value_optimizer, "controller": self.controller,
-                      "sampler": self.sampler, "shuffler": self.shuffler}
+        names = ("policy", "value", "optimizer", "value_optimizer", "controller", "sampler",
+                 "shuffler")
+        self.parts = {name: getattr(self, name) for name in names}
 
     @torch.no_grad()
     def features(self, prompts, tokens, hidden=None):
@@ -428,12 +449,16 @@ class PPO:
         logprobs = completion_logits(self.policy, prompts, tokens).log_softmax(-1)
         features = self.features(prompts, tokens, hidden)
         index = tokens.clamp(min=0)[..., None]
-        return {"prompts": prompts, "tokens": tokens, "mask": tokens != PAD,
+        return {"prompts": prompts,
+                "tokens": tokens,
+                "mask": tokens != PAD,
                 "scores": self.score_fn(tokens),
                 "logprobs": logprobs.gather(-1, index).squeeze(-1),
                 "ref_logprobs": ref_logprobs.gather(-1, index).squeeze(-1),
-                "features": features, "values": self.value(features),
-                "exact_kl": exact_kl(logprobs, ref_logprobs), "entropy": entropy(logprobs)}
+                "features": features,
+                "values": self.value(features),
+                "exact_kl": exact_kl(logprobs, ref_logprobs),
+                "entropy": entropy(logprobs)}
 
     def rollout(self, n):
         """Steps 1 and 2: n completions drawn from the policy, and all that is read off them."""
@@ -441,9 +466,9 @@ class PPO:
         group = self.group(n)
         rows = torch.randint(len(self.prompts), (n // group,), generator=self.shuffler)
         prompts = self.prompts[rows.repeat_interleave(group)]
-        tokens = sample_completions(self.policy, prompts, self.config.length, self.sampler,
-                                    self.end)
-        chunks = zip(prompts.split(self.config.minibatch), tokens.split(self.config.minibatch))
+        length, size = self.config.length, self.config.minibatch
+        tokens = sample_completions(self.policy, prompts, length, self.sampler, self.end)
+        chunks = zip(prompts.split(size), tokens.split(size))
         parts = [self.read(*chunk) for chunk in chunks]
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
@@ -482,38 +507,42 @@ class PPO:
         """
         returns = rewards_to_go(rewards, mask)
         if self.config.algorithm == "ppo":
-            return gae(rewards, values, lam=self.config.lam, mask=mask)[0], returns
+            advantages, _ = gae(rewards, values, lam=self.config.lam, mask=mask)
+            return advantages, returns
         if self.config.algorithm == "rloo":
-            return leave_one_out(returns, self.group(len(returns))), returns
+            group = self.group(len(returns))
+            return leave_one_out(returns, group), returns
         return returns, returns
 
     def update(self, batch, advantages):
         """Step 5: several epochs of minibatches, each completion once an epoch. Mean metrics.
 
-        Stops before a step that starts farther than max_update_kl from the policy that sampled.
+        Stops before a step that would start farther than max_update_kl from the policy that
+        sampled.
         """
-        config, infos, steps = self.config, [], 0
+        config, infos = self.config, []
         for rows in self.minibatches(len(advantages), config.minibatch, config.epochs):
             tokens, mask = batch["tokens"][rows], batch["mask"][rows]
             logits = completion_logits(self.policy, batch["prompts"][rows], tokens)
-            loss, info = policy_loss(token_logprobs(logits, tokens), batch["logprobs"][rows],
-                                     advantages[rows], config.clip, mask)
-            infos.append({**info, "policy_loss": loss.detach()})
+            logprobs = token_logprobs(logits, tokens)
+            loss, info = policy_loss(logprobs, batch["logprobs"][rows], advantages[rows],
+                                     config.clip, mask)
             # Before backward(): no gradient of this minibatch is left behind.
-            if info["approx_kl"] > config.max_update_kl:
+            if infos and info["approx_kl"] > config.max_update_kl:
                 break
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
-            infos[-1]["grad_norm"] = norm
             if not norm.isfinite():
                 raise FloatingPointError("the policy's gradient is not finite: "
                                          "lower --lr, or use --fp32")
             self.optimizer.step()
-            steps += 1
+            infos.append({**info, "policy_loss": loss.detach(), "grad_norm": norm})
         self.optimizer.zero_grad(set_to_none=True)      # nothing leaks into the next update
-        epochs = steps / math.ceil(len(advantages) / config.minibatch)
-        return {**mean_info(infos), "epochs": epochs}
+        means = {key: torch.stack([info[key] for info in infos]).mean() for key in infos[0]}
+        metrics = {key: x.item() for key, x in means.items()}
+        metrics["epochs"] = len(infos) / math.ceil(len(advantages) / config.minibatch)
+        return metrics
 
     def fit_values(self, features, returns, mask, epochs, minibatch=64):
         """Step 6: regress the values on returns (N,T), from features (N,T,F): the mean loss.
@@ -543,23 +572,20 @@ class PPO:
         """The metrics of a batch of completions, of the policy that drew them: a dict of floats."""
         mask, scores = batch["mask"], batch["scores"]
         k1, _ = _masked(batch["logprobs"] - batch["ref_logprobs"], mask)
-        kl = _masked(batch["exact_kl"], mask)[0].sum(1)                 # (B,): nats a completion
-        ref_kl = k1.sum(1)
-        return {"score": scores.mean().item(), "ref_kl": ref_kl.mean().item(),
-                "ref_kl_se": ref_kl.std(correction=0).item() / len(ref_kl) ** 0.5,
-                "exact_kl": kl.mean().item(), "objective": (scores - beta * kl).mean().item(),
-                "beta": beta, "entropy": masked_mean(batch["entropy"], mask).item(),
-                "ref_logprob": masked_mean(batch["ref_logprobs"], mask).item(),
-                "tokens": mask.sum(1).float().mean().item(),
-                "explained_variance": explained_variance(batch["values"], returns, mask)}
-
-
-def mean_info(infos):
-    """Means over an update's minibatches: a list of dicts of tensors -> a dict of floats."""
-    keys = dict.fromkeys(key for info in infos for key in info)
-    # The minibatch that ended an update early has no gradient norm.
-    columns = {key: [info[key] for info in infos if key in info] for key in keys}
-    return {key: torch.stack(column).float().mean().item() for key, column in columns.items()}
+        ref_kl = k1.sum(1)                                              # (B,): nats a completion
+        kl = _masked(batch["exact_kl"], mask)[0].sum(1)
+        found = {"score": scores.mean(),
+                 "ref_kl": ref_kl.mean(),
+                 "ref_kl_se": ref_kl.std(correction=0) / len(ref_kl) ** 0.5,
+                 "exact_kl": kl.mean(),
+                 "objective": (scores - beta * kl).mean(),
+                 "entropy": masked_mean(batch["entropy"], mask),
+                 "ref_logprob": masked_mean(batch["ref_logprobs"], mask),
+                 "tokens": mask.sum(1).float().mean()}
+        metrics = {name: x.item() for name, x in found.items()}
+        metrics["beta"] = beta
+        metrics["explained_variance"] = explained_variance(batch["values"], returns, mask)
+        return metrics
 
 
 def check_finite(batch, i):

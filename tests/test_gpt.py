@@ -241,11 +241,14 @@ def test_a_cast_copy_follows_the_weights_at_the_next_call(trained, dtype):
     assert not torch.equal(after, before)
 
 
-@pytest.mark.parametrize("capability, dtype", [("avx512_fp16", F32), ("avx512_bf16", BF16),
-                                               ("amx_bf16", BF16)])
-def test_the_compute_dtype_is_bfloat16_where_the_cpu_has_it(monkeypatch, capability, dtype):
-    """Emulated bfloat16 would be slower than float32; and never float16."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
+@pytest.mark.parametrize("capable, dtype", [
+    ({"avx512_fp16": True}, F32),
+    ({"avx512_bf16": True, "cpu_name": "AMD Zen 4"}, BF16),
+    ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, F32),
+    ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, BF16)])
+def test_the_compute_dtype_is_bfloat16_where_the_cpu_is_fast_at_it(monkeypatch, capable, dtype):
+    """Emulated bfloat16 would be slower than float32, so is Intel's without AMX; never float16."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capable)
     assert compute_dtype(torch.device("cpu")) == dtype
 
 
