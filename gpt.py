@@ -136,7 +136,8 @@ class Block(nn.Module):
         q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
                    for y in self.qkv(norm(x)).split(C, dim=-1))     # each (B,H,T,head)
         # Norms of q and k bound the attention scores: training stays calm at high rates.
-        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+        q = rotate(norm(q), cos, sin)
+        k = rotate(norm(k), cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)                        # (B,H,S,head)
         # Mix what other positions know into this one ...
@@ -185,7 +186,8 @@ class GPT(nn.Module):
         if cache is not None:
             pad = cache.pad[:, :end]
         blocked = blocked_keys(T, end, tokens.device, pad)
-        cos, sin = self.cos[start:end].to(self.dtype), self.sin[start:end].to(self.dtype)
+        cos = self.cos[start:end].to(self.dtype)
+        sin = self.sin[start:end].to(self.dtype)
         # PAD has no row in the table; it borrows that of token 0; nobody reads what comes of it.
         x = norm(self.embed(tokens.clamp(min=0)).to(self.dtype))        # (B,T,C)
         for layer, block in enumerate(self.blocks):
@@ -310,7 +312,8 @@ def completion_hidden(model, prompts, tokens):
     was known before it.
     """
     inputs = torch.cat((prompts, tokens), dim=1)[:, :-1]
-    hidden = model.hidden(inputs, pad=padding(inputs))[:, prompts.size(1) - 1:]
+    hidden = model.hidden(inputs, pad=padding(inputs))
+    hidden = hidden[:, prompts.size(1) - 1:]
     # Of a strided input torch computes the product in one way if weights need a gradient and in
     # another if not: rho and a policy equal to it would differ in the last bit.
     return hidden.contiguous()
@@ -367,8 +370,10 @@ def load_gpt(state, device="cpu", dtype=torch.float32):
 
 def main():
     model = GPT(GPTConfig())
-    print(model.config, f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    print("logits", tuple(model(torch.zeros(2, 10, dtype=torch.long)).shape))
+    parameters = sum(p.numel() for p in model.parameters())
+    print(model.config, f"{parameters:,} parameters")
+    logits = model(torch.zeros(2, 10, dtype=torch.long))
+    print("logits", tuple(logits.shape))
 
 
 if __name__ == "__main__":

@@ -84,9 +84,11 @@ class Bag(nn.Module):
         for row, ids in zip(rows, tokens.tolist()):
             seen, found = set(), []
             for pair in self.names([i for i in ids if i != PAD]):
-                found.append([0 if name in seen else self.rows.get(name, 0) for name in pair])
+                new = [name if name not in seen else "" for name in pair]
+                found.append([self.rows.get(name, 0) for name in new])
                 seen.update(pair)
-            row[:len(found)] = torch.tensor(found, dtype=torch.long).view(-1, 2)
+            found = torch.tensor(found, dtype=torch.long).view(-1, 2)
+            row[:len(found)] = found
         return rows.to(tokens.device)
 
     def forward(self, tokens):
@@ -94,7 +96,8 @@ class Bag(nn.Module):
 
         What is said again adds nothing, so repeating a kind word does not please.
         """
-        return self.bias + self.weight[self.occurrences(tokens)].sum(-1).cumsum(1)
+        new = self.weight[self.occurrences(tokens)].sum(-1)             # (B,T)
+        return self.bias + new.cumsum(1)
 
     def find_names(self, tokens, words):
         """The names of all that occurs in two of the passages (N,T) or more, and of rated words."""
@@ -102,9 +105,11 @@ class Bag(nn.Module):
         counts = collections.Counter()
         for ids in tokens.tolist():
             named = self.names([i for i in ids if i != PAD])
-            counts.update({name for pair in named for name in pair})
+            kinds = {name for pair in named for name in pair}
+            counts.update(kinds)
         often = {name for name, count in counts.items() if count > 1}
-        return sorted((often | {word[:LETTERS] for word in words}) - {""})
+        rated = {word[:LETTERS] for word in words}
+        return sorted((often | rated) - {""})
 
     def prior(self, words):
         """What a reader said of single words, {word: rating}, as weights: their means by row."""
@@ -117,12 +122,12 @@ class Bag(nn.Module):
             prior[row] = sum(found) / len(found)
         return prior
 
-    def fit(self, tokens, targets, weights, words, ridge=20.0, pair_ridge=100.0, steps=100):
+    def fit(self, tokens, targets, weights, words, ridge=20.0, pair_ridge=100.0):
         """Logistic regression of soft targets (N,) on passages tokens (N,T), padded with PAD.
 
         weights (N,): how much each passage counts. The weight of each word is shrunk toward its
         rating by a reader, times a strength that is fitted too; those of pairs, which are many and
-        rare, more strongly, toward 0. L-BFGS: the loss is convex, so it needs no learning rate.
+        rare, more strongly, toward 0.
         """
         self.take_names(self.find_names(tokens, words))
         prior = self.prior(words)
@@ -134,24 +139,34 @@ class Bag(nn.Module):
         targets, weights = targets.cpu(), weights.cpu()
         # What the passages teach beyond the rated words. It starts at 0; the ridge pulls it back.
         change = torch.zeros_like(prior, requires_grad=True)
-        strength, bias = (torch.zeros((), requires_grad=True) for _ in range(2))
-        optimizer = torch.optim.LBFGS([change, strength, bias], max_iter=steps,
-                                      line_search_fn="strong_wolfe")
+        strength = torch.zeros((), requires_grad=True)
+        bias = torch.zeros((), requires_grad=True)
 
         def loss():
-            optimizer.zero_grad()
             weight = (change + strength * prior) * known
             # gather, where weight[rows] says the same: its backward pass is many times as fast.
             sums = weight.gather(0, rows.flatten()).view_as(rows).sum(1)
-            total = (weights * soft_loss(bias + sums, targets)).sum()
-            total = total + (penalty * change.square()).sum() / 2
-            total.backward()
-            return total
+            misfit = weights * soft_loss(bias + sums, targets)
+            shrinkage = penalty * change.square() / 2
+            return misfit.sum() + shrinkage.sum()
 
-        optimizer.step(loss)
+        minimise(loss, [change, strength, bias])
         self.weight.copy_((change + strength * prior).detach() * known)
         self.bias.copy_(bias.detach())
         return self
+
+
+def minimise(loss, parameters):
+    """Lower loss(), which is convex, over tensors parameters: L-BFGS needs no learning rate."""
+    optimizer = torch.optim.LBFGS(parameters, max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
 
 
 def soft_loss(log_odds, targets):
@@ -191,14 +206,16 @@ class RewardModel(nn.Module):
             return self.scale * self.bag(tokens)
         # Causal attention: the state of each prefix does not know what follows, nor the padding.
         hidden = self.trunk.hidden(tokens).float()                      # (B,T,C)
-        count = torch.arange(1, tokens.size(1) + 1, device=tokens.device)[:, None]
-        pooled = torch.cat((hidden.cumsum(1) / count, hidden), -1)      # mean so far, and last
-        return self.scale * self.head(pooled).squeeze(-1)
+        count = torch.arange(1, tokens.size(1) + 1, device=tokens.device)
+        mean = hidden.cumsum(1) / count[:, None]
+        log_odds = self.head(torch.cat((mean, hidden), -1))             # of mean so far, and last
+        return self.scale * log_odds.squeeze(-1)
 
     def forward(self, tokens, mask=None):
         mask = tokens != PAD if mask is None else mask.bool()
         # Real tokens first, in their order, padding after: so padding anywhere is not read.
-        tokens = tokens.gather(1, (~mask).int().argsort(dim=1, stable=True))
+        order = (~mask).int().argsort(dim=1, stable=True)
+        tokens = tokens.gather(1, order)
         last = mask.sum(1, keepdim=True).clamp(min=1) - 1
         return self.prefixes(tokens).gather(1, last).squeeze(1)
 
@@ -212,9 +229,10 @@ def classifier_loss(model, tokens, targets, weights, generator, noise=0.1):
     V, T = model.trunk.config.vocab_size, tokens.size(1)
     mask = tokens != PAD
     # Drawn on the CPU, so that every device sees the same noise.
-    replaced = (torch.rand(tokens.shape, generator=generator) < noise).to(tokens.device)
+    replaced = torch.rand(tokens.shape, generator=generator) < noise
+    replaced = replaced.to(tokens.device) & mask
     random = torch.randint(V, tokens.shape, generator=generator).to(tokens.device)
-    log_odds = model.prefixes(torch.where(replaced & mask, random, tokens))
+    log_odds = model.prefixes(torch.where(replaced, random, tokens))
     long_enough = torch.arange(T, device=tokens.device) >= SHORTEST - 1
     weights = (mask & long_enough) * weights[:, None]
     loss = soft_loss(log_odds, targets[:, None]) * weights
@@ -223,8 +241,9 @@ def classifier_loss(model, tokens, targets, weights, generator, noise=0.1):
 
 def make_optimizer(model):
     """AdamW for the trunk's reader: words must learn what they feel like, layers know the rest."""
-    rates = ((model.trunk.blocks, 2e-4), (model.trunk.embed, 1e-2), (model.head, 1e-3))
-    groups = [{"params": part.parameters(), "lr": rate} for part, rate in rates]
+    groups = [{"params": model.trunk.blocks.parameters(), "lr": 2e-4},
+              {"params": model.trunk.embed.parameters(), "lr": 1e-2},
+              {"params": model.head.parameters(), "lr": 1e-3}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
 
@@ -236,15 +255,7 @@ def calibrate(model, tokens, targets):
     """
     log_odds = in_chunks(model, tokens)
     scale = torch.ones_like(model.scale, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scale], max_iter=50, line_search_fn="strong_wolfe")
-
-    def loss():
-        optimizer.zero_grad()
-        mean = soft_loss(scale * log_odds, targets).mean()
-        mean.backward()
-        return mean
-
-    optimizer.step(loss)
+    minimise(lambda: soft_loss(scale * log_odds, targets).mean(), [scale])
     model.scale *= scale.detach()
 
 
@@ -269,8 +280,9 @@ def read_words(path=WORDS):
 def pad(passages, length):
     """Lists of token ids, cut to length, as a tensor (N,length) padded with PAD on the right."""
     tokens = torch.full((len(passages), length), PAD)
-    for row, ids in enumerate(passages):
-        tokens[row, :len(ids)] = torch.tensor(ids[:length], dtype=torch.long)
+    for row, ids in zip(tokens, passages):
+        ids = torch.tensor(ids[:length], dtype=torch.long)
+        row[:len(ids)] = ids
     return tokens
 
 
@@ -282,16 +294,18 @@ def rating_metrics(p, ratings):
     """
     p, ratings = p.double().cpu(), ratings.double().cpu()
     targets = (ratings + 2) / 4
-    pairs = p[ratings > 0][:, None] - p[ratings < 0]
     # A tie is half a win.
+    pairs = p[ratings > 0][:, None] - p[ratings < 0]
     wins = (pairs > 0).double() + 0.5 * (pairs == 0)
     pearson = 0.0
     if len(p) > 1:
-        pearson = torch.corrcoef(torch.stack((p, targets))).nan_to_num()[0, 1].item()
+        matrix = torch.corrcoef(torch.stack((p, targets)))
+        pearson = matrix.nan_to_num()[0, 1].item()          # of a constant there is none
     constant = targets.mean().expand(len(p))
-    return {"n": len(p), "pearson": pearson,
+    return {"n": len(p),
+            "pearson": pearson,
             "pearson_se": (1 - pearson ** 2) / max(len(p) - 1, 1) ** 0.5,
-            "auc": wins.mean().item() if len(wins.flatten()) else 0.5,
+            "auc": wins.mean().item() if wins.numel() else 0.5,
             "log_loss": F.binary_cross_entropy(p, targets).item(),
             "constant_log_loss": F.binary_cross_entropy(constant, targets).item()}
 
@@ -302,16 +316,19 @@ def reliability(p, ratings, bins=10):
     Mean p, mean soft target, its standard error, number of passages. In a calibrated model the
     first two agree within a few of the third.
     """
-    targets = (ratings + 2) / 4
-    rows = [rows for rows in p.argsort().chunk(bins) if len(rows) > 1]
-    return [[p[r].mean().item(), targets[r].mean().item(),
-             targets[r].std().item() / len(r) ** 0.5, len(r)] for r in rows]
+    targets, found = (ratings + 2) / 4, []
+    for rows in p.argsort().chunk(bins):
+        if len(rows) > 1:
+            se = targets[rows].std() / len(rows) ** 0.5
+            found.append([p[rows].mean().item(), targets[rows].mean().item(), se.item(),
+                          len(rows)])
+    return found
 
 
 def load_reward(state, device="cpu", dtype=torch.float32):
     """The RewardModel of a checkpoint, frozen."""
-    model = RewardModel(GPTConfig(**state["config"]), state["reader"], dtype, state["vocabulary"],
-                        state["names"])
+    config = GPTConfig(**state["config"])
+    model = RewardModel(config, state["reader"], dtype, state["vocabulary"], state["names"])
     model.load_state_dict(state["model"])
     return model.requires_grad_(False).to(device)
 
@@ -322,13 +339,15 @@ def score_file(path, out, batch=64):
     """Print each line {"text": ...} of a JSON-lines file with "positive": p, a batch at a time."""
     state = data.load_checkpoint(Path(out) / "reward.pt", "reward")
     tokenizer = data.load_tokenizer(Path(out) / "tokenizer.tiktoken", state)
-    model, length, rows, cut = load_reward(state), state["length"], data.read_jsonl(path), 0
+    model, length = load_reward(state), state["length"]
+    rows, cut = data.read_jsonl(path), 0
     while chunk := list(itertools.islice(rows, batch)):
         passages = [tokenizer.encode_ordinary(row["text"].strip()) for row in chunk]
         cut += sum(len(ids) > length for ids in passages)
         p = in_chunks(model, pad(passages, length)).sigmoid()
         for row, positive in zip(chunk, p.tolist()):
-            print(json.dumps({**row, "positive": round(positive, 6)}, ensure_ascii=False))
+            row["positive"] = round(positive, 6)
+            print(json.dumps(row, ensure_ascii=False))
     if cut:
         print(f"note: {cut} texts are longer than {length} tokens; only their beginning was read",
               file=sys.stderr)

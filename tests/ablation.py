@@ -25,15 +25,8 @@ from gpt import PAD, in_chunks  # noqa: E402
 def stack(columns, targets):
     """Weights and bias of a logistic regression of soft targets on columns (N,K), by L-BFGS."""
     weights = torch.zeros(columns.size(1) + 1, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss():
-        optimizer.zero_grad()
-        mean = reward.soft_loss(columns @ weights[1:] + weights[0], targets).mean()
-        mean.backward()
-        return mean
-
-    optimizer.step(loss)
+    reward.minimise(lambda: reward.soft_loss(columns @ weights[1:] + weights[0], targets).mean(),
+                    [weights])
     return weights.detach()
 
 
