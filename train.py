@@ -116,7 +116,8 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here; leave the option out")
-    args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    args.device = torch.device(args.device or found)
     args.size = args.size or ("base" if args.device.type == "cuda" else "small")
     for name, value in SIZES[args.size].items():
         if getattr(args, name, None) is None:
@@ -226,7 +227,8 @@ class Stage:
             self.began -= left["seconds"]
             print(f"{self.path.name}: going on after step {self.start} of {n}", flush=True)
         # Lines logged after the last save are dropped: those steps are done again.
-        data.write_file(self.log_path, "".join(json.dumps(row) + "\n" for row in self.history))
+        lines = [json.dumps(row) + "\n" for row in self.history]
+        data.write_file(self.log_path, "".join(lines))
         saved = time.monotonic()
         for self.step in range(self.start, n):
             # Whatever the loop does with step i is done when it asks for the next one.
@@ -238,8 +240,11 @@ class Stage:
     def save_partial(self, parts):
         """Write all that going on after this step needs."""
         data.save_checkpoint(self.partial, {
-            "kind": "partial", "inputs": self.inputs, "step": self.step + 1,
-            "seconds": time.monotonic() - self.began, "history": self.history,
+            "kind": "partial",
+            "inputs": self.inputs,
+            "step": self.step + 1,
+            "seconds": time.monotonic() - self.began,
+            "history": self.history,
             "parts": {name: part.state_dict() for name, part in parts.items()},
             "rng": torch.get_rng_state()})
 
@@ -253,18 +258,23 @@ class Stage:
         if now - self.printed >= pause or done == self.n:
             self.printed = now
             left = (now - self.began) / done * (self.n - done)
-            values = "  ".join(f"{key} {x:.3g}" for key, x in metrics.items()
-                               if key != "step" and (shown is None or key in shown))
+            shown = shown or [key for key in metrics if key != "step"]
+            values = "  ".join(f"{key} {metrics[key]:.3g}" for key in shown if key in metrics)
             print(f"{self.path.stem} {done}/{self.n}  {values}  "
                   f"{left // 60:.0f}:{left % 60:02.0f} left", flush=True)
 
     def finish(self, **results):
         """Write the checkpoint of the finished stage, with its options and history; return it."""
         # weights_only reads plain values alone, so paths and dtypes are kept as text.
-        options = {key: value if isinstance(value, (int, float, list, type(None))) else str(value)
+        plain = (int, float, list, type(None))
+        options = {key: value if isinstance(value, plain) else str(value)
                    for key, value in vars(self.args).items()}
-        self.state = {"kind": self.path.stem.split("_")[0], "args": options, "inputs": self.inputs,
-                      "history": self.history, "seconds": time.monotonic() - self.began, **results}
+        self.state = {"kind": self.path.stem.split("_")[0],
+                      "args": options,
+                      "inputs": self.inputs,
+                      "history": self.history,
+                      "seconds": time.monotonic() - self.began,
+                      **results}
         data.save_checkpoint(self.path, self.state)
         self.partial.unlink(missing_ok=True)
         return self.state
@@ -327,8 +337,8 @@ def data_stage(args):
                      train=train, held_out=held_out, bytes=sizes)
     texts = stage.state
     tokenizer = data.load_tokenizer(path, texts)
-    print(f"data: {len(texts['train']):,} training tokens, {len(texts['held_out']):,} held out, "
-          f"of {tokenizer.n_vocab:,} kinds")
+    n, held_out = len(texts["train"]), len(texts["held_out"])
+    print(f"data: {n:,} training tokens, {held_out:,} held out, of {tokenizer.n_vocab:,} kinds")
     return texts, tokenizer
 
 
@@ -343,8 +353,9 @@ def draw_starts(n, openings, batch, generator):
     There samples will begin, with nothing before.
     """
     starts = torch.randint(n, (batch,), generator=generator)
-    # Every second one.
-    starts[::2] = openings[torch.randint(len(openings), (len(starts[::2]),), generator=generator)]
+    half = (batch + 1) // 2
+    chosen = torch.randint(len(openings), (half,), generator=generator)
+    starts[::2] = openings[chosen]
     return starts
 
 
@@ -371,20 +382,20 @@ def descend(model, loss, optimizers, clip=math.inf):
 
 
 @torch.no_grad()
-def bits_per_byte(model, tokens, sizes, device, most=None):
-    """-log2 P(tokens) over their bytes, in windows of the model's context.
+def bits_per_byte(model, tokens, sizes, device):
+    """-log2 P(tokens (N,)) over their bytes, in windows of the model's context.
 
-    tokens (N,): the first most of them. sizes (V,): bytes of each token. Per byte, for tokens of
-    different tokenizers are not comparable.
+    sizes (V,): bytes of each token. Per byte, for tokens of different tokenizers are not
+    comparable.
     """
     T = model.config.block_size
-    starts = torch.arange(0, len(tokens[:most]) - T - 1, T)
+    starts = torch.arange(0, len(tokens) - T - 1, T)
     nats = size = 0.0
     for rows in starts.split(32):
         batch = windows(tokens, rows, T + 1).to(device)
-        targets = batch[:, 1:]
-        nats += F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), targets.flatten(),
-                                reduction="sum").item()
+        logits, targets = model(batch[:, :-1]), batch[:, 1:]
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        nats += loss.item()
         size += sizes[targets.cpu()].sum().item()
     return nats / math.log(2) / size
 
@@ -420,15 +431,15 @@ def pretrain_stage(args, texts, start):
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
         descend(model, loss, optimizers)
         if (i + 1) % 100 == 0:
-            stage.log(loss=loss.item(), val_bits_per_byte=bits_per_byte(
-                model, held_out, texts["bytes"], args.device, most=40_000))
+            bits = bits_per_byte(model, held_out[:40_000], texts["bytes"], args.device)
+            stage.log(loss=loss.item(), val_bits_per_byte=bits)
         elif (i + 1) % 10 == 0 or i + 1 == n:
             stage.log(loss=loss.item())
 
+    bits = bits_per_byte(model, held_out, texts["bytes"], args.device)
     return stage.finish(config=config, model=model.state_dict(), tokenizer=texts["tokenizer"],
                         parameters=sum(p.numel() for p in model.parameters()),
-                        val_bits_per_byte=bits_per_byte(model, held_out, texts["bytes"],
-                                                        args.device))
+                        val_bits_per_byte=bits)
 
 
 # What a rated passage is for, by a fold of the play it is from (of its words, where it is from
@@ -438,7 +449,7 @@ PARTS = ["report", "choose", "judge", "judge", *["reward"] * 6]
 
 
 def rated_passages(args, tokenizer):
-    """The rated passages: a dict of tokens (N,T), ratings (N,), weights (N,), and rows of PARTS."""
+    """The rated passages: a dict of tokens (N,T), ratings, targets, weights (N,), rows of PARTS."""
     names = ("passages.csv", "more_passages.csv", "samples.csv")
     passages = []
     for path in args.labels or [data.HERE / "labels" / name for name in names]:
@@ -452,15 +463,34 @@ def rated_passages(args, tokenizer):
         raise data.UserError("the labels have too few passages to train and to measure on. "
                              "Give a hundred or more.")
     ids = [tokenizer.encode_ordinary(text) for text, _, _ in passages]
+    ratings = torch.tensor([rating for _, rating, _ in passages], dtype=torch.float32)
+    is_sample = torch.tensor([play is None for _, _, play in passages])
     # A rating is of the whole passage: it counts by the share that is read. Samples of models,
     # which is what PPO has read to it, count twice.
-    weights = [min(1.0, args.length / max(len(i), 1)) * (1 if play else 2)
-               for i, (_, _, play) in zip(ids, passages)]
-    is_sample = torch.tensor([play is None for _, _, play in passages])
+    lengths = torch.tensor([max(len(i), 1) for i in ids])
+    weights = (args.length / lengths).clamp(max=1) * torch.where(is_sample, 2, 1)
     return {"tokens": reward.pad(ids, args.length).to(args.device),
-            "ratings": torch.tensor([rating for _, rating, _ in passages], dtype=torch.float32),
-            "weights": torch.tensor(weights), "is_sample": is_sample, "rows": rows,
-            "digest": data.digest(json.dumps([passages, parts, weights]))}
+            "ratings": ratings,
+            "targets": ((ratings + 2) / 4).to(args.device),
+            "weights": weights.to(args.device),
+            "is_sample": is_sample,
+            "rows": rows,
+            "digest": data.digest(json.dumps([passages, parts, weights.tolist()]))}
+
+
+def fine_tune(args, stage, model, rated, rows, n):
+    """Train a RewardModel that reads with its trunk on these rows of the ratings, in n steps."""
+    tokens, targets, weights = (rated[key] for key in ("tokens", "targets", "weights"))
+    optimizer = reward.make_optimizer(model)
+    sampler = Generator().manual_seed(seed_of(args, "judge"))
+
+    for i in stage.steps(n, model=model, optimizer=optimizer, sampler=sampler):
+        set_rates([optimizer], min(1, (i + 1) / 20) * (1 - i / n))
+        batch = rows[torch.randperm(len(rows), generator=sampler)[:32]]
+        loss = reward.classifier_loss(model, tokens[batch], targets[batch], weights[batch], sampler)
+        descend(model, loss, [optimizer], clip=1.0)
+        if (i + 1) % 10 == 0 or i + 1 == n:
+            stage.log(loss=loss.item())
 
 
 def reward_stage(args, name, reader, pretrained, rated, tokenizer, start):
@@ -475,48 +505,41 @@ def reward_stage(args, name, reader, pretrained, rated, tokenizer, start):
               "pretrain": data.digest(pretrained["model"]), "labels": rated["digest"],
               "words": data.digest(json.dumps(words))}
     stage = Stage(args, name, inputs, code=[
-        gpt, reward, reward_stage, measure_reward, set_rates, descend])
+        gpt, reward, reward_stage, fine_tune, measure_reward, set_rates, descend])
     if stage.done:
         return stage.state
     rows, choose = rated["rows"][name], rated["rows"]["choose"]
-    tokens, targets = rated["tokens"], ((rated["ratings"] + 2) / 4).to(args.device)
-    weights = rated["weights"].to(args.device)
+    tokens, targets, weights = (rated[key] for key in ("tokens", "targets", "weights"))
     vocabulary = tokenizer.decode_tokens_bytes(list(range(tokenizer.n_vocab)))
-    model = reward.RewardModel(GPTConfig(**pretrained["config"]), reader, args.dtype, vocabulary)
+    config = GPTConfig(**pretrained["config"])
+    model = reward.RewardModel(config, reader, args.dtype, vocabulary)
     if reader == "bag":
         model.bag.fit(tokens[rows], targets[rows], weights[rows], words)
-        optimizer = sampler = None
+        model.to(args.device)
+        names = list(model.bag.rows)[1:]
     else:
         trunk = {key: x for key, x in pretrained["model"].items() if key != "lm_head.weight"}
         model.trunk.load_state_dict(trunk)
-        optimizer = reward.make_optimizer(model)
-        sampler = Generator().manual_seed(seed_of(args, name))
-    model.to(args.device)
-
-    for i in stage.steps(n, model=model, optimizer=optimizer, sampler=sampler):
-        set_rates([optimizer], min(1, (i + 1) / 20) * (1 - i / n))
-        batch = rows[torch.randperm(len(rows), generator=sampler)[:32]]
-        loss = reward.classifier_loss(model, tokens[batch], targets[batch], weights[batch], sampler)
-        descend(model, loss, [optimizer], clip=1.0)
-        if (i + 1) % 10 == 0 or i + 1 == n:
-            stage.log(loss=loss.item())
-
+        model.to(args.device)
+        fine_tune(args, stage, model, rated, rows, n)
+        names = []
     model.requires_grad_(False)
     # On ratings that it was not trained on: on its own it would look too sure.
     reward.calibrate(model, tokens[choose], targets[choose])
+
     rho = load_gpt(pretrained, args.device, args.dtype)
     prompts = torch.full((args.rho_samples, 1), start, device=args.device)
     # The same samples for both models, so that their scores can be compared.
     samples = sample_completions(rho, prompts, args.length, generator(args, "rho"))
     log_odds = in_chunks(model, samples)
-    constants = {toward: {"mean": reward.log_p(log_odds, toward).mean().item(),
-                          "std": reward.log_p(log_odds, toward).std().item()}
-                 for toward in ("positive", "negative")}
+    constants = {}
+    for toward in ("positive", "negative"):
+        log_p = reward.log_p(log_odds, toward)
+        constants[toward] = {"mean": log_p.mean().item(), "std": log_p.std().item()}
     return stage.finish(
         config=pretrained["config"], reader=reader, model=model.state_dict(), length=args.length,
-        vocabulary=vocabulary, names=list(model.bag.rows)[1:] if reader == "bag" else [],
-        tokenizer=pretrained["tokenizer"], labels=len(rows), constants=constants,
-        metrics=measure_reward(model, rated, "choose"),
+        vocabulary=vocabulary, names=names, tokenizer=pretrained["tokenizer"], labels=len(rows),
+        constants=constants, metrics=measure_reward(model, rated, "choose"),
         report=measure_reward(model, rated, "report"),
         rho={"tokens": samples.int().cpu(), "log_odds": log_odds.cpu()})
 
@@ -535,20 +558,16 @@ def measure_reward(model, rated, part):
 
 def run_name(toward, beta):
     """The file name of a PPO run, without its ending: ppo_beta0.2, ppo_negative_beta0.2."""
-    return f"ppo_{'' if toward == 'positive' else toward + '_'}beta{beta:g}"
+    return f"ppo_beta{beta:g}" if toward == "positive" else f"ppo_{toward}_beta{beta:g}"
 
 
-def collapse(rows, tokenizer):
-    """How far completions, lists of tokens, have grown alike: shares from 0 to 1.
+def distinct_pairs(tokens):
+    """Distinct pairs of neighbouring tokens in completions (N,T), as a share of all pairs.
 
-    separators: newlines, spaces, commas, full stops, of the characters; distinct_2: distinct pairs
-    of tokens, of all pairs; duplicates: completions that are there already.
+    It falls as a policy grows monotonous.
     """
-    text = "".join(tokenizer.decode_batch(rows))
-    pairs = [pair for row in rows for pair in zip(row, row[1:])]
-    return {"separators": sum(text.count(c) for c in "\n ,.") / max(len(text), 1),
-            "distinct_2": len(set(pairs)) / max(len(pairs), 1),
-            "duplicates": 1 - len(set(map(tuple, rows))) / len(rows)}
+    pairs = torch.stack((tokens[:, :-1], tokens[:, 1:]), dim=-1).flatten(0, 1)
+    return len(pairs.unique(dim=0)) / len(pairs)
 
 
 def keep_along_kl(args, name, run, before, history, kl, state):
@@ -565,104 +584,113 @@ def keep_along_kl(args, name, run, before, history, kl, state):
               "one kind of sentence, said again and again: read samples, watch distinct_2.")
 
 
+def scorer(state, toward, device, dtype):
+    """The model of a reward checkpoint, and its score: tokens (B,T) -> (B,)."""
+    model = reward.load_reward(state, device, dtype)
+
+    def score_fn(tokens):
+        return reward.score(model(tokens), **state["constants"][toward], toward=toward)
+
+    return model, score_fn
+
+
 def make_run(args, config, seed, start, pretrained, rewarded):
     """A PPO run at its beginning, and the reward model that scores it.
 
     Its value function has been warmed up: fitted to the scores of samples of rho that are there.
     """
     rho = load_gpt(pretrained, args.device, args.dtype)
-    model = reward.load_reward(rewarded, args.device, args.dtype)
-
-    def score_fn(tokens):
-        return reward.score(model(tokens), **rewarded["constants"][args.toward],
-                            toward=args.toward)
-
-    def features_fn(tokens):
-        return model.prefixes(tokens)[..., None]
-
+    model, score_fn = scorer(rewarded, args.toward, args.device, args.dtype)
     prompts = torch.full((1, 1), start, device=args.device)
-    run = ppo.PPO(rho, score_fn, prompts, config, seed, features_fn)
+    run = ppo.PPO(rho, score_fn, prompts, config, seed,
+                  features_fn=lambda tokens: model.prefixes(tokens)[..., None])
     tokens = rewarded["rho"]["tokens"][:2048].long().to(args.device)
-    seen = in_chunks(lambda y: run.features(prompts.expand(len(y), -1), y), tokens)
+    features = in_chunks(run.features, prompts.expand(len(tokens), -1), tokens)
     returns = score_fn(tokens)[:, None].expand(tokens.shape)
-    run.fit_values(seen, returns, torch.ones_like(returns), epochs=3)
+    run.fit_values(features, returns, torch.ones_like(returns), epochs=3)
     return run, model
 
 
 def ppo_stage(args, beta, tokenizer, start, pretrained, rewarded, judged):
     """The policy tuned at one beta, and fresh samples of it: ppo_beta{beta}.pt."""
-    config = ppo.PPOConfig(beta=beta, **{
-        field.name: getattr(args, field.name) for field in dataclasses.fields(ppo.PPOConfig)
-        if field.name != "beta"})
-    name, constants = run_name(args.toward, beta), rewarded["constants"][args.toward]
-    inputs = {**dataclasses.asdict(config), "toward": args.toward, "stop_at_kl": args.stop_at_kl,
-              "fresh_samples": args.fresh_samples, **constants,
+    options = {field.name: getattr(args, field.name) for field in dataclasses.fields(ppo.PPOConfig)}
+    config = ppo.PPOConfig(**{**options, "beta": beta})
+    constants = rewarded["constants"][args.toward]
+    inputs = {**dataclasses.asdict(config), **constants, "toward": args.toward,
+              "stop_at_kl": args.stop_at_kl, "fresh_samples": args.fresh_samples,
               "pretrain": data.digest(pretrained["model"]),
               "reward": data.digest(rewarded["model"]), "judge": data.digest(judged["model"])}
-    stage = Stage(args, name, inputs, code=[gpt, reward.Bag, reward.RewardModel, reward.score, ppo,
-                                            ppo_stage, make_run, measure_drift, keep_along_kl,
-                                            collapse])
+    name = run_name(args.toward, beta)
+    stage = Stage(args, name, inputs, code=[
+        gpt, reward.Bag, reward.RewardModel, reward.score, ppo, ppo_stage, make_run, scorer,
+        draw_fresh, measure_drift, keep_along_kl, distinct_pairs])
     if stage.done:
         return stage.state
     run, model = make_run(args, config, seed_of(args, "ppo", beta), start, pretrained, rewarded)
-    judge = reward.load_reward(judged, args.device, args.dtype)
-
-    def judge_scores(tokens):
-        return reward.score(judge(tokens), **judged["constants"][args.toward], toward=args.toward)
-
-    pool = rewarded["rho"]
-    scores = reward.score(pool["log_odds"], **constants, toward=args.toward)
-    best = {"best": ppo.optimum(scores, beta)["objective"]} if beta else {}
-    about = {"config": pretrained["config"], "tokenizer": pretrained["tokenizer"], "beta": beta,
+    judge, judge_score = scorer(judged, args.toward, args.device, args.dtype)
+    rho_scores = reward.score(rewarded["rho"]["log_odds"], **constants, toward=args.toward)
+    # J* from rho's samples alone; without a penalty there is no optimum.
+    best = {"best": ppo.optimum(rho_scores, beta)["objective"]} if beta else {}
+    about = {"config": pretrained["config"], "tokenizer": pretrained["tokenizer"],
              "toward": args.toward, "inputs": stage.inputs}
+
     for i in stage.steps(config.iterations, **run.parts):
-        for old in args.out.glob(f"{name}_kl*.pt") if i == 0 else ():
-            old.unlink()                            # of a run with other options
+        if i == 0:
+            for old in args.out.glob(f"{name}_kl*.pt"):
+                old.unlink()                        # of a run with other options
         # The metrics of a step are those of the policy before its update.
         before = copy.deepcopy(run.policy.state_dict())
         metrics = run.step(i)
-        tokens, batch_scores = run.batch["tokens"], run.batch["scores"]
         keep_along_kl(args, name, run, before, stage.history, metrics["exact_kl"], about)
-        p = (batch_scores * constants["std"] + constants["mean"]).exp().mean().item()
-        metrics |= {"positive": p if args.toward == "positive" else 1 - p,
-                    "judge": in_chunks(judge_scores, tokens).mean().item(), **best,
-                    **collapse(tokens.tolist(), tokenizer)}
+        tokens = run.batch["tokens"]
+        metrics |= {"positive": in_chunks(model, tokens).sigmoid().mean().item(),
+                    "judge": in_chunks(judge_score, tokens).mean().item(),
+                    "distinct_2": distinct_pairs(tokens), **best}
         stage.log(pause=0, shown=["score", "judge", "ref_kl", "objective", "best", "clipfrac",
                                   "entropy", "explained_variance"], **metrics)
         for line in ppo.diagnose(metrics):
             print(f"warning: {line}")
         if (i + 1) % 10 == 0:
-            for row, value in zip(tokens[:2].tolist(), batch_scores):
-                print(f"--- score {value:.2f}\n{tokenizer.decode(row)}")
+            for row, score in zip(tokens[:2].tolist(), run.batch["scores"]):
+                print(f"--- score {score:.2f}\n{tokenizer.decode(row)}")
         if args.stop_at_kl and metrics["exact_kl"] >= args.stop_at_kl:
             run.policy.load_state_dict(before)      # the policy whose drift was measured
             break
 
-    # Fresh samples, and how likely each of these and of rho's samples is under pi and rho: all that
-    # the report needs to know how far from the optimum this policy is.
+    fresh, of_rho = draw_fresh(args, run, model, judge, rewarded["rho"]["tokens"])
+    return stage.finish(**about, beta=run.controller.beta, model=run.policy.state_dict(),
+                        value=run.value.state_dict(), fresh=fresh, rho_log_ratio=of_rho)
+
+
+def draw_fresh(args, run, model, judge, rho_tokens):
+    """Fresh samples of a tuned policy, a dict of what is read off them; and rho's log_ratio.
+
+    How likely each of these and of rho's samples is under pi and rho: all that the report needs to
+    know how far from the optimum the policy is.
+    """
     prompts = run.prompts.expand(args.fresh_samples, -1)
-    tokens = sample_completions(run.policy, prompts, args.length, generator(args, "fresh", beta))
-    models = (run.policy, run.ref, start)
-    fresh = {"tokens": tokens.int().cpu(), "log_odds": in_chunks(model, tokens).cpu(),
-             "judge": in_chunks(judge, tokens).cpu(), **measure_drift(*models, tokens)}
-    of_rho = measure_drift(*models, pool["tokens"].long().to(args.device))
-    return stage.finish(**{**about, "beta": run.controller.beta, "value": run.value.state_dict(),
-                           "model": run.policy.state_dict(), "fresh": fresh,
-                           "rho_log_ratio": of_rho["log_ratio"]})
+    seed = generator(args, "fresh", run.config.beta)
+    tokens = sample_completions(run.policy, prompts, args.length, seed)
+    fresh = {"tokens": tokens.int().cpu(),
+             "log_odds": in_chunks(model, tokens).cpu(),
+             "judge": in_chunks(judge, tokens).cpu(),
+             **measure_drift(run, tokens)}
+    of_rho = measure_drift(run, rho_tokens.long().to(args.device))
+    return fresh, of_rho["log_ratio"]
 
 
-def measure_drift(policy, ref, start, tokens):
+@torch.no_grad()
+def measure_drift(run, tokens):
     """Of completions (N,T): log pi(y) - log rho(y), and the exact KL summed over tokens: (N,)."""
-    found = []
+    log_ratio, ref_kl = [], []
     for part in tokens.split(64):
-        prompts = torch.full((len(part), 1), start, device=part.device)
-        with torch.no_grad():
-            logprobs, ref_logprobs = (gpt.completion_logits(m, prompts, part).log_softmax(-1)
-                                      for m in (policy, ref))
-        ratio = (logprobs - ref_logprobs).gather(-1, part[..., None]).sum((1, 2))
-        found.append(torch.stack((ratio, ppo.exact_kl(logprobs, ref_logprobs).sum(1))))
-    log_ratio, kl = torch.cat(found, 1).cpu()
-    return {"log_ratio": log_ratio, "ref_kl": kl}
+        prompts = run.prompts.expand(len(part), -1)
+        logprobs, ref_logprobs = (gpt.completion_logits(model, prompts, part).log_softmax(-1)
+                                  for model in (run.policy, run.ref))
+        log_ratios = (logprobs - ref_logprobs).gather(-1, part[..., None])
+        log_ratio.append(log_ratios.sum((1, 2)))
+        ref_kl.append(ppo.exact_kl(logprobs, ref_logprobs).sum(1))
+    return {"log_ratio": torch.cat(log_ratio).cpu(), "ref_kl": torch.cat(ref_kl).cpu()}
 
 
 def main():

@@ -98,7 +98,7 @@ def run_once(args, study, change, beta, seed, iterations):
     prompts = run.prompts.expand(1024, -1)
     tokens = sample_completions(run.policy, prompts, config.length, generator)
     scores = reward.score(in_chunks(model, tokens), **rewarded["constants"]["positive"])
-    kl = train.measure_drift(run.policy, run.ref, start, tokens)["ref_kl"]
+    kl = train.measure_drift(run, tokens)["ref_kl"]
     objective = (scores - beta * kl).mean().item()
     known = next(r for r in runs if r["inputs"]["beta"] == beta and r["toward"] == "positive")
     pooled, weights = sample.pool(rewarded, known)
