@@ -65,8 +65,7 @@ BUGS = [
         "With the cache every token is read as if it stood at position 0, and the ratio is not 1 "
         "before the first step.",
         "gpt loop", "gpt.py",
-        [("self.cos[start:end].to(self.dtype), self.sin[start:end].to(self.dtype)",
-          "self.cos[:T].to(self.dtype), self.sin[:T].to(self.dtype)")]),
+        [("self.cos[start:end]", "self.cos[:T]"), ("self.sin[start:end]", "self.sin[:T]")]),
     Bug("the scorer attends to padding", "NeMo-Aligner #68",
         "The sampler skips the padding before a prompt, the scorer reads it as tokens, so a "
         "completion's log-probability depends on the longest prompt of its batch.",
@@ -78,8 +77,7 @@ BUGS = [
         "gpt loop", "gpt.py",
         [("    inputs = torch.cat((prompts, tokens), dim=1)[:, :-1]",
           "    inputs = torch.cat((prompts, tokens), dim=1)"),
-         ("pad=padding(inputs))[:, prompts.size(1) - 1:]",
-          "pad=padding(inputs))[:, prompts.size(1):]")]),
+         ("hidden = hidden[:, prompts.size(1) - 1:]", "hidden = hidden[:, prompts.size(1):]")]),
     Bug("logits of the last position only", "nanoGPT's shortcut, taken over into RLHF code",
         "forward() returns one position, which is enough to sample and too little to score.",
         "gpt", "gpt.py",
@@ -113,7 +111,7 @@ BUGS = [
     Bug("sign of the score flipped", "a refactoring at OpenAI (Ziegler 2019, section 4.4)",
         "The policy becomes as bad as it can be, in fluent English.",
         "ppo", "ppo.py",
-        [("scores.detach().to(rewards.dtype)", "-scores.detach().to(rewards.dtype)")]),
+        [("scores = scores.detach()", "scores = -scores.detach()")]),
     Bug("train/test split shuffled twice", "ckkissane",
         "The rows to train on and the rows to measure on come from two shuffles, so test items are "
         "trained on and all looks well.",
@@ -135,12 +133,11 @@ BUGS = [
         "loop", "ppo.py",
         [("                                       beta, mask)\n",
           "                                       0.0, mask)\n"),
-         ('            infos.append({**info, "policy_loss": loss.detach()})\n',
-          '            own, ref = token_logprobs(logits, tokens), batch["ref_logprobs"][rows]\n'
-          '            ratio = (own - batch["logprobs"][rows]).exp()\n'
-          "            penalty = masked_mean(ratio * (own - ref), mask)\n"
-          "            loss = loss + self.controller.beta * penalty\n"
-          '            infos.append({**info, "policy_loss": loss.detach()})\n')]),
+         ("            # Before backward()",
+          '            ratio = (logprobs - batch["logprobs"][rows]).exp()\n'
+          '            k1 = logprobs - batch["ref_logprobs"][rows]\n'
+          "            loss = loss + self.controller.beta * masked_mean(ratio * k1, mask)\n"
+          "            # Before backward()")]),
     Bug("gradient through the reward", "ZiyueWang25",
         "Rewards are data; without the detach their own gradient, -beta grad log pi, joins the "
         "policy's.",
@@ -225,18 +222,17 @@ BUGS = [
     Bug("mask shifted by one", "trlx #582",
         "The loss reads the first padding token and leaves out the last real one.",
         "loop", "ppo.py",
-        [("advantages[rows], config.clip, mask)",
-          "advantages[rows], config.clip, mask.roll(1, 1))")]),
+        [("   config.clip, mask)", "   config.clip, mask.roll(1, 1))")]),
     Bug("prompt tokens in the loss", "Search-R1 #21, of what tools answered",
         "Tokens that the policy was given are credited with what followed, so it learns to write "
         "prompts.",
         "loop", "ppo.py",
-        [('            infos.append({**info, "policy_loss": loss.detach()})\n',
+        [("            # Before backward()",
           '            given = batch["prompts"][rows]\n'
           "            logits = self.policy(given, pad=given == PAD)[:, :-1]\n"
           "            own = advantages[rows][:, :1] * token_logprobs(logits, given[:, 1:])\n"
           "            loss = loss - masked_mean(own, given[:, :-1] != PAD)\n"
-          '            infos.append({**info, "policy_loss": loss.detach()})\n')]),
+          "            # Before backward()")]),
     Bug("clip taken with max for negative advantages", "rasbt/reasoning-from-scratch",
         "For A < 0 the larger term is taken: a token that has become unlikelier is pushed down "
         "without end, one that has become likelier is let go.",
@@ -248,17 +244,17 @@ BUGS = [
     Bug("old log-probabilities taken from the policy of now", "tensorforce #312",
         "The ratio is always 1, nothing is ever clipped, and approx_kl never stops an update.",
         "loop", "ppo.py",
-        [('policy_loss(token_logprobs(logits, tokens), batch["logprobs"][rows],',
-          "policy_loss(token_logprobs(logits, tokens), token_logprobs(logits, tokens).detach(),")]),
+        [('policy_loss(logprobs, batch["logprobs"][rows],',
+          "policy_loss(logprobs, logprobs.detach(),")]),
 
     # ---- the loop
     Bug("early stop leaks stale gradients", "thomfoster/minRLHF",
         "The minibatch that stops an update has been through backward(), and its gradient joins "
         "the first step of the next one.",
         "loop", "ppo.py",
-        [('            if info["approx_kl"] > config.max_update_kl:\n',
+        [('            if infos and info["approx_kl"] > config.max_update_kl:\n',
           "            loss.backward()\n"
-          '            if info["approx_kl"] > config.max_update_kl:\n'),
+          '            if infos and info["approx_kl"] > config.max_update_kl:\n'),
          ("            self.optimizer.zero_grad(set_to_none=True)\n"
           "            loss.backward()\n", ""),
          ("            self.optimizer.step()\n", "            self.optimizer.step()\n"
@@ -278,19 +274,19 @@ BUGS = [
     Bug("metrics of the last minibatch for those of the update", "cleanrl #522",
         "clipfrac and approx_kl are logged as they stood at the end, with a minibatch's noise.",
         "loop", "ppo.py",
-        [("**mean_info(infos)", "**mean_info(infos[-1:])")]),
+        [("for info in infos]).mean()", "for info in infos[-1:]]).mean()")]),
     Bug("beta lost on resume", "verl #2653",
         "An adapted beta is not in the checkpoint, so a run cut off goes on with the first one.",
         "loop", "ppo.py",
-        [(', "controller": self.controller,', ",")]),
+        [(' "controller", "sampler",', ' "sampler",')]),
     Bug("reference lost on resume", "NeMo-RL #3722",
         "The reference is made from the loaded policy, KL starts at 0 again, and each resume "
         "allows the drift once more.",
         "loop", "ppo.py",
-        [('        self.parts = {"policy"',
+        [('        names = ("policy", "value"',
           "        self.policy.register_load_state_dict_post_hook(\n"
           "            lambda *_: self.ref.load_state_dict(self.policy.state_dict()))\n"
-          '        self.parts = {"policy"')]),
+          '        names = ("policy", "value"')]),
 ]
 
 
