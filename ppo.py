@@ -270,6 +270,19 @@ def optimum(scores, beta, log_weights=None):
     return {name: x.item() for name, x in found.items()}
 
 
+def optimum_bound(scores, beta, log_weights, sure=0.95):
+    """What J* is at least, with this certainty, however few of the samples count. A float.
+
+    scores and log_weights (N,) as for optimum(), the latter exact: log(rho/q). The mean of
+    exp(r/beta) rho/q is right on average and positive, so by Markov's inequality it is k times too
+    large in one of k cases at most. Being that sure costs beta log k: little where beta is small.
+    """
+    tilted = log_weights.double() + scores.double() / beta
+    log_mean = tilted.logsumexp(0).item() - math.log(len(tilted))
+    k = 1 / (1 - sure)
+    return beta * (log_mean - math.log(k))
+
+
 def pareto_k(log_weights):
     """How heavy the tail of importance weights (N,) is: k-hat (Vehtari 2024). A float.
 

@@ -9,8 +9,8 @@ import torch
 from conftest import assert_close, randn
 from ppo import (AdaptiveKL, best_of_n, entropy, exact_kl, explained_variance, gae, kl_estimates,
                  kl_penalised_rewards, learning_rate, leave_one_out, masked_mean,
-                 mixture_log_weights, optimum, pareto_k, policy_loss, rewards_to_go,
-                 token_logprobs, value_loss, whiten)
+                 mixture_log_weights, optimum, optimum_bound, pareto_k, policy_loss,
+                 rewards_to_go, token_logprobs, value_loss, whiten)
 
 B, T = 4, 6
 MASKS = {                                   # which tokens of 4 completions are real
@@ -684,6 +684,22 @@ def test_the_standard_error_of_the_optimum_is_calibrated(weighted):
     z = torch.tensor(z)
     assert abs(z.std() - 1) < 0.127, f"errors are {z.std():.2f} times the standard error given"
     assert abs(z.mean()) < 4 / 500 ** 0.5 + 0.05, f"off by {z.mean():.2f} standard errors"
+
+
+@pytest.mark.parametrize("n", [3, 30, 300])
+@pytest.mark.parametrize("beta", [0.05, 0.3, 1.0])
+def test_the_lower_bound_of_the_optimum_holds_however_heavy_the_tail(n, beta):
+    """Of 1,000 repeats at most 50 lie above J*, and four standard errors; it costs beta log k."""
+    rho, scores, best, objective = world(beta)
+    source = (0.8 * rho.log() + 0.2 * best.log()).softmax(0)
+    bounds = []
+    for seed in range(1000):
+        y = draw(source, n, seed)
+        bounds.append(optimum_bound(scores[y], beta, (rho / source).log()[y]))
+    above = (torch.tensor(bounds) > objective).sum()
+    assert above <= 50 + 4 * (1000 * 0.05 * 0.95) ** 0.5, f"{above} of 1,000 bounds are above J*"
+    assert_close(optimum_bound(scores, beta, torch.zeros(81), sure=0.9),
+                 optimum(scores, beta)["objective"] - beta * math.log(10), "its cost")
 
 
 # ---- samples of several policies ----------------------------------------------------------------
