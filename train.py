@@ -170,7 +170,8 @@ def finished(path, inputs, keep=False):
     state = data.load_checkpoint(path)
     old = state.get("inputs", {})
     # Whatever is new, gone, or different.
-    changed = [key for key in {**old, **inputs} if old.get(key) != inputs.get(key)]
+    known = {**old, **inputs}
+    changed = [key for key in known if old.get(key) != inputs.get(key)]
     if keep:
         changed = [key for key in changed if ".py" not in key]
     if changed:
@@ -344,7 +345,8 @@ def data_stage(args):
 
 def windows(tokens, starts, length):
     """tokens[s : s + length] for each of starts: (B,length), int64."""
-    return tokens[starts[:, None] + torch.arange(length)].long()
+    rows = starts[:, None] + torch.arange(length)
+    return tokens[rows].long()
 
 
 def draw_starts(n, openings, batch, generator):
@@ -361,7 +363,9 @@ def draw_starts(n, openings, batch, generator):
 
 def trapezoid(i, steps):
     """Learning rate as a share of its peak: 20 steps up, level, down to 0 over the last 60 %."""
-    return min(1.0, (i + 1) / 20, (1 - i / steps) / 0.6)
+    up = (i + 1) / 20
+    down = (1 - i / steps) / 0.6
+    return min(1.0, up, down)
 
 
 def set_rates(optimizers, share):
@@ -469,9 +473,10 @@ def rated_passages(args, tokenizer):
     # which is what PPO has read to it, count twice.
     lengths = torch.tensor([max(len(i), 1) for i in ids])
     weights = (args.length / lengths).clamp(max=1) * torch.where(is_sample, 2, 1)
+    targets = (ratings + 2) / 4
     return {"tokens": reward.pad(ids, args.length).to(args.device),
             "ratings": ratings,
-            "targets": ((ratings + 2) / 4).to(args.device),
+            "targets": targets.to(args.device),
             "weights": weights.to(args.device),
             "is_sample": is_sample,
             "rows": rows,
@@ -493,11 +498,11 @@ def fine_tune(args, stage, model, rated, rows, n):
             stage.log(loss=loss.item())
 
 
-def reward_stage(args, name, reader, pretrained, rated, tokenizer, start):
+def reward_stage(args, name, reader, pretrained, rated, tokenizer, start, samples=None):
     """A reward model of one reader, trained on one part of the ratings: reward.pt or judge.pt.
 
-    Its checkpoint also holds samples of rho with their log-odds, and the constants of the score
-    that come from them.
+    Its checkpoint also holds samples of rho (those given, or new ones) with their log-odds, and the
+    constants of the score that come from them.
     """
     n = args.judge_steps if reader == "trunk" else 0
     words = reward.read_words()
@@ -527,10 +532,11 @@ def reward_stage(args, name, reader, pretrained, rated, tokenizer, start):
     # On ratings that it was not trained on: on its own it would look too sure.
     reward.calibrate(model, tokens[choose], targets[choose])
 
-    rho = load_gpt(pretrained, args.device, args.dtype)
-    prompts = torch.full((args.rho_samples, 1), start, device=args.device)
-    # The same samples for both models, so that their scores can be compared.
-    samples = sample_completions(rho, prompts, args.length, generator(args, "rho"))
+    if samples is None:
+        rho = load_gpt(pretrained, args.device, args.dtype)
+        prompts = torch.full((args.rho_samples, 1), start, device=args.device)
+        samples = sample_completions(rho, prompts, args.length, generator(args, "rho"))
+    samples = samples.long().to(args.device)
     log_odds = in_chunks(model, samples)
     constants = {}
     for toward in ("positive", "negative"):
@@ -566,7 +572,8 @@ def distinct_pairs(tokens):
 
     It falls as a policy grows monotonous.
     """
-    pairs = torch.stack((tokens[:, :-1], tokens[:, 1:]), dim=-1).flatten(0, 1)
+    pairs = torch.stack((tokens[:, :-1], tokens[:, 1:]), dim=-1)        # (N,T-1,2)
+    pairs = pairs.flatten(0, 1)
     return len(pairs.unique(dim=0)) / len(pairs)
 
 
@@ -707,8 +714,10 @@ def main():
               f"{pretrained['val_bits_per_byte']:.3f} bits per byte on held-out plays")
         if args.until == "pretrain":
             return
-        rewarded, judged = (reward_stage(args, name, reader, pretrained, rated, tokenizer, start)
-                            for name, reader in (("reward", "bag"), ("judge", "trunk")))
+        study = (pretrained, rated, tokenizer, start)
+        rewarded = reward_stage(args, "reward", "bag", *study)
+        # On the same samples, so that the scores of both can be compared.
+        judged = reward_stage(args, "judge", "trunk", *study, samples=rewarded["rho"]["tokens"])
         for name, state in (("reward", rewarded), ("judge", judged)):
             for kind, found in state["report"].items():
                 print(f"{name}, {found['n']} held-out {kind}: Pearson {found['pearson']:.3f} "

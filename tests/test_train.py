@@ -312,8 +312,8 @@ def test_the_seed_reaches_every_use_of_randomness(texts, tmp_path, monkeypatch):
         out = tmp_path / str(seed)
         assert run_script(train, *argv(texts, out, "--seed", seed, "--until", "ppo")) == 0
         runs.append(collections.Counter(seeded))
-    # Rho is sampled for both readers; each of the two PPO runs samples and shuffles.
-    assert sorted(runs[0].values()) == [1] * 8 + [2], f"seeds and their uses: {runs[0]}"
+    assert set(runs[0].values()) == {1}, f"a seed is used twice: {runs[0]}"
+    assert len(runs[0]) == 9, "pretraining, judge, rho; two runs that sample, shuffle, are measured"
     assert not set(runs[0]) & set(runs[1]), "--seed does not reach this use"
     assert of_weights == {0, 1}, "the first weights do not depend on --seed"
 

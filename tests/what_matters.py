@@ -2,7 +2,7 @@
 
     python tests/what_matters.py --study out                  a table (many runs: hours on 2 cores)
     python tests/what_matters.py --study out --iterations 12  shorter runs
-    python tests/what_matters.py --table                      the table of the runs that are kept
+    python tests/what_matters.py --table                      table and figure of the runs kept
 
 Each run is one row of results/what_matters.csv, written when it ends; what is there already is not
 run again, so it can be stopped at any time. J is measured on fresh samples with the exact KL, and
@@ -53,10 +53,8 @@ CHANGES = {
     "values start at 0": ({}, {"warm": False}),
     "lambda 1": ({"lam": 1.0}, {}),
     "lambda 0.95": ({"lam": 0.95}, {}),
-    "lambda 0.3": ({"lam": 0.3}, {}),
     "no whitening": ({}, {"whiten": lambda x, mask=None: x / 0.15}),
     "one epoch": ({"epochs": 1}, {}),
-    "four epochs": ({"epochs": 4}, {}),
     "no clipping": ({"clip": 1e9, "max_update_kl": 1e9}, {}),
     "penalty of the token alone": ({}, {"kl_penalised_rewards": own_token_penalty}),
     "score scaled in each batch": ({}, {"kl_penalised_rewards": scaled_per_batch}),
@@ -130,11 +128,32 @@ def print_table(rows):
                              "CPU seconds"], lines), sep="\n")
 
 
+def draw(rows):
+    """Fraction of the optimum against completions sampled, and against CPU seconds, each run."""
+    figure, axes = sample.plt.subplots(1, 2, figsize=(12, 5), sharey=True)
+    for i, beta in enumerate(sorted({r["beta"] for r in rows})):
+        for change, marker in (("default", "o"), ("half the batch", "v"),
+                               ("twice the batch", "^"), ("one epoch", "s"),
+                               ("no value function (simple)", "x")):
+            runs = [r for r in rows if r["change"] == change and r["beta"] == beta]
+            fraction = [float(r["fraction"]) for r in runs]
+            completions = [int(r["iterations"]) * int(r["batch"]) for r in runs]
+            for axis, x in zip(axes, (completions, [float(r["seconds"]) for r in runs])):
+                axis.plot(x, fraction, f"C{i}{marker}", label=f"{change}, beta {beta}")
+    axes[0].set(xlabel="completions sampled", ylabel="fraction of the optimum", xscale="log")
+    axes[1].set(xlabel="seconds of one core", xscale="log")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7)
+    sample.save_figure(figure, data.HERE / "results" / "figures" / "what_matters.png")
+
+
 def main():
     parser = data.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--study", default="out", type=Path, help="folder of a finished study")
     parser.add_argument("--iterations", type=data.number(int, 1), default=36)
-    parser.add_argument("--batch", type=data.number(int, 4), default=512)
+    parser.add_argument("--batch", type=data.number(int, 4), default=512,
+                        help="of the default; half and twice the batch are of this")
     parser.add_argument("--beta", type=float, nargs="+", default=[0.2])
     parser.add_argument("--seeds", type=data.number(int, 1), default=3)
     parser.add_argument("--only", nargs="+", choices=list(CHANGES), default=list(CHANGES))
@@ -145,17 +164,20 @@ def main():
         with open(KEPT) as file:
             kept = list(csv.DictReader(file))
     if args.table:
+        draw(kept)
         return print_table(kept)
     args.device, args.toward = torch.device("cpu"), "positive"
     args.dtype = train.gpt.compute_dtype(args.device)
     study = sample.load_study(args.study)
     tokenizer = data.load_tokenizer(args.study / "tokenizer.tiktoken", study[0])
     args.start = tokenizer.encode_ordinary(data.BOUNDARY)[0]
-    done = {(r["change"], float(r["beta"]), int(r["seed"]), int(r["iterations"])) for r in kept}
+    keys = ("change", "beta", "seed", "iterations", "batch")
+    done = {tuple(row[key] for key in keys) for row in kept}
     for seed in range(args.seeds):
         for beta in args.beta:
             for change in args.only:
-                if (change, beta, seed, args.iterations) in done:
+                batch = int(args.batch * CHANGES[change][0].get("batch", 1))
+                if (change, f"{beta:g}", str(seed), str(args.iterations), str(batch)) in done:
                     continue
                 row = run_once(args, study, change, beta, seed, args.iterations)
                 is_new = not KEPT.exists()
