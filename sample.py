@@ -23,17 +23,14 @@ import random
 import sys
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure        # without pyplot no screen is needed
 
 import data
 import ppo
 import reward
 import train
 from gpt import completion_logits, generate, in_chunks, load_gpt
-
-matplotlib.use("Agg")        # figures go to files; no screen is needed
-from matplotlib import pyplot as plt  # noqa: E402
 
 MIN_ESS = 100   # effective samples below which an optimum is only a lower bound
 COLUMNS = ["text", "rating", "sense", "drawn_from"]     # of a file of ratings
@@ -42,14 +39,19 @@ COLUMNS = ["text", "rating", "sense", "drawn_from"]     # of a file of ratings
 # ---- samples ------------------------------------------------------------------------------
 
 def load(path):
-    """(GPT, its checkpoint, tokenizer) of a checkpoint file and the tokenizer beside it."""
+    """(GPT, rho, reward model, tokenizer) of a checkpoint and the files beside it.
+
+    rho is None beside rho itself; both are None where their file is not there.
+    """
     state = data.load_checkpoint(path, "pretrain", "ppo")
     tokenizer = data.load_tokenizer(path.with_name("tokenizer.tiktoken"), state)
-    return load_gpt(state), state, tokenizer
+    rho = beside(path, state, "pretrain", load_gpt) if state["kind"] == "ppo" else None
+    judge = beside(path, state, "reward", reward.load_reward)
+    return load_gpt(state), rho, judge, tokenizer
 
 
-def beside(path, state, kind):
-    """The pretrain or reward checkpoint in the folder of a checkpoint, or None if there is none.
+def beside(path, state, kind, make):
+    """make() of the pretrain or reward checkpoint beside the one at path; None if there is none.
 
     UserError unless they belong together.
     """
@@ -57,29 +59,36 @@ def beside(path, state, kind):
     if not file.exists():
         return None
     found = data.load_checkpoint(file, kind)
-    if state["kind"] == "ppo":
-        same = state["inputs"][kind] == data.digest(found["model"])
-    else:
-        same = found["inputs"]["pretrain"] == data.digest(state["model"])
+    # The later stage has the digest of the earlier one's model among its inputs.
+    later, earlier = (state, found) if state["kind"] == "ppo" else (found, state)
     # Files of two studies may lie in one folder after a change of options.
-    if not same:
+    if later["inputs"][earlier["kind"]] != data.digest(earlier["model"]):
         raise data.UserError(f"{file} and {path} are not of the same study. Run train.py again.")
-    return found
+    return make(found)
 
 
-def marks_of(path):
-    """The marks of its drift, in nats, at which the run of a checkpoint kept its policy."""
-    kept = path.parent.glob(f"{path.stem}_kl*.pt")
-    return sorted(float(file.stem.split("_kl")[1]) for file in kept)
+def kept_along_kl(path):
+    """{nats: file} of the policies that the run of a checkpoint kept as it drifted."""
+    files = path.parent.glob(f"{path.stem}_kl*.pt")
+    return dict(sorted((float(file.stem.split("_kl")[1]), file) for file in files))
 
 
-def kept_at(path, kl):
-    """The file of the policy that the run of a checkpoint kept at this mark of its drift."""
-    kept = path.with_name(f"{path.stem}_kl{kl:g}.pt")
-    if not kept.exists():
-        known = ", ".join(f"{mark:g}" for mark in marks_of(path)) or "no mark at all"
-        raise data.UserError(f"{path} was not kept at {kl:g} nats. It passed {known}.")
-    return kept
+def shown(args):
+    """The checkpoints to draw from: one, or with --compare rho and the twins of its beta."""
+    path = args.checkpoint
+    if args.kl is not None:
+        kept = kept_along_kl(path)
+        if args.kl not in kept:
+            known = ", ".join(f"{mark:g}" for mark in kept) or "no mark at all"
+            raise data.UserError(f"{path} was not kept at {args.kl:g} nats. It passed {known}.")
+        path = kept[args.kl]
+    if not args.compare:
+        return [path]
+    rho, beta = path.with_name("pretrain.pt"), path.stem.split("beta")[-1]
+    twins = sorted(path.parent.glob(f"ppo_*beta{beta}.pt"))     # negative comes last
+    if not twins or not rho.exists():
+        raise data.UserError("--compare needs a ppo checkpoint with its pretrain.pt beside it.")
+    return [rho, *twins]
 
 
 @torch.no_grad()
@@ -88,64 +97,63 @@ def draw(path, args, num):
 
     Of each args.best_of samples the one that the reward model likes best.
     """
-    model, state, tokenizer = load(path)
-    rewarded, rho = beside(path, state, "reward"), None
-    judge = rewarded and reward.load_reward(rewarded)
-    if state["kind"] == "ppo":
-        base = beside(path, state, "pretrain")
-        rho = base and load_gpt(base)
+    model, rho, judge, tokenizer = load(path)
     if judge is None and args.best_of > 1:
         raise data.UserError("--best-of needs the reward model, and "
                              f"{path.with_name('reward.pt')} is not there. Run train.py first.")
-    ids = tokenizer.encode_ordinary(args.prompt or data.BOUNDARY[:2])
-    ids = ids if args.prompt else ids[:1]
+    given = tokenizer.encode_ordinary(args.prompt)
+    # Without a prompt samples go on from the boundary of speeches, which is not part of the text.
+    ids = given or tokenizer.encode_ordinary(data.BOUNDARY)[:1]
+    skip = len(ids) - len(given)
     if len(ids) + args.length > model.config.block_size:
         raise data.UserError(f"a prompt of {len(ids)} tokens and --length {args.length} do not fit "
                              f"the context of {model.config.block_size} tokens. Shorten either.")
     prompt = torch.tensor([ids])
-    skip = 0 if args.prompt else 1      # an unprompted sample is read without the boundary
-    # One at a time, so that the first samples do not depend on how many are drawn.
     generator = torch.Generator().manual_seed(args.seed)
     samples = []
+    # One at a time, so that the first samples do not depend on how many are drawn.
     for _ in range(num):
         tokens = generate(model, prompt.expand(args.best_of, -1), args.length, args.temperature,
                           args.top_k, generator)
-        p = judge(tokens[:, skip:]).sigmoid() if judge else torch.zeros(len(tokens))
-        best = tokens[p.argmax()]
-        new, kl = best[None, len(ids):], None
-        if rho:
-            logp, ref = (ppo.token_logprobs(completion_logits(m, prompt, new), new).sum().item()
-                         for m in (model, rho))
-            kl = logp - ref
-        samples.append({"text": tokenizer.decode(best[skip:].tolist()),
-                        "positive": p.max().item() if judge else None, "ref_kl": kl})
+        best, positive = 0, None
+        if judge:
+            p = judge(tokens[:, skip:]).sigmoid()
+            best, positive = p.argmax(), p.max().item()
+        text = tokenizer.decode(tokens[best, skip:].tolist())
+        kl = log_ratio(model, rho, prompt, tokens[best, None, len(ids):]) if rho else None
+        samples.append({"text": text, "positive": positive, "ref_kl": kl})
     return samples
 
 
+def log_ratio(policy, rho, prompt, tokens):
+    """log pi - log rho of a completion (1,T) of a prompt (1,T0), in nats: a float."""
+    logp, ref = (ppo.token_logprobs(completion_logits(model, prompt, tokens), tokens).sum().item()
+                 for model in (policy, rho))
+    return logp - ref
+
+
+def as_text(sample):
+    """A sample as it is printed: its text, and below it what is known of it."""
+    forms = {"positive": "Positive Prob: {:.1%}", "score": "Score: {:.2f}",
+             "ref_kl": "KL: {:.1f} nats"}
+    known = [form.format(sample[key]) for key, form in forms.items()
+             if sample.get(key) is not None]
+    return f"{sample['text']}\n\n{'   '.join(known)}"
+
+
 def print_samples(args):
-    """Samples of one checkpoint; with --compare those of rho and of the twin between them."""
-    path = args.checkpoint if args.kl is None else kept_at(args.checkpoint, args.kl)
-    paths = [path]
-    if args.compare:
-        beta = path.stem.split("beta")[-1]
-        twins = [path.with_name(train.run_name(toward, 0)[:-1] + f"{beta}.pt")
-                 for toward in ("positive", "negative")]
-        paths = [path.with_name("pretrain.pt"), *(p for p in twins if p.exists())]
-        if len(paths) < 2 or not paths[0].exists():
-            raise data.UserError("--compare needs a ppo checkpoint with its pretrain.pt beside it.")
-    for number, together in enumerate(zip(*(draw(p, args, args.num) for p in paths)), 1):
-        for p, sample in zip(paths, together):
+    """Samples of one checkpoint; with --compare those of several, turn by turn."""
+    drawn = {path.stem: draw(path, args, args.num) for path in shown(args)}
+    for i in range(args.num):
+        for name, samples in drawn.items():
+            sample = samples[i]
+            if args.compare:
+                sample["model"] = name
             if args.jsonl:
-                name = {"model": p.stem} if args.compare else {}
-                print(json.dumps({**sample, **name}, ensure_ascii=False))
-                continue
-            said = []
-            if sample["positive"] is not None:
-                said.append(f"Positive Prob: {100 * sample['positive']:.1f}%")
-            if sample["ref_kl"] is not None:
-                said.append(f"KL: {sample['ref_kl']:.1f} nats")
-            print(f"----- {number} {p.stem if args.compare else ''}".rstrip()
-                  + f"\n{sample['text']}\n\n{'   '.join(said)}\n")
+                print(json.dumps(sample, ensure_ascii=False))
+            else:
+                print(f"----- {i + 1} {sample.get('model', '')}".rstrip())
+                print(as_text(sample), end="\n\n")
 
 
 # ---- ratings ------------------------------------------------------------------------------
@@ -177,28 +185,41 @@ def write_ratings(path, rows):
     data.write_file(path, file.getvalue())
 
 
-def passages_of_plays(args, num):
-    """num passages of the training plays, one or more speeches of about --length tokens each."""
-    speeches = data.load_corpus()[0].split(data.BOUNDARY)
-    generator, passages = random.Random(args.seed), []
-    for start in (generator.randrange(len(speeches) - 20) for _ in range(num)):
-        end = start + 1
-        while len(data.BOUNDARY.join(speeches[start:end])) < 2.5 * args.length:
-            end += 1
-        passages.append({"text": data.BOUNDARY.join(speeches[start:end])})
+def passages_of_plays(args):
+    """Texts of the training plays, one or more speeches of about --length tokens each."""
+    plays = data.load_corpus()[0]
+    generator = random.Random(args.seed)
+    length = int(2.5 * args.length)         # in characters: a token has more than two
+    passages = []
+    for _ in range(args.num):
+        start = plays.find(data.BOUNDARY, generator.randrange(len(plays) - 8 * length))
+        start += len(data.BOUNDARY)
+        passages.append(plays[start:plays.find(data.BOUNDARY, start + length)])
     return passages
+
+
+def passages_to_rate(args):
+    """Passages of all that --rate names, shuffled: dicts of text, drawn_from."""
+    items = []
+    for name in args.rate:
+        if name == "plays":
+            texts = passages_of_plays(args)
+        else:
+            texts = column(draw(Path(name), args, args.num), "text")
+        items += [{"text": text.strip(), "drawn_from": Path(name).stem} for text in texts]
+    # The same order every time, so that a reader can stop and go on.
+    random.Random(args.seed).shuffle(items)
+    return items
 
 
 def ask(question, low, high):
     """One answer from the terminal or a pipe: a number from low to high, "b" (back) or "q"."""
     while True:
         print(question, end=" ", flush=True)
-        line = sys.stdin.readline()
-        answer = line.strip().lower()
-        if not line or answer == "q":
-            return "q"              # the end of a pipe is the end of the ratings
-        if answer == "b":
-            return "b"
+        # The end of a pipe is the end of the ratings.
+        answer = (sys.stdin.readline() or "q").strip().lower()
+        if answer in ("b", "q"):
+            return answer
         try:
             return data.parse_rating(answer, low, high)
         except ValueError as error:
@@ -212,45 +233,35 @@ def rate(args):
     """
     path, blind = args.ratings[0], len(args.rate) > 1
     rows = read_ratings(path) if path.exists() else []
-    items = []
-    for name in args.rate:
-        passages = (passages_of_plays(args, args.num) if name == "plays"
-                    else draw(Path(name), args, args.num))
-        items += [{"text": p["text"].strip(), "drawn_from": Path(name).stem} for p in passages]
-    # The same order every time, so that a reader can stop and go on.
-    random.Random(args.seed).shuffle(items)
-    done = {row["text"] for row in rows}
-    items = [item for item in items if item["text"] not in done]
-    print(f"{len(rows)} rated, {len(items)} to go. A number and Enter; b goes back, q ends.\n")
-    i = 0
-    while i < len(items):
+    before, done = len(rows), {row["text"] for row in rows}
+    items = [item for item in passages_to_rate(args) if item["text"] not in done]
+    print(f"{before} rated, {len(items)} to go. A number and Enter; b goes back, q ends.\n")
+    while len(rows) < before + len(items):
+        i = len(rows) - before
         print(f"----- {i + 1} of {len(items)}\n{items[i]['text']}\n")
-        answers = [ask("feeling, -2 very negative to 2 very positive:", -2, 2)]
-        if blind and isinstance(answers[0], float):
-            answers.append(ask("sense, 1 none to 5 all of it:", 1, 5))
-        if answers[-1] == "q":
-            break
-        # Takes back the rating before this one.
-        if answers[-1] == "b":
-            if i:
-                i -= 1
-                rows.pop()
-                write_ratings(path, rows)
-            continue
-        rows.append({**items[i], "rating": answers[0], "sense": answers[1] if blind else ""})
+        feeling, sense = ask("feeling, -2 very negative to 2 very positive:", -2, 2), ""
+        if blind and isinstance(feeling, float):
+            sense = ask("sense, 1 none to 5 all of it:", 1, 5)
+        if "q" in (feeling, sense):
+            print(f"\n{len(rows)} ratings are in {path}; the same command goes on from here")
+            return
+        if "b" in (feeling, sense):
+            # The rating before this one is taken back, but none of an earlier session.
+            del rows[max(before, len(rows) - 1):]
+        else:
+            rows.append({**items[i], "rating": feeling, "sense": sense})
         write_ratings(path, rows)
-        i += 1
-    if i < len(items):
-        print(f"\n{len(rows)} ratings are in {path}; the same command goes on from here")
-    elif blind:
+    if blind:
         print_ratings(args)
     else:
         print(f"\n{len(rows)} ratings are in {path}: python train.py --labels {path}")
 
 
+# ---- what ratings say ---------------------------------------------------------------------
+
 def mean_se(values):
-    """(mean, standard error) of a list of numbers."""
-    x = torch.tensor(values, dtype=torch.float64)
+    """(mean, standard error) of numbers; NaN where they are too few."""
+    x = torch.as_tensor(values, dtype=torch.float64)
     return x.mean().item(), x.std().item() / len(x) ** 0.5 if len(x) > 1 else math.nan
 
 
@@ -264,14 +275,13 @@ def permutation_interval(a, b, times=10_000, seed=0):
     generator = torch.Generator().manual_seed(seed)
     # Each row of argsort is a random order of all values.
     order = torch.rand(times, len(values), generator=generator).argsort(1)
-    dealt = values[order]
-    differences = dealt[:, :len(a)].mean(1) - dealt[:, len(a):].mean(1)
-    return differences.abs().quantile(0.95).item()
+    one, two = values[order].split([len(a), len(b)], dim=1)
+    return (one.mean(1) - two.mean(1)).abs().quantile(0.95).item()
 
 
 def quadratic_kappa(a, b):
     """Agreement of two readers' ratings beyond chance, 1 if perfect (Cohen 1968)."""
-    a, b = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    a, b = torch.tensor([a, b], dtype=torch.float64)
     # What the mean squared difference would be if the readers knew nothing of each other.
     expected = (a[:, None] - b).square().mean()
     return 1.0 if expected == 0 else float(1 - (a - b).square().mean() / expected)
@@ -282,67 +292,105 @@ def correlation(a, b):
     return torch.corrcoef(torch.tensor([a, b], dtype=torch.float64))[0, 1].item()
 
 
-def groups(rows):
+def groups(rows, key):
+    """{value: the rows that have it at key}, in the order of their first."""
+    found = {}
+    for row in rows:
+        found.setdefault(row[key], []).append(row)
+    return found
+
+
+def column(rows, key):
+    """What the rows have at key, where they have something."""
+    return [row[key] for row in rows if row.get(key) is not None]
+
+
+def with_positive(checkpoint, rows):
+    """Rows of ratings, each with its P(positive) if there is a reward model beside a checkpoint."""
+    path = checkpoint.with_name("reward.pt")
+    if not path.exists():
+        return rows
+    state = data.load_checkpoint(path, "reward")
+    tokenizer = data.load_tokenizer(path.with_name("tokenizer.tiktoken"), state)
+    ids = [tokenizer.encode_ordinary(row["text"]) for row in rows]
+    p = in_chunks(reward.load_reward(state), reward.pad(ids, state["length"])).sigmoid()
+    return [{**row, "positive": positive} for row, positive in zip(rows, p.tolist())]
+
+
+def by_model(rows):
     """{drawn_from: its rows}, rho first."""
-    names = sorted({row["drawn_from"] for row in rows}, key=lambda name: (name != "pretrain", name))
-    return {name: [row for row in rows if row["drawn_from"] == name] for name in names}
+    rows = sorted(rows, key=lambda row: (row["drawn_from"] != "pretrain", row["drawn_from"]))
+    return groups(rows, "drawn_from")
 
 
 def print_ratings(args):
-    """The table of one or two files of ratings: each model's means, and what the readers share."""
+    """What one or two files of ratings say of each model, and what the readers share."""
     files = [read_ratings(path) for path in args.ratings]
     if not all(files):
         raise data.UserError("a file of ratings is empty. Rate something first: --rate.")
-    rows = [row for file in files for row in file]
-    p = probabilities(args.checkpoint, rows)
-    lines = []
-    for name, group in groups(rows).items():
-        feeling, sense = mean_se([r["rating"] for r in group]), None
-        if all(r["sense"] is not None for r in group):
-            sense = mean_se([r["sense"] for r in group])
-        known = [p[r["text"]] for r in group if r["text"] in p]
-        said = ["%.2f ± %.2f" % x if x else "" for x in (feeling, sense)]
-        lines.append((name, len(group), *said, sum(known) / len(known) if known else None))
-    print(*table(["drawn from", "ratings", "feeling, -2 to 2", "sense, 1 to 5", "P(positive)"],
-                 lines), sep="\n")
-    first, *others = groups(rows).items()
-    for name, group in others:
-        a, b = ([r["rating"] for r in g] for g in (group, first[1]))
-        gap = mean_se(a)[0] - mean_se(b)[0]
-        print(f"{name} feels {gap:+.2f} from {first[0]}, 95 % interval "
-              f"{gap - permutation_interval(a, b):+.2f} to {gap + permutation_interval(a, b):+.2f}")
-    if p:
-        pairs = [(r["rating"], p[r["text"]]) for r in rows]
-        print(f"feeling and P(positive) correlate {correlation(*zip(*pairs)):.2f}")
+    rows = with_positive(args.checkpoint, sum(files, []))
+    print_means(by_model(rows))
+    print_differences(by_model(rows))
+    positive = column(rows, "positive")
+    if positive:
+        found = correlation(column(rows, "rating"), positive)
+        print(f"feeling and P(positive) correlate {found:.2f}")
     if len(files) == 2:
-        one, two = ({row["text"]: row["rating"] for row in file} for file in files)
-        both = [text for text in one if text in two]
-        if len(both) > 1:
-            a, b = [one[text] for text in both], [two[text] for text in both]
-            print(f"two readers of {len(both)} passages: quadratic kappa "
-                  f"{quadratic_kappa(a, b):.2f}, Pearson {correlation(a, b):.2f}")
+        print_agreement(*files)
 
 
-def probabilities(checkpoint, rows):
-    """{text: P(positive)} by the reward model beside a checkpoint; {} if there is none."""
-    path = checkpoint.with_name("reward.pt")
-    if not path.exists():
-        return {}
-    state = data.load_checkpoint(path, "reward")
-    tokenizer = data.load_tokenizer(path.with_name("tokenizer.tiktoken"), state)
-    texts = list({row["text"] for row in rows})
-    tokens = reward.pad([tokenizer.encode_ordinary(text) for text in texts], state["length"])
-    return dict(zip(texts, in_chunks(reward.load_reward(state), tokens).sigmoid().tolist()))
+def print_means(models):
+    """The mean feeling, sense and P(positive) of each model's samples: a table."""
+    rows = []
+    for name, group in models.items():
+        feeling, sense, positive = (mean_se(column(group, key))
+                                    for key in ("rating", "sense", "positive"))
+        rows.append((name, len(group), feeling, sense, positive[0]))
+    print(*table(["drawn from", "ratings", "feeling, -2 to 2", "sense, 1 to 5", "P(positive)"],
+                 rows), sep="\n")
+
+
+def print_differences(models):
+    """How far the feeling of each model is from the first's, and how far chance alone would go."""
+    (first, base), *others = ((name, column(group, "rating")) for name, group in models.items())
+    for name, ratings in others:
+        gap = mean_se(ratings)[0] - mean_se(base)[0]
+        chance = permutation_interval(ratings, base)
+        print(f"{name} feels {gap:+.2f} from {first}, 95 % interval "
+              f"{gap - chance:+.2f} to {gap + chance:+.2f}")
+
+
+def print_agreement(one, two):
+    """How far two readers agree on the passages that both rated."""
+    ratings = {row["text"]: row["rating"] for row in two}
+    both = [(row["rating"], ratings[row["text"]]) for row in one if row["text"] in ratings]
+    if len(both) > 1:
+        a, b = zip(*both)
+        print(f"two readers of {len(both)} passages: quadratic kappa "
+              f"{quadratic_kappa(a, b):.2f}, Pearson {correlation(a, b):.2f}")
+
+
+def cell(x):
+    """How a table shows a value; a pair is a mean and its standard error.
+
+    >>> cell(0.12345), cell((0.5, 0.25)), cell(None)
+    ('0.123', '0.50 ± 0.25', '')
+    """
+    if isinstance(x, tuple):
+        return cell(x[0]) and "%.2f ± %.2f" % x
+    # NaN, the mean of nothing, is the one value that differs from itself.
+    if x is None or x != x:
+        return ""
+    return f"{x:.3g}" if isinstance(x, float) else str(x)
 
 
 def table(columns, rows):
     """A markdown table: lines of text."""
-    cells = [["" if x is None else f"{x:.3g}" if isinstance(x, float) else str(x) for x in row]
-             for row in (columns, ["---"] * len(columns), *rows)]
-    return [f"| {' | '.join(row)} |" for row in cells] + [""]
+    lines = [columns, ["---"] * len(columns), *rows]
+    return [f"| {' | '.join(map(cell, line))} |" for line in lines] + [""]
 
 
-# ---- the report ---------------------------------------------------------------------------
+# ---- the summary --------------------------------------------------------------------------
 
 def load_study(out):
     """(pretrained, rewarded, judged, runs) of a folder; runs of this reward model only."""
@@ -350,7 +398,7 @@ def load_study(out):
              for kind in ("pretrain", "reward", "judge")]
     runs = []
     for path in out.glob("ppo_*beta*.pt"):
-        if "_kl" in path.stem or ".partial" in path.name:
+        if "_kl" in path.name or ".partial" in path.name:
             continue
         run = data.load_checkpoint(path, "ppo")
         if run["inputs"]["reward"] == data.digest(found[1]["model"]):
@@ -367,234 +415,298 @@ def scores_of(state, log_odds, toward):
     return reward.score(log_odds, **state["constants"][toward], toward=toward)
 
 
+def rho_scores(state, toward):
+    """The scores (N,) by a reward checkpoint of the samples of rho that it keeps."""
+    return scores_of(state, state["rho"]["log_odds"], toward)
+
+
 def pool(rewarded, run):
     """Scores (N,) of rho's and a run's fresh samples, and their log(rho/q), q the mixture."""
-    fresh = run["fresh"]
-    log_odds = torch.cat((rewarded["rho"]["log_odds"], fresh["log_odds"]))
+    rho, fresh = rewarded["rho"]["log_odds"], run["fresh"]
     # log pi - log rho of every sample: rho's own row is 0, for only the ratio matters.
-    # Samples of rho first, then the policy's, as their log-odds above.
     ratio = torch.cat((run["rho_log_ratio"], fresh["log_ratio"]))
-    counts = [len(run["rho_log_ratio"]), len(fresh["log_ratio"])]
-    weights = ppo.mixture_log_weights(torch.stack((torch.zeros_like(ratio), ratio)), counts)
-    return scores_of(rewarded, log_odds, run["toward"]), weights
+    weights = ppo.mixture_log_weights(torch.stack((0 * ratio, ratio)),
+                                      [len(rho), len(fresh["log_ratio"])])
+    return scores_of(rewarded, torch.cat((rho, fresh["log_odds"])), run["toward"]), weights
 
 
-def summarise_run(pretrained, rewarded, judged, run):
+def summarise_optimum(rewarded, run):
+    """ppo.optimum at the beta of a run, and pareto_k; NaN for what is not known."""
+    best = dict.fromkeys(("objective", "score", "ref_kl", "ess", "objective_se", "pareto_k"),
+                         math.nan)
+    best["ess"] = 0.0
+    beta = run["beta"]
+    # Without a penalty no policy is the best.
+    if beta:
+        scores, weights = pool(rewarded, run)
+        found = ppo.optimum(scores, beta, weights)
+        # Too few effective samples: no number, for it would be far too low.
+        best |= found if found["ess"] >= MIN_ESS else {"ess": found["ess"]}
+        best["pareto_k"] = ppo.pareto_k(weights + scores / beta)
+    return best
+
+
+def summarise_run(rewarded, judged, run):
     """The entry of a run in summary.json: what its fresh samples say, beside the optimum."""
     fresh, toward, beta = run["fresh"], run["toward"], run["beta"]
     scores, kl = scores_of(rewarded, fresh["log_odds"], toward), fresh["ref_kl"]
-    objective, se = mean_se((scores - beta * kl).tolist())
-    rho = scores_of(rewarded, rewarded["rho"]["log_odds"], toward).mean().item()
-    best = {"objective": None, "score": None, "ref_kl": None, "ess": 0.0, "objective_se": None,
-            "pareto_k": None}
-    if beta:
-        samples, weights = pool(rewarded, run)
-        best = ppo.optimum(samples, beta, weights)
-        k = ppo.pareto_k(weights + samples / beta)
-        best["pareto_k"] = None if math.isnan(k) else k     # JSON knows no NaN
-    known = best["ess"] >= MIN_ESS
-    fraction = fraction_se = None
-    if known:
-        fraction = (objective - rho) / (best["objective"] - rho)
-        fraction_se = math.hypot(se, fraction * best["objective_se"]) / (best["objective"] - rho)
-    return {"beta": beta, "toward": toward, "iterations": len(run["history"]),
+    objective, se = mean_se(scores - beta * kl)
+    rho = rho_scores(rewarded, toward).mean().item()
+    best = summarise_optimum(rewarded, run)
+    way = best["objective"] - rho
+    fraction = (objective - rho) / way
+    iterations = len(run["history"])
+    return {"beta": beta, "toward": toward, "iterations": iterations,
             "score": scores.mean().item(),
             "judge": scores_of(judged, fresh["judge"], toward).mean().item(),
-            "positive": fresh["log_odds"].sigmoid().mean().item(), "ref_kl": kl.mean().item(),
+            "positive": fresh["log_odds"].sigmoid().mean().item(),
+            "ref_kl": kl.mean().item(),
             "objective": objective, "objective_se": se, "reference_objective": rho,
-            # Too few effective samples: no number, for it would be far too low.
-            "optimum": {key: x if known or key in ("ess", "pareto_k") else None
-                        for key, x in best.items()},
-            "fraction_of_optimum": fraction, "fraction_se": fraction_se,
-            "kl_to_optimum": (best["objective"] - objective) / beta if known else None,
-            "seconds_per_iteration": run["seconds"] / max(len(run["history"]), 1)}
+            "optimum": best,
+            "fraction_of_optimum": fraction,
+            "fraction_se": math.hypot(se, fraction * best["objective_se"]) / way,
+            "kl_to_optimum": (best["objective"] - objective) / (beta or math.nan),
+            "seconds_per_iteration": run["seconds"] / max(iterations, 1)}
+
+
+def summarise_reward(state):
+    """The entry of a reward model in summary.json."""
+    report = state["report"]
+    reached = report.get("passages") or report["samples"]
+    return {"labels": state["labels"], **state["constants"]["positive"],
+            "val_pearson": reached["pearson"], "val_auc": reached["auc"],
+            "val_log_loss": reached["log_loss"], "report": report,
+            "reference_positive": state["rho"]["log_odds"].sigmoid().mean().item()}
 
 
 def summarise(out, pretrained, rewarded, judged, runs):
     """summary.json as a dict."""
-    seconds = {"data": data.load_checkpoint(out / "data.pt", "data")["seconds"],
-               "pretrain": pretrained["seconds"], "reward": rewarded["seconds"],
-               "judge": judged["seconds"],
-               "ppo": {label(run): run["seconds"] for run in runs}}
-    seconds["total"] = sum(seconds["ppo"].values()) + sum(
-        x for key, x in seconds.items() if key != "ppo")
-    about = {}
-    for name, state in (("reward", rewarded), ("judge", judged)):
-        reached = state["report"].get("passages") or state["report"]["samples"]
-        about[name] = {"labels": state["labels"], **state["constants"]["positive"],
-                       "val_pearson": reached["pearson"], "val_auc": reached["auc"],
-                       "val_log_loss": reached["log_loss"], "report": state["report"],
-                       "reference_positive": state["rho"]["log_odds"].sigmoid().mean().item()}
-    return {"size": pretrained["args"]["size"], "device": pretrained["args"]["device"],
-            "seconds": seconds, **about,
-            "pretrain": {key: pretrained[key] for key in ("parameters", "val_bits_per_byte")},
-            "ppo": [summarise_run(pretrained, rewarded, judged, run) for run in runs]}
+    texts = data.load_checkpoint(out / "data.pt", "data")
+    stages = {"data": texts, "pretrain": pretrained, "reward": rewarded, "judge": judged}
+    seconds = {name: state["seconds"] for name, state in stages.items()}
+    ppo_seconds = {label(run): run["seconds"] for run in runs}
+    total = sum(ppo_seconds.values()) + sum(seconds.values())
+    summary = {"size": pretrained["args"]["size"], "device": pretrained["args"]["device"],
+               "seconds": {**seconds, "ppo": ppo_seconds, "total": total},
+               "reward": summarise_reward(rewarded), "judge": summarise_reward(judged),
+               "pretrain": {key: pretrained[key] for key in ("parameters", "val_bits_per_byte")},
+               "ppo": [summarise_run(rewarded, judged, run) for run in runs]}
+    # JSON knows no NaN: what is not known is null there, None here.
+    return json.loads(json.dumps(summary), parse_constant=lambda name: None)
 
 
 def label(run):
     """How figures and tables call a run: 0.2, or negative 0.2."""
-    beta = f"{run['inputs']['beta']:g}"
-    return beta if run["toward"] == "positive" else f"{run['toward']} {beta}"
+    return f"{run['toward']} {run['inputs']['beta']:g}".removeprefix("positive ")
 
 
-def root(kls):
-    """sqrt of KLs: along it, scores at first grow in a straight line (Gao 2022)."""
-    return [max(kl, 0.0) ** 0.5 for kl in kls]
+# ---- figures: first the numbers, panel by panel -------------------------------------------
 
+def draw_figure(path, panels):
+    """Write panels (title, x label, y label, lines) as a PNG, three side by side.
 
-def column(run, key):
-    """A metric of every iteration of a run."""
-    return [row[key] for row in run["history"] if key in row]
-
-
-def save_figure(figure, path):
-    """Write a figure as a PNG, whole."""
+    A line is (label, style, x, y), and standard errors of y where there are some.
+    """
+    columns, rows = min(len(panels), 3), math.ceil(len(panels) / 3)
+    figure = Figure(figsize=(5.5 + 2.5 * columns, 3 + 2 * rows))
+    for i, (title, xlabel, ylabel, lines) in enumerate(panels, 1):
+        axis = figure.add_subplot(rows, columns, i)
+        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axis.grid(alpha=0.3)
+        for name, style, *points in lines:
+            axis.errorbar(*points, fmt=style, capsize=2, markersize=8, label=name)
+    figure.axes[0].legend(fontsize=8)
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
-    plt.close(figure)
+    path.parent.mkdir(exist_ok=True)
     data.write_file(path, buffer.getvalue())
 
 
-def draw_frontier(path, rewarded, runs, summary):
+def drift_panels(title, lines, ylabel="score, deviations of rho's"):
+    """The panel of a figure whose lines have KLs as x, shown by their root."""
+    # Along the root scores at first grow in a straight line (Gao 2022).
+    lines = [(name, style, torch.tensor(kls).clamp(min=0).sqrt(), *values)
+             for name, style, kls, *values in lines]
+    return [(title, "sqrt(KL to rho), KL in nats per completion", ylabel, lines)]
+
+
+def logged(run, x, y):
+    """What a run logged as x and as y, in the steps in which it logged y: two lists."""
+    rows = [row for row in run["history"] if y in row]
+    return column(rows, x), column(rows, y)
+
+
+def frontier(rewarded, runs):
+    """The optimum at many betas: ppo.optimum's dicts, from the samples of runs of one direction."""
+    pools = [pool(rewarded, run) for run in runs]
+    found = []
+    for beta in torch.logspace(2, -2, 81).tolist():
+        optima = [ppo.optimum(scores, beta, weights) for scores, weights in pools]
+        # Of several runs' pools the one that knows this beta best.
+        found.append(max(optima, key=lambda best: best["ess"]))
+    return [best for best in found if best["ess"] >= MIN_ESS]
+
+
+def frontier_panels(rewarded, runs, summary):
     """Score against drift: the paths of PPO, best-of-n, and what no policy can be above."""
-    figure, axis = plt.subplots(figsize=(8, 5.5))
-    pools = [(run["toward"], *pool(rewarded, run)) for run in runs]
-    for toward in dict.fromkeys(run["toward"] for run in runs):
+    lines = []
+    for toward, group in groups(runs, "toward").items():
         style = "-" if toward == "positive" else "--"
-        frontier = []
-        for beta in (10 ** (e / 20) for e in range(40, -40, -1)):
-            found = [ppo.optimum(scores, beta, weights) for t, scores, weights in pools
-                     if t == toward]
-            # Of several runs' pools the one that knows this beta best.
-            best = max(found, key=lambda o: o["ess"])
-            if best["ess"] >= MIN_ESS:
-                frontier.append((best["ref_kl"], best["score"]))
-        kls, scores = zip(*frontier)
-        axis.plot(root(kls), scores, "k" + style, label=f"optimum, {toward}: no policy is above")
-        rho = scores_of(rewarded, rewarded["rho"]["log_odds"], toward)
+        best = frontier(rewarded, group)
+        rho = rho_scores(rewarded, toward)
         scores, kls = zip(*(ppo.best_of_n(rho, 2 ** k) for k in range(9)))
-        axis.plot(root(kls), scores, "C7s" + style, markersize=3,
-                  label="best of 1, 2, 4 ... 256 samples of rho (KL at most)")
+        lines += [(f"optimum, {toward}: no policy is above; stars: of these betas", f"k{style}",
+                   column(best, "ref_kl"), column(best, "score")),
+                  ("best of 1, 2, 4 ... 256 samples of rho (KL at most)", f"C7.{style}",
+                   kls, scores)]
     for i, (run, row) in enumerate(zip(runs, summary["ppo"])):
-        axis.plot(root(column(run, "exact_kl")), column(run, "score"), f"C{i}.-", alpha=0.6,
-                  label=f"PPO, beta {label(run)}")
-        axis.plot(root([row["ref_kl"]]), [row["score"]], f"C{i}o", markersize=9)
-        if row["fraction_of_optimum"]:
-            best = row["optimum"]
-            axis.plot(root([best["ref_kl"]]), [best["score"]], f"C{i}*", markersize=14,
-                      label=f"optimum of beta {label(run)}")
-    axis.set(title="How much score for how much drift?", ylabel="score, deviations of rho's",
-             xlabel="sqrt(KL to rho), KL in nats per completion")
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3)
-    save_figure(figure, path)
+        lines.append((f"PPO, beta {label(run)}", f"C{i}.-", *logged(run, "exact_kl", "score")))
+        # Where it ended, and where it could have: nowhere, if that is not known.
+        for marker, end in (("o", row), ("*", row["optimum"])):
+            lines.append((None, f"C{i}{marker}", column([end], "ref_kl"), column([end], "score")))
+    return drift_panels("How much score for how much drift?", lines)
 
 
-def draw_judge(path, rewarded, judged, runs):
+def judge_panels(rewarded, judged, runs):
     """Score by the reward model and by the judge that was not optimised, against drift."""
-    figure, axis = plt.subplots(figsize=(8, 5))
-    # If the two correlate c on rho, a gain of s by one is c s by the other without any cheating.
-    rho = [state["rho"]["log_odds"] for state in (rewarded, judged)]
+    lines = []
     for i, run in enumerate(runs):
-        kls, proxy = root(column(run, "exact_kl")), column(run, "score")
-        ours, theirs = (scores_of(state, x, run["toward"])
-                        for state, x in zip((rewarded, judged), rho))
-        c = correlation(ours.tolist(), theirs.tolist())
-        axis.plot(kls, proxy, f"C{i}-", label=f"reward model, beta {label(run)}")
-        axis.plot(kls, column(run, "judge"), f"C{i}--", label="judge")
-        axis.plot(kls, [c * s for s in proxy], f"C{i}:", label=f"what correlation {c:.2f} implies")
-    axis.set(title="Does a judge who was not optimised agree?", ylabel="score, deviations of rho's",
-             xlabel="sqrt(KL to rho), KL in nats per completion")
-    axis.legend(fontsize=7)
-    axis.grid(alpha=0.3)
-    save_figure(figure, path)
+        kls, scores = logged(run, "exact_kl", "score")
+        # If the two correlate c on rho, a gain of s by one is c s by the other without cheating.
+        c = correlation(*(rho_scores(state, run["toward"]).tolist()
+                          for state in (rewarded, judged)))
+        lines += [(f"reward model, beta {label(run)}", f"C{i}-", kls, scores),
+                  ("judge", f"C{i}--", *logged(run, "exact_kl", "judge")),
+                  (f"what correlation {c:.2f} implies", f"C{i}:", kls, [c * s for s in scores])]
+    return drift_panels("Does a judge who was not optimised agree?", lines)
 
 
-def draw_training(path, runs):
+def training_panels(runs):
     """What PPO logs, against iteration: J with J*, drift, and the signs of collapse."""
-    panels = {"objective": "objective J, dotted: J* from rho's samples", "exact_kl": "drift, nats "
-              "per completion", "policy_loss": "train loss: the clipped surrogate", "clipfrac":
-              "clip fraction, share of tokens", "explained_variance": "explained variance",
-              "entropy": "entropy, nats per token", "distinct_2": "distinct pairs of tokens, share",
-              "ref_logprob": "log rho of the samples, nats per token", "positive": "P(positive)"}
-    figure, axes = plt.subplots(3, 3, figsize=(13, 9))
-    for axis, (key, title) in zip(axes.flat, panels.items()):
-        for i, run in enumerate(runs):
-            axis.plot(column(run, "step"), column(run, key), f"C{i}", label=f"beta {label(run)}")
-            if key == "objective" and run["inputs"]["beta"]:
-                axis.plot(column(run, "step"), column(run, "best"), f"C{i}:")
-        axis.set(title=title, xlabel="iteration")
-        axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=8)
-    save_figure(figure, path)
+    titles = {"objective": "objective J, dotted: J* from rho's samples",
+              "exact_kl": "drift, nats per completion",
+              "policy_loss": "train loss: the clipped surrogate",
+              "clipfrac": "clip fraction, share of tokens",
+              "explained_variance": "explained variance",
+              "entropy": "entropy, nats per token",
+              "distinct_2": "distinct pairs of tokens, share",
+              "ref_logprob": "log rho of the samples, nats per token",
+              "positive": "P(positive)"}
+    panels = []
+    for key, title in titles.items():
+        lines = [(f"beta {label(run)}", f"C{i}", *logged(run, "step", key))
+                 for i, run in enumerate(runs)]
+        if key == "objective":
+            lines += [(None, f"C{i}:", *logged(run, "step", "best")) for i, run in enumerate(runs)]
+        panels.append((title, "iteration", "", lines))
+    return panels
 
 
-def draw_reliability(path, rewarded, judged, pretrained):
+def reward_panels(rewarded, judged, pretrained):
     """Is P(positive) what it says, on held-out ratings? And how pretraining went."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
-    for axis, name, state in zip(axes, ("reward model", "judge"), (rewarded, judged)):
+    panels = []
+    for name, state in (("reward model", rewarded), ("judge", judged)):
+        lines = [("perfect", "k:", [0.2, 0.8], [0.2, 0.8])]
         for kind, found in state["report"].items():
             p, target, se, _ = zip(*found["reliability"])
-            axis.errorbar(p, target, se, fmt="o-", capsize=3, label=f"{found['n']} {kind}")
-        axis.plot([0.2, 0.8], [0.2, 0.8], "k:", label="perfect")
-        axis.set(title=f"Reliability of the {name}", xlabel="mean P(positive) of a tenth",
-                 ylabel="mean (rating + 2) / 4 of that tenth")
-        axis.legend(fontsize=8)
-    axes[2].plot(column(pretrained, "step"), column(pretrained, "loss"))
-    axes[2].set(title="Pretraining", xlabel="step", ylabel="loss, nats per token")
-    save_figure(figure, path)
+            lines.append((f"{found['n']} {kind}", "o-", p, target, se))
+        panels.append((f"Reliability of the {name}", "mean P(positive) of a tenth",
+                       "mean (rating + 2) / 4 of that tenth", lines))
+    loss = (None, "-", *logged(pretrained, "step", "loss"))
+    return [*panels, ("Pretraining", "step", "loss, nats per token", [loss])]
 
 
-def draw_readers(path, rows, p):
+def along_drift(rows):
+    """{run: {KL: ratings}} of rho, at 0, and of each policy that a run kept, at its mark."""
+    models, runs = by_model(rows), {}
+    rho = models.pop("pretrain", [])
+    for name, group in models.items():
+        run, _, mark = name.partition("_kl")
+        points = runs.setdefault(run, {0.0: rho})
+        # How far the policy at the end of a run is, its name does not say.
+        if mark:
+            points[float(mark)] = group
+    return runs
+
+
+def reader_panels(rows):
     """What readers say along the drift: feeling, sense, P(positive), in the same unit 0 to 1."""
-    figure, axis = plt.subplots(figsize=(8, 5))
-    paths = {}
-    for name, group in groups(rows).items():
-        stem, _, mark = name.partition("_kl")
-        kl = 0.0 if name == "pretrain" else float(mark or "nan")
-        found = [[(r["rating"] + 2) / 4 for r in group], [p[r["text"]] for r in group if p],
-                 [(r["sense"] - 1) / 4 for r in group if r["sense"]]]
-        paths.setdefault(stem, []).append((kl, *(mean_se(x) if x else (math.nan, 0)
-                                                 for x in found)))
-    start = paths.pop("pretrain", [])
-    for i, (stem, points) in enumerate(paths.items()):
-        kls, *found = zip(*sorted(start + points))
-        for values, style, what in zip(found, ("o-", "s--", "^:"),
-                                       ("readers' feeling", "P(positive)", "readers' sense")):
-            means, errors = zip(*values)
-            axis.errorbar(root(kls), means, errors, fmt=f"C{i}{style}", capsize=2,
-                          label=f"{what}, {stem.replace('ppo_', '')}")
-    axis.set(title="Where the reward model and readers part", ylabel="from 0 to 1",
-             xlabel="sqrt(KL to rho), KL in nats per completion")
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3)
-    save_figure(figure, path)
+    scales = {"rating": ("readers' feeling", "o-", -2, 2),
+              "positive": ("P(positive)", "s--", 0, 1),
+              "sense": ("readers' sense", "^:", 1, 5)}
+    lines = []
+    for i, (run, points) in enumerate(along_drift(rows).items()):
+        kls = sorted(points)
+        for key, (what, style, low, high) in scales.items():
+            found = torch.tensor([mean_se(column(points[kl], key)) for kl in kls])
+            means, errors = found.T / (high - low)
+            lines.append((f"{what}, {run.removeprefix('ppo_')}", f"C{i}{style}",
+                          kls, means - low / (high - low), errors))
+    return drift_panels("Where the reward model and readers part", lines, ylabel="from 0 to 1")
 
 
-def sample_texts(tokenizer, rewarded, toward, pool, n=20):
-    """n completions of a pool of them, each with what the reward model says and its KL."""
-    texts = []
-    kls = pool.get("ref_kl", torch.zeros(n))
+# ---- the report ---------------------------------------------------------------------------
+
+def results_table(summary):
+    """What each run reached, and its optimum: lines of a markdown table."""
+    rows = []
+    for row in summary["ppo"]:
+        best = row["optimum"]
+        rows.append((f"{row['beta']:.3g} {row['toward']}".removesuffix(" positive"),
+                     row["score"], row["judge"], row["positive"], row["ref_kl"],
+                     (row["objective"], row["objective_se"]),
+                     (best["objective"], best["objective_se"]),
+                     round(best["ess"]), best["pareto_k"],
+                     (row["fraction_of_optimum"], row["fraction_se"]),
+                     row["kl_to_optimum"]))
+    return table(["beta", "score", "judge", "P(positive)", "ref_kl", "J", "J*", "ESS", "k-hat",
+                  "fraction of optimum", "KL(pi to pi*)"], rows)
+
+
+def best_of_n_table(rewarded, runs):
+    """Best of n samples of rho, the yardstick that needs no training: score, KL, J by beta."""
+    lines = []
+    for toward, group in groups(runs, "toward").items():
+        betas, rows = [run["inputs"]["beta"] for run in group], []
+        for n in (1, 4, 16, 64, 256):
+            score, kl = ppo.best_of_n(rho_scores(rewarded, toward), n)
+            rows.append((n, score, kl, *(score - beta * kl for beta in betas)))
+        lines += table([f"best of n, {toward}", "score", "KL at most",
+                        *(f"J at beta {beta:g}" for beta in betas)], rows)
+    return lines
+
+
+def measures(name, state):
+    """How well a reward model predicts held-out ratings: lines of markdown."""
+    keys = ["n", "pearson", "pearson_se", "auc", "log_loss", "constant_log_loss"]
+    rows = [(kind, *(found[key] for key in keys)) for kind, found in state["report"].items()]
+    return [f"## The {name} model on ratings that it was not trained on", "",
+            *table(["of", *keys], rows)]
+
+
+def write_samples(path, tokenizer, rewarded, toward, pool, n=20):
+    """Write the first n completions of a pool of them into a text file; returns their texts."""
     scores = scores_of(rewarded, pool["log_odds"], toward)
+    kls = pool.get("ref_kl", torch.zeros(n))
+    texts = []
     for tokens, log_odds, score, kl in zip(pool["tokens"][:n], pool["log_odds"], scores, kls):
-        texts.append(f"{tokenizer.decode(tokens.tolist())}\n\nPositive Prob: "
-                     f"{100 * log_odds.sigmoid():.1f}%   Score: {score:.2f}   KL: {kl:.1f} nats")
+        texts.append(as_text({"text": tokenizer.decode(tokens.tolist()),
+                              "positive": log_odds.sigmoid(), "score": score, "ref_kl": kl}))
+    path.parent.mkdir(exist_ok=True)
+    data.write_file(path, f"\n\n{'-' * 60}\n\n".join(texts) + "\n")
     return texts
 
 
-def strip_along_kl(out, run, args):
-    """A sample of each policy that a run kept along its drift: rows of a table."""
-    path, rows = out / f"{train.run_name(run['toward'], run['inputs']['beta'])}.pt", []
-    for mark in marks_of(path):
-        samples = draw(kept_at(path, mark), args, 8)
-        texts = [sample["text"] for sample in samples]
-        words = [text.split() for text in texts]
-        pairs = [pair for row in words for pair in zip(row, row[1:])]
-        p = sum(sample["positive"] for sample in samples) / len(samples)
-        text = " / ".join(texts[0].split("\n")).replace("|", "")
-        rows.append((mark, p, len(set(pairs)) / max(len(pairs), 1), text))
-    return rows
+def table_along_kl(path, run, args):
+    """Each policy that a run, its file at path, kept along its drift: lines of a markdown table."""
+    rows = []
+    for mark, kept in kept_along_kl(path).items():
+        step = next(row for row in run["history"] if row["exact_kl"] >= mark)
+        text = draw(kept, args, 1)[0]["text"]
+        rows.append((mark, step["positive"], step["distinct_2"],
+                     text.replace("\n", " / ").replace("|", "")))
+    return table(["KL", "P(positive)", "distinct pairs of tokens", "a sample"], rows)
 
 
 def write_report(args):
@@ -602,20 +714,17 @@ def write_report(args):
     out = args.report
     study = pretrained, rewarded, judged, runs = load_study(out)
     tokenizer = data.load_tokenizer(out / "tokenizer.tiktoken", pretrained)
-    for name in ("figures", "samples"):
-        (out / name).mkdir(exist_ok=True)
     summary = summarise(out, *study)
     data.write_file(out / "summary.json", json.dumps(summary, indent=1))
-    figures = out / "figures"
-    draw_frontier(figures / "frontier.png", rewarded, runs, summary)
-    draw_judge(figures / "judge.png", rewarded, judged, runs)
-    draw_training(figures / "ppo.png", runs)
-    draw_reliability(figures / "reward.png", rewarded, judged, pretrained)
-    names = ["frontier", "judge", "ppo", "reward"]
+    figures = {"frontier": frontier_panels(rewarded, runs, summary),
+               "judge": judge_panels(rewarded, judged, runs),
+               "ppo": training_panels(runs),
+               "reward": reward_panels(rewarded, judged, pretrained)}
     if args.ratings:
         rows = [row for path in args.ratings for row in read_ratings(path)]
-        draw_readers(figures / "readers.png", rows, probabilities(out / "pretrain.pt", rows))
-        names.insert(2, "readers")
+        figures["readers"] = reader_panels(with_positive(out / "pretrain.pt", rows))
+    for name, panels in figures.items():
+        draw_figure(out / f"figures/{name}.png", panels)
 
     results = results_table(summary)
     print("", *results, sep="\n")
@@ -628,63 +737,23 @@ def write_report(args):
              f"sample size (ESS) is below {MIN_ESS}, it is not quoted. judge: the score by a "
              "second reward model, for which nothing was optimised.", "",
              *best_of_n_table(rewarded, runs),
-             *[f"![{name}](figures/{name}.png)\n" for name in names]]
-    for name, state in (("reward", rewarded), ("judge", judged)):
-        keys = ("n", "pearson", "pearson_se", "auc", "log_loss", "constant_log_loss")
-        lines += [f"## The {name} model on ratings that it was not trained on", "",
-                  *table(["of", *keys], [(kind, *(found[key] for key in keys))
-                                         for kind, found in state["report"].items()])]
-    before = sample_texts(tokenizer, rewarded, "positive", rewarded["rho"])
-    write_samples(out / "samples" / "rho.txt", before)
+             *(f"![{name}](figures/{name}.png)\n" for name in figures),
+             *measures("reward", rewarded), *measures("judge", judged)]
+    before = write_samples(out / "samples/rho.txt", tokenizer, rewarded, "positive",
+                           rewarded["rho"])
     for run in runs:
         name = train.run_name(run["toward"], run["inputs"]["beta"])
-        after = sample_texts(tokenizer, rewarded, run["toward"], run["fresh"])
-        write_samples(out / "samples" / f"{name}.txt", after)
-        print(*(f"\n===== before\n{old}\n\n===== after, beta {label(run)}\n{new}"
-                for old, new in list(zip(before, after))[:2]), sep="\n")
-        lines += [f"## {name}: before and after", "", *(
-            f"```\n{old}\n```\n\nafter:\n\n```\n{new}\n```\n"
-            for old, new in list(zip(before, after))[:3])]
-        strip = strip_along_kl(out, run, args)
-        if strip:
-            lines += [f"## {name} along its drift", "", *table(
-                ["KL", "P(positive) of 8", "distinct pairs of words", "the first"], strip)]
+        after = write_samples(out / f"samples/{name}.txt", tokenizer, rewarded, run["toward"],
+                              run["fresh"])
+        pairs = [f"===== before\n{old}\n\n===== after, beta {label(run)}\n{new}\n"
+                 for old, new in zip(before[:2], after)]
+        print("", *pairs, sep="\n", end="")
+        lines += [f"## {name}: before and after", "", "```", *pairs, "```", ""]
+        path = out / f"{name}.pt"
+        if kept_along_kl(path):
+            lines += [f"## {name} along its drift", "", *table_along_kl(path, run, args)]
     data.write_file(out / "report.md", "\n".join(lines))
     print(f"\n{out / 'report.md'} has the figures and more samples")
-
-
-def write_samples(path, texts):
-    """Samples into a text file, a line between them."""
-    data.write_file(path, f"\n\n{'-' * 60}\n\n".join(texts) + "\n")
-
-
-def results_table(summary):
-    """What each run reached, and its optimum: lines of a markdown table."""
-    def plus_minus(value, error):
-        return None if value is None else f"{value:.2f} ± {error:.2f}"
-
-    rows = [(f"{row['beta']:.3g}{'' if row['toward'] == 'positive' else ' negative'}", row["score"],
-             row["judge"], row["positive"], row["ref_kl"],
-             plus_minus(row["objective"], row["objective_se"]),
-             plus_minus(row["optimum"]["objective"], row["optimum"]["objective_se"]),
-             round(row["optimum"]["ess"]), row["optimum"]["pareto_k"],
-             plus_minus(row["fraction_of_optimum"], row["fraction_se"]), row["kl_to_optimum"])
-            for row in summary["ppo"]]
-    return table(["beta", "score", "judge", "P(positive)", "ref_kl", "J", "J*", "ESS", "k-hat",
-                  "fraction of optimum", "KL(pi to pi*)"], rows)
-
-
-def best_of_n_table(rewarded, runs):
-    """Best of n samples of rho, the yardstick that needs no training: score, KL, J by beta."""
-    lines = []
-    for toward in dict.fromkeys(run["toward"] for run in runs):
-        rho = scores_of(rewarded, rewarded["rho"]["log_odds"], toward)
-        betas = [run["inputs"]["beta"] for run in runs if run["toward"] == toward]
-        rows = [(n, score, kl, *(score - beta * kl for beta in betas))
-                for n in (1, 4, 16, 64, 256) for score, kl in [ppo.best_of_n(rho, n)]]
-        lines += table([f"best of n, {toward}", "score", "KL at most",
-                        *(f"J at beta {beta:g}" for beta in betas)], rows)
-    return lines
 
 
 # ---- the command line ---------------------------------------------------------------------
@@ -693,30 +762,32 @@ def parse():
     """The options; what is out of range is answered with one line."""
     count = data.number(int, 1)
     parser = data.Parser(description=__doc__.split("\n")[0], formatter_class=train.HelpFormatter)
-    parser.add_argument("--checkpoint", default="out/pretrain.pt", type=Path,
-                        help="pretrain.pt or ppo_beta*.pt, in the folder that train.py wrote")
-    parser.add_argument("--kl", type=float, metavar="NATS",
-                        help="the policy as it was when its drift first passed so many nats")
-    parser.add_argument("--num", type=count, help="how many samples (5, or 20 to rate)")
-    parser.add_argument("--length", type=count, default=64, help="tokens of each")
-    parser.add_argument("--prompt", default="", help="text to continue; empty: as a speech begins")
-    parser.add_argument("--temperature", type=data.number(float, 0), default=1.0,
-                        help="below 1 plays safe, 0 always takes the likeliest token")
-    parser.add_argument("--top-k", type=count, help="draw from the k likeliest tokens only "
-                        "(unset: from all, as in training)")
-    parser.add_argument("--seed", type=data.number(int, 0, 2**31), default=0,
-                        help="the same seed gives the same samples")
-    parser.add_argument("--best-of", type=count, default=1, metavar="N",
-                        help="of N samples show the one that the reward model likes best")
-    parser.add_argument("--compare", action="store_true",
-                        help="show rho's samples and those of the twin as well, side by side")
-    parser.add_argument("--jsonl", action="store_true", help="one JSON object a line")
-    parser.add_argument("--rate", nargs="+", metavar="CHECKPOINT", help="take your ratings of "
-                        "their samples: several, shuffled and blind; one, or plays: labels")
-    parser.add_argument("--ratings", nargs="+", type=Path, metavar="FILE.csv",
-                        help="the file of your ratings; without --rate, what one or two files say")
-    parser.add_argument("--report", type=Path, metavar="DIR",
-                        help="draw figures, report.md and summary.json of a study again")
+    add = parser.add_argument
+    add("--checkpoint", default="out/pretrain.pt", type=Path,
+        help="pretrain.pt or ppo_beta*.pt, in the folder that train.py wrote")
+    add("--kl", type=float, metavar="NATS",
+        help="the policy as it was when its drift first passed so many nats")
+    add("--num", type=count, help="how many samples (5, or 20 to rate)")
+    add("--length", type=count, default=64, help="tokens of each")
+    add("--prompt", default="", help="text to continue; empty: as a speech begins")
+    add("--temperature", type=data.number(float, 0), default=1.0,
+        help="below 1 plays safe, 0 always takes the likeliest token")
+    add("--top-k", type=count,
+        help="draw from the k likeliest tokens only (unset: from all, as in training)")
+    add("--seed", type=data.number(int, 0, 2**31), default=0,
+        help="the same seed gives the same samples")
+    add("--best-of", type=count, default=1, metavar="N",
+        help="of N samples show the one that the reward model likes best")
+    add("--compare", action="store_true",
+        help="show rho's samples and those of the twin as well, side by side")
+    add("--jsonl", action="store_true", help="one JSON object a line")
+    add("--rate", nargs="+", metavar="CHECKPOINT",
+        help="take your ratings of their samples: several, shuffled and blind; one, or plays: "
+             "labels")
+    add("--ratings", nargs="+", type=Path, metavar="FILE.csv",
+        help="the file of your ratings; without --rate, what one or two files say")
+    add("--report", type=Path, metavar="DIR",
+        help="draw figures, report.md and summary.json of a study again")
     args = parser.parse_args()
     args.num = args.num or (20 if args.rate else 5)
     return args
