@@ -157,7 +157,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.vocab_size)
-        # One frequency for each pair of features of a head, from 1 to 1/10,000 radians a token.
+        # One frequency for each pair of features of a head, 1 to about 1/10,000 radians a token.
         half = config.n_embd // config.n_head // 2
         position = torch.arange(config.block_size)[:, None]
         angle = position * 10_000.0 ** (-torch.arange(half) / half)

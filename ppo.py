@@ -76,7 +76,7 @@ def kl_penalised_rewards(scores, logprobs, ref_logprobs, beta, mask=None):
     """
     k1, mask = _masked((logprobs - ref_logprobs).detach(), mask)
     position = torch.arange(1, k1.size(1) + 1, device=mask.device)
-    last = (mask * position).argmax(1, keepdim=True)                    # (B,1): of the real tokens
+    last = (mask * position).argmax(1, keepdim=True)                    # (B,1): the last real one
     scores = scores.detach().to(k1.dtype)[:, None]
     rewards = (-beta * k1).scatter_add(1, last, scores)
     return rewards.masked_fill(~mask, 0.0)
@@ -110,11 +110,11 @@ def rewards_to_go(rewards, mask=None):
 
 
 def leave_one_out(returns, group):
-    """returns (B,T) minus the mean of the others of its group at the same position (Ahmadian 2024).
+    """returns (B,T) minus the mean of the others of its group at the same position.
 
-    Each group rows in a row complete one prompt. What the others earned does not depend on this
-    completion's tokens, so as a baseline it changes no expectation. Raises ValueError for a group
-    of one.
+    After Ahmadian 2024, who compare whole completions. Every group of consecutive rows completes
+    one prompt. What the others earned does not depend on this completion's tokens, so as a baseline
+    it changes no expectation. Raises ValueError for a group of one.
     """
     if group < 2:
         raise ValueError("a completion alone has no others to be compared with")
@@ -148,10 +148,11 @@ def policy_loss(logprobs, old_logprobs, advantages, clip=0.2, mask=None):
     # exp(89) is infinite in float32, and its gradient no number.
     ratio = log_ratio.clamp(max=80).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
-    # The worse of both, so that there is no gain from leaving the range.
+    # The smaller of both: nothing is gained outside the range, but what is lost there counts.
     surrogate = torch.min(ratio * advantages, clipped * advantages)
     with torch.no_grad():
         outside = (ratio - 1).abs() > clip
+        # Tokens come from pi_old, so k1 of KL(pi_old to pi) is -log_ratio: see kl_estimates.
         k3 = torch.expm1(log_ratio) - log_ratio
         info = {"approx_kl": masked_mean(k3, mask),
                 "clipfrac": masked_mean(outside.float(), mask),
@@ -361,12 +362,12 @@ class PPOConfig:
     minibatch: int = option(32, "completions an optimizer step")
     epochs: int = option(2, "passes over each batch")
     lr: float = option(6e-4, "learning rate at the start; too high spends KL on noise")
-    clip: float = option(0.2, "how far from 1 a ratio may go before its gradient stops")
+    clip: float = option(0.2, "how far from 1 a ratio may gain by going")
     lam: float = option(0.6, "GAE's lambda: lower trusts the value function more")
     max_update_kl: float = option(0.01, "approx_kl, nats per token, that ends an update early")
     adaptive_kl_target: float = option(0.0, "ref_kl, nats per completion, that an adaptive beta "
                                        "keeps (Ziegler 2019); 0: beta stays")
-    adaptive_kl_horizon: float = option(500.0, "completions: beta moves by at most "
+    adaptive_kl_horizon: float = option(10_000.0, "completions: beta moves by at most "
                                         "0.2 batch / horizon an iteration")
 
 
@@ -423,7 +424,8 @@ class PPO:
         # A copy: shared weights would move along, and KL would be 0 for ever.
         self.ref = copy.deepcopy(ref).requires_grad_(False)
         self.policy = copy.deepcopy(ref).requires_grad_(True)
-        # Two streams, two seeds: from the same one both would draw the same numbers.
+        # Two streams, two seeds: from the same one both would draw the same numbers. The second
+        # chooses prompts and minibatches.
         self.sampler = Generator(prompts.device).manual_seed(seed)
         self.shuffler = Generator().manual_seed(seed + 1)
         tokens = prompts.new_zeros(1, config.length)
@@ -450,7 +452,7 @@ class PPO:
             hidden = completion_hidden(self.ref, prompts, tokens)
         if self.features_fn is None:
             return hidden.float()
-        # One place later: before token t the text ends with token t-1, or is empty.
+        # One place later, zeros in front: before token t the text ends with token t-1.
         known = F.pad(self.features_fn(tokens), (0, 0, 1, -1))
         return torch.cat((hidden.float(), known), -1)
 
@@ -540,15 +542,16 @@ class PPO:
             logprobs = token_logprobs(logits, tokens)
             loss, info = policy_loss(logprobs, batch["logprobs"][rows], advantages[rows],
                                      config.clip, mask)
-            # Before backward(): no gradient of this minibatch is left behind.
+            # Before backward(): no gradient of this minibatch is left behind. The first step is
+            # always taken: it starts where the sampler stood.
             if infos and info["approx_kl"] > config.max_update_kl:
                 break
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
             if not norm.isfinite():
-                raise FloatingPointError("the policy's gradient is not finite: "
-                                         "lower --lr, or use --fp32")
+                raise FloatingPointError("the policy's gradient is not finite: try --fp32, "
+                                         "or start again with a lower --lr")
             self.optimizer.step()
             infos.append({**info, "policy_loss": loss.detach(), "grad_norm": norm})
         self.optimizer.zero_grad(set_to_none=True)      # nothing leaks into the next update
@@ -561,15 +564,16 @@ class PPO:
         """Step 6: regress the values on returns (N,T), from features (N,T,F): the mean loss.
 
         The value function has weights of its own and fixed inputs, so it may move as far as it
-        likes: the clip that value_loss offers for a shared trunk is left open.
+        likes, without the clip that value_loss has for a shared trunk.
         """
         losses = []
         for rows in self.minibatches(len(features), minibatch, epochs):
             values = self.value(features[rows])
-            # The second argument only matters with a clip.
+            # An infinite clip is none, and then the old values do not matter.
             loss, _ = value_loss(values, values, returns[rows], math.inf, mask[rows])
             if not loss.isfinite():
-                raise FloatingPointError("the value function's loss is not finite: lower --lr")
+                raise FloatingPointError("the value function's loss is not finite: "
+                                         "look at the scores that it learns")
             self.value_optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.value_optimizer.step()
@@ -597,15 +601,16 @@ class PPO:
                  "tokens": mask.sum(1).float().mean()}
         metrics = {name: x.item() for name, x in found.items()}
         metrics["beta"] = beta
-        metrics["explained_variance"] = explained_variance(batch["values"], returns, mask)
+        if self.config.algorithm == "ppo":      # the others have no value function
+            metrics["explained_variance"] = explained_variance(batch["values"], returns, mask)
         return metrics
 
 
 def check_finite(batch, i):
-    """Raise FloatingPointError naming the first thing read that is not finite."""
+    """Raise FloatingPointError naming the first thing read in iteration i that is not finite."""
     for name, x in batch.items():
         if not torch.isfinite(x).all():
-            raise FloatingPointError(f"iteration {i}: {name} of the completions are not finite")
+            raise FloatingPointError(f"iteration {i + 1}: {name} of the completions are not finite")
 
 
 def diagnose(metrics):

@@ -94,8 +94,8 @@ def make_parser():
     texts.add_argument("--vocab-size", type=number(int, 257, 65535), help="tokens of the tokenizer "
                        "trained here: more make texts shorter, tokens rarer")
     budgets = parser.add_argument_group("budgets")
-    budgets.add_argument("--until", choices=["pretrain", "reward", "ppo"], help="the last stage to "
-                         "do; unset: all, and the report")
+    budgets.add_argument("--until", choices=["pretrain", "reward", "ppo"], help="stop after this "
+                         "stage (reward: after both reward models); unset: all, and the report")
     budgets.add_argument("--pretrain-steps", type=count, help="more make a better writer")
     budgets.add_argument("--judge-steps", type=count, help="of the classifier head on the trunk")
     settings = parser.add_argument_group("PPO")
@@ -103,7 +103,8 @@ def make_parser():
                           help="end a run where its drift passes so many nats a completion")
     kinds = {int: count, float: number(float, 0, 10**6), str: str}
     for field in dataclasses.fields(ppo.PPOConfig):
-        if field.name != "beta":
+        # beta stands above; the study has one prompt, so per_prompt would do nothing.
+        if field.name not in ("beta", "per_prompt"):
             by_size = field.name in SIZES["small"]
             settings.add_argument("--" + field.name.replace("_", "-"), type=kinds[field.type],
                                   default=None if by_size else field.default, **field.metadata)
@@ -128,6 +129,12 @@ def parse(argv=None):
     if args.adaptive_kl_target and args.adaptive_kl_horizon <= 0.2 * args.batch:
         parser.error("--adaptive-kl-horizon must be above 0.2 of --batch, "
                      f"{0.2 * args.batch:g}, or beta could become negative")
+    if args.adaptive_kl_target and 0 in args.beta:
+        parser.error("--adaptive-kl-target multiplies beta, so --beta 0 would stay 0: start above")
+    if args.algorithm == "rloo" and args.batch < 2:
+        parser.error("--algorithm rloo compares completions: --batch must be 2 or more")
+    if args.lam > 1:
+        parser.error(f"--lam {args.lam:g} must be from 0 to 1")
     args.dtype = torch.float32 if args.fp32 else gpt.compute_dtype(args.device)
     return args
 
@@ -302,12 +309,11 @@ def locked(folder):
         yield
 
 
-# Each use of randomness has its own seed, or what one draws would depend on what another drew.
-USES = ["pretrain", "judge", "rho", "fresh", "ppo"]
-
-
 def seed_of(args, use, beta=0.0):
-    """The seed of one use, different for every --seed, and for every beta of a sweep."""
+    """The seed of one use of randomness, different for every --seed, use, and beta of a sweep.
+
+    With one seed for all, what one use draws would depend on what another drew.
+    """
     return data.fold(f"{args.seed} {use} {beta:g}", 2**31)
 
 
@@ -325,7 +331,8 @@ def data_stage(args):
     # A lost tokenizer is made again, just the same.
     if not path.exists():
         (args.out / "data.pt").unlink(missing_ok=True)
-    inputs = {"vocab_size": args.vocab_size, "corpus": [data.digest(text) for text in texts]}
+    inputs = {"vocab_size": args.vocab_size, "pieces": data.PIECES,
+              "corpus": [data.digest(text) for text in texts]}
     stage = Stage(args, "data", inputs, code=[data.train_bpe, data.merge, data_stage])
     if not stage.done:
         data.save_tokenizer(path, data.train_bpe(texts[0], args.vocab_size))
@@ -412,7 +419,7 @@ def pretrain_stage(args, texts, start):
     inputs = {"pretrain_steps": n, **config, "tokenizer": texts["tokenizer"],
               "data": data.digest({key: texts[key] for key in ("train", "held_out", "bytes")})}
     stage = Stage(args, "pretrain", inputs, code=[
-        gpt, pretrain_stage, windows, draw_starts, trapezoid, set_rates, descend])
+        gpt, pretrain_stage, bits_per_byte, windows, draw_starts, trapezoid, set_rates, descend])
     if stage.done:
         return stage.state
     train, held_out = texts["train"], texts["held_out"]
@@ -542,6 +549,9 @@ def reward_stage(args, name, reader, pretrained, rated, tokenizer, start, sample
     for toward in ("positive", "negative"):
         log_p = reward.log_p(log_odds, toward)
         constants[toward] = {"mean": log_p.mean().item(), "std": log_p.std().item()}
+        if not constants[toward]["std"] > 0:
+            raise data.UserError("the reward model finds all of rho's samples alike, so there is "
+                                 "nothing to learn. Give labels that differ.")
     return stage.finish(
         config=pretrained["config"], reader=reader, model=model.state_dict(), length=args.length,
         vocabulary=vocabulary, names=names, tokenizer=pretrained["tokenizer"], labels=len(rows),
@@ -577,7 +587,7 @@ def distinct_pairs(tokens):
     return len(pairs.unique(dim=0)) / len(pairs)
 
 
-def keep_along_kl(args, name, run, before, history, kl, state):
+def keep_along_kl(args, name, before, history, kl, state):
     """Write the policy, weights before, whose drift kl is the first to pass a mark of KL_MARKS."""
     # From the history, which a resumed run has too: so a kill changes nothing here.
     farthest = max([row["exact_kl"] for row in history], default=0.0)
@@ -587,8 +597,8 @@ def keep_along_kl(args, name, run, before, history, kl, state):
             data.save_checkpoint(args.out / f"{name}_kl{mark:g}.pt",
                                  {**state, "kind": "ppo", "model": weights, "ref_kl": kl})
     if farthest < 10 <= kl:
-        print("warning: the drift has passed 10 nats a completion. What scores best there is often "
-              "one kind of sentence, said again and again: read samples, watch distinct_2.")
+        print("warning: the drift has passed 10 nats a completion. Beyond, completions often grow "
+              "alike, heaps of what scores best: read samples, watch distinct_2.")
 
 
 def scorer(state, toward, device, dtype):
@@ -613,6 +623,7 @@ def make_run(args, config, seed, start, pretrained, rewarded):
                   features_fn=lambda tokens: model.prefixes(tokens)[..., None])
     tokens = rewarded["rho"]["tokens"][:2048].long().to(args.device)
     features = in_chunks(run.features, prompts.expand(len(tokens), -1), tokens)
+    # The policy is still rho, so there is no penalty to come: at every token just the score.
     returns = score_fn(tokens)[:, None].expand(tokens.shape)
     run.fit_values(features, returns, torch.ones_like(returns), epochs=3)
     return run, model
@@ -620,7 +631,8 @@ def make_run(args, config, seed, start, pretrained, rewarded):
 
 def ppo_stage(args, beta, tokenizer, start, pretrained, rewarded, judged):
     """The policy tuned at one beta, and fresh samples of it: ppo_beta{beta}.pt."""
-    options = {field.name: getattr(args, field.name) for field in dataclasses.fields(ppo.PPOConfig)}
+    names = [field.name for field in dataclasses.fields(ppo.PPOConfig)]
+    options = {name: value for name, value in vars(args).items() if name in names}
     config = ppo.PPOConfig(**{**options, "beta": beta})
     constants = rewarded["constants"][args.toward]
     inputs = {**dataclasses.asdict(config), **constants, "toward": args.toward,
@@ -636,8 +648,6 @@ def ppo_stage(args, beta, tokenizer, start, pretrained, rewarded, judged):
     run, model = make_run(args, config, seed_of(args, "ppo", beta), start, pretrained, rewarded)
     judge, judge_score = scorer(judged, args.toward, args.device, args.dtype)
     rho_scores = reward.score(rewarded["rho"]["log_odds"], **constants, toward=args.toward)
-    # J* from rho's samples alone; without a penalty there is no optimum.
-    best = {"best": ppo.optimum(rho_scores, beta)["objective"]} if beta else {}
     about = {"config": pretrained["config"], "tokenizer": pretrained["tokenizer"],
              "toward": args.toward, "inputs": stage.inputs}
 
@@ -648,24 +658,27 @@ def ppo_stage(args, beta, tokenizer, start, pretrained, rewarded, judged):
         # The metrics of a step are those of the policy before its update.
         before = copy.deepcopy(run.policy.state_dict())
         metrics = run.step(i)
-        keep_along_kl(args, name, run, before, stage.history, metrics["exact_kl"], about)
-        tokens = run.batch["tokens"]
-        metrics |= {"positive": in_chunks(model, tokens).sigmoid().mean().item(),
+        keep_along_kl(args, name, before, stage.history, metrics["exact_kl"], about)
+        tokens, scores = run.batch["tokens"], run.batch["scores"]
+        p = (scores * constants["std"] + constants["mean"]).exp().mean().item()
+        metrics |= {"positive": p if args.toward == "positive" else 1 - p,
                     "judge": in_chunks(judge_score, tokens).mean().item(),
-                    "distinct_2": distinct_pairs(tokens), **best}
+                    "distinct_2": distinct_pairs(tokens)}
+        if metrics["beta"]:             # J* from rho's samples; without a penalty there is none
+            metrics["best"] = ppo.optimum(rho_scores, metrics["beta"])["objective"]
         stage.log(pause=0, shown=["score", "judge", "ref_kl", "objective", "best", "clipfrac",
                                   "entropy", "explained_variance"], **metrics)
         for line in ppo.diagnose(metrics):
             print(f"warning: {line}")
         if (i + 1) % 10 == 0:
-            for row, score in zip(tokens[:2].tolist(), run.batch["scores"]):
+            for row, score in zip(tokens[:2].tolist(), scores):
                 print(f"--- score {score:.2f}\n{tokenizer.decode(row)}")
         if args.stop_at_kl and metrics["exact_kl"] >= args.stop_at_kl:
             run.policy.load_state_dict(before)      # the policy whose drift was measured
             break
 
     fresh, of_rho = draw_fresh(args, run, model, judge, rewarded["rho"]["tokens"])
-    return stage.finish(**about, beta=run.controller.beta, model=run.policy.state_dict(),
+    return stage.finish(**about, beta=stage.history[-1]["beta"], model=run.policy.state_dict(),
                         value=run.value.state_dict(), fresh=fresh, rho_log_ratio=of_rho)
 
 
@@ -676,8 +689,8 @@ def draw_fresh(args, run, model, judge, rho_tokens):
     know how far from the optimum the policy is.
     """
     prompts = run.prompts.expand(args.fresh_samples, -1)
-    seed = generator(args, "fresh", run.config.beta)
-    tokens = sample_completions(run.policy, prompts, args.length, seed)
+    sampler = generator(args, "fresh", run.config.beta)
+    tokens = sample_completions(run.policy, prompts, args.length, sampler)
     fresh = {"tokens": tokens.int().cpu(),
              "log_odds": in_chunks(model, tokens).cpu(),
              "judge": in_chunks(judge, tokens).cpu(),
@@ -694,7 +707,7 @@ def measure_drift(run, tokens):
         prompts = run.prompts.expand(len(part), -1)
         logprobs, ref_logprobs = (gpt.completion_logits(model, prompts, part).log_softmax(-1)
                                   for model in (run.policy, run.ref))
-        log_ratios = (logprobs - ref_logprobs).gather(-1, part[..., None])
+        log_ratios = (logprobs - ref_logprobs).gather(-1, part[..., None])      # (B,T,1)
         log_ratio.append(log_ratios.sum((1, 2)))
         ref_kl.append(ppo.exact_kl(logprobs, ref_logprobs).sum(1))
     return {"log_ratio": torch.cat(log_ratio).cpu(), "ref_kl": torch.cat(ref_kl).cpu()}

@@ -373,8 +373,8 @@ def test_a_value_loss_that_is_not_finite_stops_the_run():
     assert same(weights(run.value), before), "values were fitted to padding"
 
 
-def test_adam_has_epsilon_1e_5_and_the_rate_falls_linearly():
-    """Huang 2022 ("37 details") and the original code; lr (1 - i / iterations) at iteration i."""
+def test_adam_has_epsilon_1e_5_and_the_rate_falls_to_0():
+    """Huang 2022 ("37 details") and the original code; lr (1 - i / iterations)^2 at iteration i."""
     run, rates = new_run(iterations=4, lr=1e-3), []
     assert run.optimizer.defaults["betas"] == (0.9, 0.95), "Adam's averages"
     for optimizer in (run.optimizer, run.value_optimizer):
@@ -383,7 +383,7 @@ def test_adam_has_epsilon_1e_5_and_the_rate_falls_linearly():
     for i in range(4):
         run.step(i)
         rates.append(run.optimizer.param_groups[0]["lr"])
-    assert_close(rates, [1e-3, 7.5e-4, 5e-4, 2.5e-4], "the rate should fall linearly to 0")
+    assert_close(rates, [1e-3, 5.625e-4, 2.5e-4, 6.25e-5], "the rate should fall to 0")
 
 
 @pytest.mark.parametrize("approx_kl, steps", [(0.0099, 9), (0.0101, 2)])
@@ -448,7 +448,7 @@ def test_a_score_that_is_not_finite_stops_the_run(bad):
     run.step(0)
     before = weights(run.policy)
     run.score_fn = lambda tokens: torch.where(torch.arange(len(tokens)) == 3, bad, score_fn(tokens))
-    with pytest.raises(FloatingPointError, match="iteration 1: scores"):
+    with pytest.raises(FloatingPointError, match="iteration 2: scores"):
         run.step(1)
     assert same(weights(run.policy), before), "a bad score reached the policy"
 
@@ -461,7 +461,7 @@ def test_weights_and_gradients_that_are_not_finite_stop_the_run():
         run.update(batch, advantages * math.nan)
     assert same(weights(run.policy), weights(rho())), "the bad gradient reached the weights"
     run.policy.lm_head.weight.data[1, 0] = math.nan
-    with pytest.raises(FloatingPointError, match="iteration 0"):
+    with pytest.raises(FloatingPointError, match="iteration 1"):
         run.step(0)
 
 

@@ -253,16 +253,16 @@ def test_two_runs_in_one_folder_are_kept_apart(texts, tmp_path, command):
 
 def test_every_setting_of_ppo_comes_from_its_option(options, texts, study, monkeypatch, tmp_path):
     """None is left at its default, the threshold of the early stop among them."""
-    given = {"algorithm": "rloo", "iterations": 5, "length": 12, "batch": 24, "per_prompt": 3,
-             "minibatch": 12, "epochs": 7, "lr": 0.5, "clip": 0.25, "lam": 0.75,
+    given = {"algorithm": "rloo", "iterations": 5, "length": 12, "batch": 24, "minibatch": 12,
+             "epochs": 7, "lr": 0.5, "clip": 0.25, "lam": 0.75,
              "max_update_kl": 0.125, "adaptive_kl_target": 4.0, "adaptive_kl_horizon": 99.0}
     names = {field.name for field in dataclasses.fields(ppo.PPOConfig)}
-    assert names == {"beta", *given}, "the test should know every setting"
+    assert names == {"beta", "per_prompt", *given}, "the test should know every setting"
     args = options(*(x for name, value in given.items()
                      for x in ("--" + name.replace("_", "-"), str(value))))
 
     def spy(ref, score_fn, prompts, config, *more, **named):
-        assert dataclasses.asdict(config) == {**given, "beta": 0.5}, "a setting was lost"
+        assert dataclasses.asdict(config) == {**given, "beta": 0.5, "per_prompt": 4}, "one was lost"
         raise StopIteration
     monkeypatch.setattr(ppo, "PPO", spy)
     with pytest.raises(StopIteration):
@@ -281,8 +281,9 @@ def test_a_size_sets_what_is_not_given(size):
 
 def test_seeds_differ_by_seed_use_and_beta(options):
     """What one use draws must not be what another drew."""
+    uses = ("pretrain", "judge", "rho", "fresh", "ppo")
     seeds = [train.seed_of(options("--seed", seed), use, beta) for seed in range(20)
-             for use in train.USES for beta in (0, 0.02, 0.1, 0.2, 0.4)]
+             for use in uses for beta in (0, 0.02, 0.1, 0.2, 0.4)]
     assert len(set(seeds)) == len(seeds), "two uses share a seed"
 
 
@@ -547,7 +548,7 @@ def test_a_mark_is_kept_once_and_ten_nats_are_warned_of(tmp_path, capsys):
     """The first time the drift passes it, though the drift may come back and pass it again."""
     args, history = SimpleNamespace(out=tmp_path, dtype=torch.float32), []
     for i, kl in enumerate([0.1, 1.5, 0.4, 3.0, 9.9, 10.1, 5.0, 11.0]):
-        train.keep_along_kl(args, "run", None, {"i": torch.tensor(i)}, history, kl, {})
+        train.keep_along_kl(args, "run", {"i": torch.tensor(i)}, history, kl, {})
         history.append({"exact_kl": kl})
         warned = "warning: the drift has passed 10 nats" in capsys.readouterr().out
         assert warned == (i == 5), f"at {kl} nats"
@@ -735,7 +736,7 @@ def test_the_kills_hit_every_kind_of_stage_and_leave_no_litter(killed):
 
 @pytest.mark.parametrize("fault, code, says", [
     (KeyboardInterrupt, 130, "run the same command again: python train.py --size toy"),
-    (math.nan, 2, "iteration 2: scores"),
+    (math.nan, 2, "iteration 3: scores"),
 ], ids=["Ctrl-C", "NaN"])
 def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, command, monkeypatch,
                                                         fault, code, says):
