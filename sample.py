@@ -431,10 +431,9 @@ def pool(rewarded, run):
 
 
 def summarise_optimum(rewarded, run):
-    """ppo.optimum at the beta of a run, and pareto_k; NaN for what is not known."""
-    best = dict.fromkeys(("objective", "score", "ref_kl", "ess", "objective_se", "pareto_k"),
-                         math.nan)
-    best["ess"] = 0.0
+    """ppo.optimum at the beta of a run, what J* is at_least, and pareto_k; NaN if not known."""
+    names = ("objective", "score", "ref_kl", "objective_se", "at_least", "pareto_k")
+    best = {**dict.fromkeys(names, math.nan), "ess": 0.0}
     beta = run["beta"]
     # Without a penalty no policy is the best.
     if beta:
@@ -442,6 +441,7 @@ def summarise_optimum(rewarded, run):
         found = ppo.optimum(scores, beta, weights)
         # Too few effective samples: no number, for it would be far too low.
         best |= found if found["ess"] >= MIN_ESS else {"ess": found["ess"]}
+        best["at_least"] = ppo.optimum_bound(scores, beta, weights)
         best["pareto_k"] = ppo.pareto_k(weights + scores / beta)
     return best
 
@@ -657,11 +657,12 @@ def results_table(summary):
                      row["score"], row["judge"], row["positive"], row["ref_kl"],
                      (row["objective"], row["objective_se"]),
                      (best["objective"], best["objective_se"]),
+                     best["at_least"],
                      round(best["ess"]), best["pareto_k"],
                      (row["fraction_of_optimum"], row["fraction_se"]),
                      row["kl_to_optimum"]))
-    return table(["beta", "score", "judge", "P(positive)", "ref_kl", "J", "J*", "ESS", "k-hat",
-                  "fraction of optimum", "KL(pi to pi*)"], rows)
+    return table(["beta", "score", "judge", "P(positive)", "ref_kl", "J", "J*", "J* at least",
+                  "ESS", "k-hat", "fraction of optimum", "KL(pi to pi*)"], rows)
 
 
 def best_of_n_table(rewarded, runs):
@@ -734,8 +735,9 @@ def write_report(args):
              f"P(positive) of rho {summary['reward']['reference_positive']:.3f}.", "", *results,
              "Measured on fresh samples, ± one standard error; KL in nats per completion. The "
              "optimum J* is estimated from samples of rho and of the policy; where its effective "
-             f"sample size (ESS) is below {MIN_ESS}, it is not quoted. judge: the score by a "
-             "second reward model, for which nothing was optimised.", "",
+             f"sample size (ESS) is below {MIN_ESS}, it is not quoted, only what it is at least, "
+             "with 95 % certainty. judge: the score by a second reward model, for which nothing was "
+             "optimised.", "",
              *best_of_n_table(rewarded, runs),
              *(f"![{name}](figures/{name}.png)\n" for name in figures),
              *measures("reward", rewarded), *measures("judge", judged)]

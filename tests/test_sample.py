@@ -444,6 +444,8 @@ def test_the_numbers_of_the_summary_hang_together(drifted):
         assert_close(J, row["score"] - row["beta"] * row["ref_kl"], "J", atol=1e-5, rtol=0)
         assert_close(row["reference_objective"], 0.0, "scores are of these samples of rho",
                      atol=1e-4, rtol=0)
+        if row["beta"]:
+            assert best["at_least"] < (best["objective"] or math.inf), "a bound above the estimate"
         if best["ess"] < 100:
             assert row["fraction_of_optimum"] is row["kl_to_optimum"] is best["objective"] is None
             continue
@@ -458,8 +460,9 @@ def test_the_numbers_of_the_summary_hang_together(drifted):
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
     assert [row[0] for row in cells] == ["0.02 negative", "0", "0.5", "2"]
     for row, n in zip(cells, ess):
-        known = {bool(row[column]) for column in (6, 9, 10)}       # J*, fraction, KL(pi to pi*)
-        assert known == {n >= 100} and row[7] == f"{n:.0f}", row
+        known = {bool(row[column]) for column in (6, 10, 11)}      # J*, fraction, KL(pi to pi*)
+        assert known == {n >= 100} and row[8] == f"{n:.0f}", row
+        assert bool(row[7]) == (row[0] != "0"), "what J* is at least is known wherever there is one"
 
 
 def test_the_pool_weighs_by_the_right_policys_probabilities(drifted):
