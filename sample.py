@@ -736,8 +736,8 @@ def write_report(args):
              "Measured on fresh samples, ± one standard error; KL in nats per completion. The "
              "optimum J* is estimated from samples of rho and of the policy; where its effective "
              f"sample size (ESS) is below {MIN_ESS}, it is not quoted, only what it is at least, "
-             "with 95 % certainty. judge: the score by a second reward model, for which nothing was "
-             "optimised.", "",
+             "with 95 % certainty. judge: the score by a second reward model, for which nothing "
+             "was optimised.", "",
              *best_of_n_table(rewarded, runs),
              *(f"![{name}](figures/{name}.png)\n" for name in figures),
              *measures("reward", rewarded), *measures("judge", judged)]
