@@ -129,23 +129,22 @@ def print_table(rows):
 
 
 def draw(rows):
-    """Fraction of the optimum against completions sampled, and against CPU seconds, each run."""
-    figure, axes = sample.plt.subplots(1, 2, figsize=(12, 5), sharey=True)
-    for i, beta in enumerate(sorted({r["beta"] for r in rows})):
-        for change, marker in (("default", "o"), ("half the batch", "v"),
-                               ("twice the batch", "^"), ("one epoch", "s"),
-                               ("no value function (simple)", "x")):
-            runs = [r for r in rows if r["change"] == change and r["beta"] == beta]
-            fraction = [float(r["fraction"]) for r in runs]
-            completions = [int(r["iterations"]) * int(r["batch"]) for r in runs]
-            for axis, x in zip(axes, (completions, [float(r["seconds"]) for r in runs])):
-                axis.plot(x, fraction, f"C{i}{marker}", label=f"{change}, beta {beta}")
-    axes[0].set(xlabel="completions sampled", ylabel="fraction of the optimum", xscale="log")
-    axes[1].set(xlabel="seconds of one core", xscale="log")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
-    sample.save_figure(figure, data.HERE / "results" / "figures" / "what_matters.png")
+    """Fraction of the optimum against completions sampled, and against seconds, of each run."""
+    styles = {"default": "o", "half the batch": "v", "twice the batch": "^", "one epoch": "s",
+              "no value function (simple)": "x"}
+    panels = []
+    for x, label in (("completions", "completions sampled"), ("seconds", "seconds of one core")):
+        lines = []
+        for i, beta in enumerate(sorted({r["beta"] for r in rows})):
+            for change, style in styles.items():
+                runs = [r for r in rows if r["change"] == change and r["beta"] == beta]
+                counts = [int(r["iterations"]) * int(r["batch"]) for r in runs]
+                seconds = [float(r["seconds"]) for r in runs]
+                lines.append((f"{change}, beta {beta}", f"C{i}{style}",
+                              counts if x == "completions" else seconds,
+                              [float(r["fraction"]) for r in runs]))
+        panels.append(("How far PPO comes", label, "fraction of the optimum", lines))
+    sample.draw_figure(data.HERE / "results" / "figures" / "what_matters.png", panels)
 
 
 def main():
