@@ -233,8 +233,9 @@ def rate(args):
     """
     path, blind = args.ratings[0], len(args.rate) > 1
     rows = read_ratings(path) if path.exists() else []
-    before, done = len(rows), {row["text"] for row in rows}
-    items = [item for item in passages_to_rate(args) if item["text"] not in done]
+    before, done = len(rows), [(row["text"], row["drawn_from"]) for row in rows]
+    # Two models that are close may have written the same.
+    items = [item for item in passages_to_rate(args) if tuple(item.values()) not in done]
     print(f"{before} rated, {len(items)} to go. A number and Enter; b goes back, q ends.\n")
     while len(rows) < before + len(items):
         i = len(rows) - before
