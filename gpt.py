@@ -10,8 +10,9 @@ and Muon for the matrices. Two things differ from nanoGPT because PPO needs them
 
 Precision, the same on every device. Weights are float32. Each model has one compute dtype,
 bfloat16 where the machine is fast at it: the residual stream, matrix products and attention
-are in it. Norms are computed in float32 within. Logits come out as float32, and all that follows
-(softmax, log-probabilities, losses) stays there.
+are in it. Norms are computed in float32 within. Logits are rounded to it too and then turned into
+float32, in which all that follows is done (softmax, log-probabilities, losses): in bfloat16 a
+log-probability is off by some hundredths of a nat, equally often up and down.
 
 Lines that depend on the device: attention() calls torch's fused kernel on CUDA; compute_dtype()
 asks what the machine is good at; data.keep_freed_memory() speaks to glibc's allocator.
