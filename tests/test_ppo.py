@@ -552,10 +552,10 @@ def test_explained_variance_is_1_if_perfect_and_0_if_constant(values, returns, e
     assert_close(explained_variance(values, returns, mask), expected, "wrong", atol=1e-6, rtol=0)
 
 
-def test_the_learning_rate_falls_linearly_from_its_peak():
-    """peak (1 - i / n) at iteration i of n: the peak at 0, and 0 only after the last."""
+def test_the_learning_rate_falls_from_its_peak_to_0():
+    """peak (1 - i / n)^2 at iteration i of n: the peak at 0, and 0 only after the last."""
     rates = [learning_rate(i, 4, 0.8) for i in range(5)]
-    assert_close(rates, [0.8, 0.6, 0.4, 0.2, 0.0], "not a straight line", atol=1e-12, rtol=0)
+    assert_close(rates, [0.8, 0.45, 0.2, 0.05, 0.0], "not this parabola", atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("ref_kl, beta, says", [
