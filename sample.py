@@ -706,9 +706,9 @@ def table_along_kl(path, run, args):
     for mark, kept in kept_along_kl(path).items():
         step = next(row for row in run["history"] if row["exact_kl"] >= mark)
         text = draw(kept, args, 1)[0]["text"]
-        rows.append((mark, step["positive"], step["distinct_2"],
+        rows.append((mark, step["score"], step["positive"], step["distinct_2"],
                      text.replace("\n", " / ").replace("|", "")))
-    return table(["KL", "P(positive)", "distinct pairs of tokens", "a sample"], rows)
+    return table(["KL", "score", "P(positive)", "distinct pairs of tokens", "a sample"], rows)
 
 
 def write_report(args):

@@ -6,9 +6,9 @@ run for each beta. Each writes a checkpoint into --out. A stage is done again on
 that it read has changed: an option, its input, or the source it runs. One that was cut off, by
 Ctrl-C or a kill or a crash, goes on from its last partial checkpoint, to the same bits.
 
-    python train.py                             everything at beta 0.2 (10 minutes on 2 cores)
+    python train.py                             everything at beta 0.2 (README: how long)
     python train.py --beta 0.02 0.1 0.2 0.4     the sweep; stages already done are reused
-    python train.py --size tiny                 a smoke run (half a minute)
+    python train.py --size tiny                 a smoke run
 """
 
 import ast
