@@ -42,7 +42,8 @@ BOUNDARY = "\n\n"
 # and of spaces. Every character falls in one of them, so nothing is lost, and Python's re and
 # tiktoken's engine read it alike.
 PIECES = r" ?'[a-z]+| ?[A-Za-z]+| ?[0-9]+| ?[^ \nA-Za-z0-9]+|\n+| +"
-LONGEST_LINE = 100_000          # characters; prose and verse stay far below
+# Of several processes (torchrun starts them) the first alone writes files.
+WRITES = os.environ.get("RANK", "0") == "0"
 
 
 # ---- what the user can put right ----------------------------------------------------------
@@ -101,6 +102,8 @@ def run(main):
         # Or Python complains once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
+    except ConnectionError as error:
+        line = f"stopped: {error}. Run the same command again to go on from the last checkpoint."
     except OSError as error:
         line = f"error: {error}. What was saved is intact; free some space or choose another --out."
     except KeyboardInterrupt:
@@ -123,10 +126,12 @@ def read_file(path, what):
 
 
 def write_file(path, content):
-    """Write bytes or text whole: to a temporary file beside path, then renamed over it.
+    """Write bytes or text whole: to a temporary file in the same folder, then renamed over path.
 
     Whatever happens meanwhile, path holds its old content or all of the new.
     """
+    if not WRITES:
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -296,7 +301,7 @@ def load_corpus(path=None):
         for play, lines in load_plays().items():
             parts[is_held_out(play)].append(join_lines(lines))
         return BOUNDARY.join(parts[False]), BOUNDARY.join(parts[True])
-    text = join_lines(read_lines(path))
+    text = join_lines(read_text(path, "corpus").split("\n"))
     if len(text) < 20_000:
         raise UserError(f"corpus {path} has {len(text)} characters, too few to learn from. "
                         "Give at least 20,000.")
@@ -306,16 +311,6 @@ def load_corpus(path=None):
     if cut < 0:
         cut = text.rfind(" ", 0, wanted)
     return text[:cut].strip(), text[cut:].strip()
-
-
-def read_lines(path):
-    """The lines of a text file of one's own; UserError where it is not prose or verse."""
-    lines = read_text(path, "corpus").split("\n")
-    for number, line in enumerate(lines, 1):
-        if len(line) > LONGEST_LINE:
-            raise UserError(f"corpus {path} line {number} has {len(line):,} characters. "
-                            "Break it into lines of text.")
-    return lines
 
 
 # ---- tokenizer ----------------------------------------------------------------------------
@@ -411,6 +406,11 @@ def load_tokenizer(path, state=None):
                              special_tokens={})
 
 
+def decode(tokenizer, ids):
+    """The text of token ids, a list, without those that are no token: padding is negative."""
+    return tokenizer.decode([i for i in ids if i >= 0])
+
+
 def vocabulary_digest(ranks):
     """What names a tokenizer in the checkpoints made with it."""
     return digest(b" ".join(sorted(ranks, key=ranks.get)))
@@ -427,7 +427,7 @@ def read_labels(path, corpus=None):
     """
     rows = csv.DictReader(io.StringIO(read_text(path, "labels")), strict=True)
     # Rows may name lines of one's own text in the place of a play.
-    own = {Path(corpus).stem: read_lines(corpus)} if corpus else {}
+    own = {Path(corpus).stem: read_text(corpus, "corpus").split("\n")} if corpus else {}
     passages = []
     try:
         columns = set(rows.fieldnames or ())

@@ -18,14 +18,19 @@ Lines that depend on the device: attention() calls torch's fused kernel on CUDA;
 asks what the machine is good at; data.keep_freed_memory() speaks to glibc's allocator.
 Everything else is one path, and the tests walk it on a CPU.
 
+Several processes, if torchrun started them: see share(), which says what each works on.
+
     python gpt.py        prints the parameter count and the shapes of the default model
 """
 
 import copy
 import math
+import os
+import sys
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -205,6 +210,64 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens, cache, pad))
 
 
+# ---- several processes --------------------------------------------------------------------
+# torchrun starts N copies of train.py. All hold the same weights and draw the same random
+# numbers. Each computes a share of the rows and is given the others' results. A process alone
+# works on all rows, and nothing is sent.
+
+def join_processes(device):
+    """Meet the other processes that torchrun started, if it did. Returns this one's device."""
+    if "RANK" not in os.environ:
+        return device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")      # the first speaks for all
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
+
+
+def share(n):
+    """The slice of n rows that this process works on."""
+    if not dist.is_initialized():
+        return slice(0, n)
+    i, processes = dist.get_rank(), dist.get_world_size()
+    return slice(n * i // processes, n * (i + 1) // processes)
+
+
+def add_up(x):
+    """The sum of a tensor over all processes, in its place. ConnectionError if one has ended."""
+    try:
+        dist.all_reduce(x)
+    except RuntimeError:
+        raise ConnectionError("another process of this run has ended") from None
+    return x
+
+
+def wait(device):
+    """Return when every process has come here."""
+    if dist.is_initialized():
+        add_up(torch.zeros(1, device=device))
+
+
+def gather(rows, n):
+    """All n rows, of which this process has made its share. No gradient flows through it."""
+    if not dist.is_initialized():
+        return rows
+    # Zeros where the others' rows belong: shares may differ in size.
+    whole = rows.new_zeros(n, *rows.shape[1:])
+    whole[share(n)] = rows
+    return add_up(whole)
+
+
+def average(tensors, weight):
+    """Each tensor's mean over all processes, in its place; the weights add up to 1."""
+    if dist.is_initialized():
+        for x in tensors:
+            add_up(x.mul_(weight))
+
+
 # ---- sampling -----------------------------------------------------------------------------
 
 class Generator(torch.Generator):
@@ -217,11 +280,12 @@ class Generator(torch.Generator):
         self.set_state(state["state"])
 
 
-def sample_tokens(logits, temperature=1.0, top_k=None, generator=None):
+def sample_tokens(logits, temperature=1.0, top_k=None, generator=None, uniform=None):
     """One token for each row of logits (B,V), from softmax(logits / temperature): (B,).
 
     top_k keeps only the k likeliest tokens. It is for display: in rollouts the scorer would
-    then score another distribution than was sampled. temperature 0 is greedy.
+    then score another distribution than was sampled. temperature 0 is greedy. uniform (B,1):
+    the random numbers, float64 from 0 to 1, where they were drawn before.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -235,11 +299,17 @@ def sample_tokens(logits, temperature=1.0, top_k=None, generator=None):
     # Invert the cumulative distribution: one uniform number a row, where torch.multinomial
     # draws one for each token of the vocabulary, and is slower.
     cdf = logits.softmax(-1).cumsum(-1)                                 # (B,V)
-    u = torch.rand(len(cdf), 1, dtype=cdf.dtype, device=cdf.device, generator=generator)
+    if uniform is None:
+        uniform = draw_uniform(1, len(cdf), cdf.device, generator)[0]
     # The first token whose cdf exceeds u: one of probability 0 never does first. Where logits are
     # NaN none does, and clamp keeps the index legal until the NaN is reported.
-    drawn = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).squeeze(-1)
+    drawn = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).squeeze(-1)
     return drawn.clamp(max=cdf.size(-1) - 1)
+
+
+def draw_uniform(length, batch, device, generator=None):
+    """The random numbers (length,batch,1) that sampling so many tokens takes."""
+    return torch.rand(length, batch, 1, dtype=torch.float64, device=device, generator=generator)
 
 
 def padding(tokens):
@@ -259,20 +329,23 @@ def cast_weights(model):
 
 
 @torch.no_grad()
-def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None):
+def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None, uniform=None):
     """Continue prompts (B,T0), padded with PAD on the left, by length tokens: (B,T0+length).
 
     Reads each token once, through a key-value cache. generator: a torch.Generator on the
-    model's device, so that sampling has its own stream of randomness.
+    model's device, so that sampling has its own stream of randomness; or uniform: the numbers
+    that draw_uniform drew from it.
     """
     B, T0 = prompt.shape
+    if uniform is None:
+        uniform = draw_uniform(length, B, prompt.device, generator)
     model = cast_weights(model)
     cache = KVCache(model.config, B, T0 + length, prompt.device, model.dtype, padding(prompt))
     # The first pass reads the prompt, each later one the token just drawn.
     new, tokens = prompt, [prompt]
-    for _ in range(length):
+    for t in range(length):
         logits = model(new, cache)[:, -1]                               # (B,V)
-        new = sample_tokens(logits, temperature, top_k, generator)[:, None]
+        new = sample_tokens(logits, temperature, top_k, None, uniform[t])[:, None]
         tokens.append(new)
     return torch.cat(tokens, dim=1)
 
@@ -299,9 +372,14 @@ def sample_completions(model, prompts, length, generator, end=None, batch=512):
 
     Drawn from the whole softmax at temperature 1, so that what is scored is what was sampled.
     """
-    tokens = torch.cat([generate(model, part, length, generator=generator)
-                        for part in prompts.split(batch)])
-    return cut_after(tokens[:, prompts.size(1):], end)
+    parts = []
+    for part in prompts.split(batch):
+        # The numbers of all rows: then it does not matter how many processes share them.
+        uniform = draw_uniform(length, len(part), part.device, generator)
+        rows = share(len(part))
+        tokens = generate(model, part[rows], length, uniform=uniform[:, rows])
+        parts.append(gather(tokens, len(part)))
+    return cut_after(torch.cat(parts)[:, prompts.size(1):], end)
 
 
 # ---- scoring ------------------------------------------------------------------------------
@@ -327,9 +405,16 @@ def completion_logits(model, prompts, tokens):
 
 @torch.no_grad()
 def in_chunks(function, *tensors, size=64):
-    """function over the rows of tensors, a few at a time so that logits stay small."""
-    chunks = zip(*(x.split(size) for x in tensors))
-    return torch.cat([function(*chunk) for chunk in chunks])
+    """function over the rows of tensors, a few at a time so that logits stay small.
+
+    What it returns, a tensor or a dict of tensors, for all rows.
+    """
+    n = len(tensors[0])
+    mine = [x[share(n)].split(size) for x in tensors]
+    found = [function(*chunk) for chunk in zip(*mine)]
+    if not isinstance(found[0], dict):
+        return gather(torch.cat(found), n)
+    return {key: gather(torch.cat([part[key] for part in found]), n) for key in found[0]}
 
 
 # ---- making and loading -------------------------------------------------------------------

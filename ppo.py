@@ -33,7 +33,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt import PAD, Generator, completion_hidden, completion_logits, sample_completions
+from gpt import (PAD, Generator, average, completion_hidden, completion_logits, in_chunks,
+                 sample_completions, share)
 
 
 # ---- the mathematics: pure functions on plain tensors -------------------------------------
@@ -243,11 +244,12 @@ class AdaptiveKL:
 def optimum(scores, beta, log_weights=None):
     """The best policy there is, pi*(y) = rho(y) exp(r(y)/beta) / Z, from samples of rho.
 
-    scores (N,). log_weights: log(rho/q) of each sample where it was drawn from q instead;
-    the estimate is self-normalised. Returns a dict: objective J* = beta log E_rho[exp(r/beta)],
-    score = E_pi*[r], ref_kl = (score - objective) / beta in nats per completion, ess, the effective
-    number of samples, and objective_se, the standard error of J* (delta method). Below an ess
-    of 100 the numbers mean little. (Korbak 2022: RL with KL penalties is Bayesian inference.)
+    scores (N,), or (P,N) of N completions of each of P prompts: then means over prompts.
+    log_weights: log(rho/q) of each sample where it was drawn from q instead; the estimate is
+    self-normalised. Returns a dict: objective J* = beta log E_rho[exp(r/beta)], score = E_pi*[r],
+    ref_kl = (score - objective) / beta in nats per completion, ess, the effective number of
+    samples in all, and objective_se, the standard error of J* (delta method). Below an ess of
+    100 the numbers mean little. (Korbak 2022: RL with KL penalties is Bayesian inference.)
     """
     if beta <= 0:
         raise ValueError(f"beta must be positive for an optimum to exist, not {beta}")
@@ -257,56 +259,32 @@ def optimum(scores, beta, log_weights=None):
         base = torch.as_tensor(log_weights, dtype=torch.float64)
     # In logarithms throughout: exp(score / beta) overflows for small beta.
     tilted = base + scores / beta
-    objective = beta * (tilted.logsumexp(0) - base.logsumexp(0))
-    weights = tilted.softmax(0)
-    score = (weights * scores).sum()
+    objective = beta * (tilted.logsumexp(-1) - base.logsumexp(-1))       # (P,), or of one prompt ()
+    weights = tilted.softmax(-1)
+    score = (weights * scores).sum(-1)
     # Delta method: J* is a smooth function of two weighted means of the same samples.
-    difference = weights - base.softmax(0)
-    spread = difference.square().sum().sqrt()
-    found = {"objective": objective,
-             "score": score,
-             "ref_kl": (score - objective) / beta,
-             "ess": 1 / weights.square().sum(),
-             "objective_se": beta * spread}
+    difference = weights - base.softmax(-1)
+    variance = difference.square().sum(-1)
+    found = {"objective": objective.mean(),
+             "score": score.mean(),
+             "ref_kl": (score - objective).mean() / beta,
+             "ess": (1 / weights.square().sum(-1)).sum(),
+             "objective_se": beta * variance.sum().sqrt() / variance.numel()}
     return {name: x.item() for name, x in found.items()}
 
 
 def optimum_bound(scores, beta, log_weights, sure=0.95):
     """What J* is at least, with this certainty, however few of the samples count. A float.
 
-    scores and log_weights (N,) as for optimum(), the latter exact: log(rho/q). The mean of
+    scores and log_weights (N,) or (P,N) as for optimum(), the latter exact: log(rho/q). The mean of
     exp(r/beta) rho/q is right on average and positive, so by Markov's inequality it is k times too
-    large in one of k cases at most. Being that sure costs beta log k: little where beta is small.
+    large in one of k cases at most; and so is the product of such means of P prompts. Being that
+    sure costs beta log k / P: little where beta is small.
     """
     tilted = log_weights.double() + scores.double() / beta
-    log_mean = tilted.logsumexp(0).item() - math.log(len(tilted))
+    log_means = tilted.logsumexp(-1) - math.log(tilted.size(-1))
     k = 1 / (1 - sure)
-    return beta * (log_mean - math.log(k))
-
-
-def pareto_k(log_weights):
-    """How heavy the tail of importance weights (N,) is: k-hat (Vehtari 2024). A float.
-
-    The shape of a generalised Pareto distribution, fitted to the largest 3 sqrt(N) weights (Zhang
-    and Stephens 2009). Above 0.7 a standard error says too little: larger weights are to come.
-
-    >>> round(pareto_k(-torch.linspace(0.9999, 0.0001, 10_000).log() / 2), 1)    # alpha 2: k = 1/2
-    0.5
-    """
-    weights = torch.as_tensor(log_weights, dtype=torch.float64)
-    weights = (weights - weights.max()).exp().sort().values
-    M = int(min(len(weights) / 5, 3 * len(weights) ** 0.5))
-    tail = weights[-M:] - weights[-M - 1]
-    if M < 5 or tail[M // 4] <= 0:
-        return math.nan                 # too few, or all alike
-    m = 30 + int(M ** 0.5)
-    grid = 1 - (m / (torch.arange(1, m + 1) - 0.5)).sqrt()
-    quartile = tail[int(M / 4 + 0.5) - 1]
-    theta = 1 / tail[-1] + grid / (3 * quartile)
-    k = torch.log1p(-theta[:, None] * tail).mean(1)
-    likelihood = M * ((-theta / k).log() - k - 1)
-    theta = (theta * likelihood.softmax(0)).sum()
-    return torch.log1p(-theta * tail).mean().item()
+    return beta * (log_means.mean().item() - math.log(k) / log_means.numel())
 
 
 def mixture_log_weights(logprobs, counts):
@@ -325,10 +303,10 @@ def best_of_n(scores, n):
     """(expected best score among n samples, bound on KL(best-of-n to rho) in nats).
 
     The expectation over all subsets of n of the scores (N,) given: in C(i, n) of the C(N, n) all
-    are among the i smallest. The bound is log n - (n-1)/n.
+    are among the i smallest. Of scores (P,N) the mean over prompts. The bound is log n - (n-1)/n.
     """
-    scores = torch.as_tensor(scores, dtype=torch.float64).cpu().sort().values
-    N = len(scores)
+    scores = torch.as_tensor(scores, dtype=torch.float64).cpu().sort(-1).values
+    N = scores.size(-1)
     if not 1 <= n <= N:
         raise ValueError(f"n must be from 1 to the number of scores, {N}, not {n}")
     i = torch.arange(N + 1, dtype=torch.float64)
@@ -336,8 +314,8 @@ def best_of_n(scores, n):
     log_ways = torch.lgamma(i + 1) - torch.lgamma(i + 1 - n)
     # How likely all n are among the i smallest; its steps: how likely the i-th smallest is best.
     all_below = (log_ways - log_ways[-1]).exp()
-    best = (all_below.diff() * scores).sum().item()
-    return best, math.log(n) - (n - 1) / n
+    best = (all_below.diff() * scores).sum(-1)
+    return best.mean().item(), math.log(n) - (n - 1) / n
 
 
 # ---- the loop -----------------------------------------------------------------------------
@@ -369,6 +347,20 @@ class PPOConfig:
                                        "keeps (Ziegler 2019); 0: beta stays")
     adaptive_kl_horizon: float = option(10_000.0, "completions: beta moves by at most "
                                         "0.2 batch / horizon an iteration")
+
+    def __post_init__(self):
+        wrong = {
+            f"--lam {self.lam:g} must be from 0 to 1": not 0 <= self.lam <= 1,
+            "--algorithm rloo compares completions: --batch and --per-prompt must be 2 or more":
+                self.algorithm == "rloo" and min(self.batch, self.per_prompt) < 2,
+            "--adaptive-kl-target multiplies beta, so --beta 0 would stay 0: start above":
+                self.adaptive_kl_target > 0 and self.beta == 0,
+            f"--adaptive-kl-horizon must be above 0.2 of --batch, {0.2 * self.batch:g}, or beta "
+            "could become negative":
+                self.adaptive_kl_target > 0 and self.adaptive_kl_horizon <= 0.2 * self.batch}
+        for message, is_wrong in wrong.items():
+            if is_wrong:
+                raise ValueError(message)
 
 
 class ValueFunction(nn.Module):
@@ -464,10 +456,7 @@ class PPO:
         logprobs = completion_logits(self.policy, prompts, tokens).log_softmax(-1)
         features = self.features(prompts, tokens, hidden)
         index = tokens.clamp(min=0)[..., None]
-        return {"prompts": prompts,
-                "tokens": tokens,
-                "mask": tokens != PAD,
-                "scores": self.score_fn(tokens),
+        return {"scores": self.score_fn(tokens),
                 "logprobs": logprobs.gather(-1, index).squeeze(-1),
                 "ref_logprobs": ref_logprobs.gather(-1, index).squeeze(-1),
                 "features": features,
@@ -481,11 +470,10 @@ class PPO:
         group = self.group(n)
         rows = torch.randint(len(self.prompts), (n // group,), generator=self.shuffler)
         prompts = self.prompts[rows.repeat_interleave(group)]
-        length, size = self.config.length, self.config.minibatch
-        tokens = sample_completions(self.policy, prompts, length, self.sampler, self.end)
-        chunks = zip(prompts.split(size), tokens.split(size))
-        parts = [self.read(*chunk) for chunk in chunks]
-        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        tokens = sample_completions(self.policy, prompts, self.config.length, self.sampler,
+                                    self.end)
+        read = in_chunks(self.read, prompts, tokens, size=self.config.minibatch)
+        return {"prompts": prompts, "tokens": tokens, "mask": tokens != PAD, **read}
 
     def group(self, n):
         """How many completions of one prompt stand together in a batch of n."""
@@ -536,24 +524,30 @@ class PPO:
         sampled.
         """
         config, infos = self.config, []
-        for rows in self.minibatches(len(advantages), config.minibatch, config.epochs):
+        for everyones in self.minibatches(len(advantages), config.minibatch, config.epochs):
+            rows = everyones[share(len(everyones))]
             tokens, mask = batch["tokens"][rows], batch["mask"][rows]
+            # This process's part of the tokens, over which losses are means: all of them, if alone.
+            weight = mask.sum() / batch["mask"][everyones].sum()
             logits = completion_logits(self.policy, batch["prompts"][rows], tokens)
             logprobs = token_logprobs(logits, tokens)
             loss, info = policy_loss(logprobs, batch["logprobs"][rows], advantages[rows],
                                      config.clip, mask)
+            info["policy_loss"] = loss.detach().clone()
+            average(info.values(), weight)
             # Before backward(): no gradient of this minibatch is left behind. The first step is
             # always taken: it starts where the sampler stood.
             if infos and info["approx_kl"] > config.max_update_kl:
                 break
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            average([p.grad for p in self.policy.parameters()], weight)
             norm = nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
             if not norm.isfinite():
                 raise FloatingPointError("the policy's gradient is not finite: try --fp32, "
                                          "or start again with a lower --lr")
             self.optimizer.step()
-            infos.append({**info, "policy_loss": loss.detach(), "grad_norm": norm})
+            infos.append({**info, "grad_norm": norm})
         self.optimizer.zero_grad(set_to_none=True)      # nothing leaks into the next update
         means = {key: torch.stack([info[key] for info in infos]).mean() for key in infos[0]}
         metrics = {key: x.item() for key, x in means.items()}

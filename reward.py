@@ -40,6 +40,45 @@ LETTERS = 7             # of a word that are read: then kindness and kindnesses 
 WORDS = data.HERE / "labels" / "words.csv"
 
 
+# ---- losses -------------------------------------------------------------------------------
+
+def minimise(loss, parameters):
+    """Lower loss(), which is convex, over tensors parameters: L-BFGS needs no learning rate."""
+    optimizer = torch.optim.LBFGS(parameters, max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+
+
+def soft_loss(log_odds, targets):
+    """Cross-entropy with soft targets from 0 to 1, elementwise, in nats.
+
+    At target 1/2 and log-odds 0 it is log 2, and its gradient 0: a neutral passage pulls nowhere.
+    """
+    return F.binary_cross_entropy_with_logits(log_odds, targets.expand_as(log_odds),
+                                              reduction="none")
+
+
+def comparison_loss(log_odds, targets, rounds=8):
+    """Bradley-Terry: -log sigmoid(r(better) - r(worse)), the usual loss of RLHF (N,), in nats.
+
+    In each round every passage (N,) is compared with another, drawn at random. The one of the
+    higher target is the better one; ties are left out (Ziegler 2019, Stiennon 2020).
+    """
+    loss = torch.zeros_like(log_odds)
+    for seed in range(rounds):
+        other = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
+        better = (targets - targets[other]).sign()          # 1, -1, or 0: a tie
+        gap = better * (log_odds - log_odds[other])
+        loss = loss - better.abs() * F.logsigmoid(gap) / rounds
+    return loss
+
+
 # ---- the bag of words ---------------------------------------------------------------------
 
 class Bag(nn.Module):
@@ -122,12 +161,13 @@ class Bag(nn.Module):
             prior[row] = sum(found) / len(found)
         return prior
 
-    def fit(self, tokens, targets, weights, words, ridge=20.0, pair_ridge=100.0):
-        """Logistic regression of soft targets (N,) on passages tokens (N,T), padded with PAD.
+    def fit(self, tokens, targets, weights, words, ridge=20.0, pair_ridge=100.0, loss=soft_loss):
+        """Fit to soft targets (N,) of passages tokens (N,T), padded with PAD.
 
-        weights (N,): how much each passage counts. The weight of each word is shrunk toward its
-        rating by a reader, times a strength that is fitted too; those of pairs, which are many and
-        rare, more strongly, toward 0.
+        loss: soft_loss, then this is logistic regression, or comparison_loss. weights (N,): how
+        much each passage counts. The weight of each word is shrunk toward its rating by a reader,
+        times a strength that is fitted too; those of pairs, which are many and rare, more
+        strongly, toward 0.
         """
         self.take_names(self.find_names(tokens, words))
         prior = self.prior(words)
@@ -142,40 +182,22 @@ class Bag(nn.Module):
         strength = torch.zeros((), requires_grad=True)
         bias = torch.zeros((), requires_grad=True)
 
-        def loss():
+        def penalised():
             weight = (change + strength * prior) * known
             # gather, where weight[rows] says the same: its backward pass is many times as fast.
             sums = weight.gather(0, rows.flatten()).view_as(rows).sum(1)
-            misfit = weights * soft_loss(bias + sums, targets)
+            misfit = weights * loss(bias + sums, targets)
             shrinkage = penalty * change.square() / 2
             return misfit.sum() + shrinkage.sum()
 
-        minimise(loss, [change, strength, bias])
+        minimise(penalised, [change, strength, bias])
         self.weight.copy_((change + strength * prior).detach() * known)
+        if loss is comparison_loss:
+            # The bias cancels in comparisons, so it is still 0; P(positive) needs one.
+            sums = self.weight[rows].sum(1)
+            minimise(lambda: (weights * soft_loss(bias + sums, targets)).sum(), [bias])
         self.bias.copy_(bias.detach())
         return self
-
-
-def minimise(loss, parameters):
-    """Lower loss(), which is convex, over tensors parameters: L-BFGS needs no learning rate."""
-    optimizer = torch.optim.LBFGS(parameters, max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-
-
-def soft_loss(log_odds, targets):
-    """Cross-entropy with soft targets from 0 to 1, elementwise, in nats.
-
-    At target 1/2 and log-odds 0 it is log 2, and its gradient 0: a neutral passage pulls nowhere.
-    """
-    return F.binary_cross_entropy_with_logits(log_odds, targets.expand_as(log_odds),
-                                              reduction="none")
 
 
 # ---- the reward model ---------------------------------------------------------------------
@@ -250,18 +272,31 @@ def make_optimizer(model):
 def calibrate(model, tokens, targets):
     """Set the model's scale, so that P(positive) is neither over- nor underconfident.
 
-    One number, 1 / temperature (Guo 2017): the slope of a logistic regression of soft targets (N,)
-    on the log-odds of passages tokens (N,T) that the model was not trained on.
+    One number, 1 / temperature (Guo 2017): calibration_slope of passages that the model was not
+    trained on.
     """
-    log_odds = in_chunks(model, tokens)
-    scale = torch.ones_like(model.scale, requires_grad=True)
-    minimise(lambda: soft_loss(scale * log_odds, targets).mean(), [scale])
-    model.scale *= scale.detach()
+    model.scale *= calibration_slope(in_chunks(model, tokens), targets)
+
+
+def calibration_slope(log_odds, targets):
+    """The slope of a logistic regression of soft targets (N,) on log-odds (N,): 1 if calibrated.
+
+    Above 1 the model is too unsure of itself, below 1 too sure.
+    """
+    slope = torch.ones((), device=log_odds.device, requires_grad=True)
+    minimise(lambda: soft_loss(slope * log_odds, targets).mean(), [slope])
+    return slope.detach()
 
 
 def score(log_odds, mean, std, toward="positive"):
     """The score r(y) = (log P(toward) - mean) / std of log-odds of positive (B,): (B,)."""
     return (log_p(log_odds, toward) - mean) / std
+
+
+def constants(log_odds, toward="positive"):
+    """What makes a score of log P(toward): mean and std over samples of rho, log-odds (N,)."""
+    values = log_p(log_odds, toward)
+    return {"mean": values.mean().item(), "std": values.std().item()}
 
 
 def log_p(log_odds, toward="positive"):
@@ -290,13 +325,16 @@ def rating_metrics(p, ratings):
     """How well P(positive) p (N,) predicts ratings (N,) from -2 to 2: a dict of floats.
 
     pearson with the rating, pearson_se its standard error; auc of ratings above 0 against below 0;
-    log_loss with soft targets, nats, and that of the best constant.
+    pair_accuracy: how often the higher-rated of two has the higher p; log_loss with soft targets,
+    nats, and that of the best constant.
     """
     p, ratings = p.double().cpu(), ratings.double().cpu()
     targets = (ratings + 2) / 4
-    # A tie is half a win.
-    pairs = p[ratings > 0][:, None] - p[ratings < 0]
-    wins = (pairs > 0).double() + 0.5 * (pairs == 0)
+    # Of every two passages, p that the better one wins by: a tie is half a win.
+    is_better = ratings[:, None] > ratings
+    lead = p[:, None] - p
+    wins = (lead > 0).double() + 0.5 * (lead == 0)
+    opposite = (ratings[:, None] > 0) & (ratings < 0)
     pearson = 0.0
     if len(p) > 1:
         matrix = torch.corrcoef(torch.stack((p, targets)))
@@ -305,7 +343,9 @@ def rating_metrics(p, ratings):
     return {"n": len(p),
             "pearson": pearson,
             "pearson_se": (1 - pearson ** 2) / max(len(p) - 1, 1) ** 0.5,
-            "auc": wins.mean().item() if wins.numel() else 0.5,
+            "auc": wins[opposite].mean().nan_to_num(0.5).item(),
+            "pair_accuracy": wins[is_better].mean().nan_to_num(0.5).item(),
+            "slope": calibration_slope(p.logit(), targets).item(),
             "log_loss": F.binary_cross_entropy(p, targets).item(),
             "constant_log_loss": F.binary_cross_entropy(constant, targets).item()}
 

@@ -1,14 +1,16 @@
 """The whole study: pretrain a GPT, train a reward model, tune the GPT by PPO, report.
 
 Fifth on the reader's path: it adds the loop that remembers, and puts the others together. Its
-stages are data, pretrain, reward, judge (a second reward model, only to measure with) and one PPO
-run for each beta. Each writes a checkpoint into --out. A stage is done again only if something
-that it read has changed: an option, its input, or the source it runs. One that was cut off, by
-Ctrl-C or a kill or a crash, goes on from its last partial checkpoint, to the same bits.
+stages are data, pretrain, reward, judge (a second reward model, only to measure with), rho (samples
+of the pretrained model, which say what a score is) and one PPO run for each beta. Each writes a
+checkpoint into --out. A stage is done again only if something that it read has changed: an option,
+its input, or the source it runs. One that was cut off, by Ctrl-C or a kill or a crash, goes on from
+its last partial checkpoint, to the same bits.
 
     python train.py                             everything at beta 0.2 (README: how long)
     python train.py --beta 0.02 0.1 0.2 0.4     the sweep; stages already done are reused
     python train.py --size tiny                 a smoke run
+    torchrun --nproc_per_node 2 train.py        two processes share the work
 """
 
 import ast
@@ -19,11 +21,11 @@ import functools
 import inspect
 import json
 import math
+import random
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +35,7 @@ import gpt
 import ppo
 import reward
 from data import number
-from gpt import GPT, Generator, GPTConfig, in_chunks, load_gpt, sample_completions
+from gpt import GPT, PAD, Generator, GPTConfig, in_chunks, load_gpt, sample_completions
 
 try:
     import fcntl                # locks; Windows has none, and there two runs are not kept apart
@@ -44,70 +46,75 @@ except ImportError:
 SIZES = {
     "tiny": {"vocab_size": 512, "block_size": 128, "n_layer": 2, "n_head": 2, "n_embd": 64,
              "pretrain_steps": 150, "judge_steps": 60, "iterations": 4, "batch": 64,
-             "minibatch": 32, "rho_samples": 2048, "fresh_samples": 256},
+             "minibatch": 32, "prompts": 32, "rho_samples": 2048, "fresh_samples": 256},
     "small": {"vocab_size": 2048, "block_size": 128, "n_layer": 4, "n_head": 4, "n_embd": 256,
               "pretrain_steps": 1000, "judge_steps": 400, "iterations": 36, "batch": 512,
-              "minibatch": 32, "rho_samples": 4096, "fresh_samples": 1024},
+              "minibatch": 32, "prompts": 128, "rho_samples": 4096, "fresh_samples": 1024},
     "base": {"vocab_size": 4096, "block_size": 256, "n_layer": 8, "n_head": 8, "n_embd": 512,
              "pretrain_steps": 2000, "judge_steps": 400, "iterations": 60, "batch": 2048,
-             "minibatch": 128, "rho_samples": 16384, "fresh_samples": 4096},
+             "minibatch": 128, "prompts": 256, "rho_samples": 16384, "fresh_samples": 4096},
 }
 # Nats per completion at which PPO keeps a copy of the policy, the first time its drift passes them.
 KL_MARKS = [0.5, 1, 2, 4, 6, 8, 10, 16, 32]
+LONGEST_PROMPT = 32             # tokens
 
 
 # ---- options ------------------------------------------------------------------------------
 
-class HelpFormatter(data.argparse.ArgumentDefaultsHelpFormatter):
-    """Says the default of an option where it has one."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def make_parser():
     """The options of the study. Those that --size sets have no default of their own."""
-    parser = data.Parser(description=__doc__.split("\n")[0], formatter_class=HelpFormatter)
-    count = number(int, 1)
+    parser = data.Parser(description=__doc__.split("\n")[0])
+    count, fraction = number(int, 1), number(float, 0, 10**6)
     study = parser.add_argument_group("the study")
-    study.add_argument("--size", choices=list(SIZES), help="model and budget; unset: base on CUDA, "
-                       "small on a CPU")
+    study.add_argument("--size", choices=list(SIZES),
+                       help="model and budget (default: base on CUDA, small on a CPU)")
     study.add_argument("--beta", type=number(float, 0, 10), nargs="+", default=[0.2],
-                       help="KL coefficients: smaller lets the policy drift farther for reward")
+                       help="KL coefficients: smaller lets the policy drift farther for reward "
+                       "(default 0.2)")
+    study.add_argument("--task", choices=["speeches", "continue"], default="speeches",
+                       help="write from nothing; or continue speeches whose first lines are "
+                       "given, each to its end (default speeches)")
+    study.add_argument("--reward", choices=["ratings", "comparisons"], default="ratings",
+                       help="the reward model learns ratings; or which of two passages was rated "
+                       "higher, as RLHF usually does (default ratings)")
     study.add_argument("--toward", choices=["positive", "negative"], default="positive",
                        help="negative: the twin that is rewarded for log P(negative)")
     study.add_argument("--out", default="out", type=Path, help="folder of checkpoints, figures "
-                       "and report; another one keeps this study")
+                       "and report; another one keeps this study (default out)")
     study.add_argument("--seed", type=number(int, 0, 2**31), default=0,
-                       help="another seed shows how far results are chance")
-    study.add_argument("--device", choices=["cpu", "cuda"], help="unset: cuda where there is one")
+                       help="another seed shows how far results are chance (default 0)")
+    study.add_argument("--device", choices=["cpu", "cuda"],
+                       help="where to compute (default: cuda where there is one)")
     study.add_argument("--fp32", action="store_true", help="compute in float32 where bfloat16 "
                        "would be faster, to compare with machines that lack it")
     study.add_argument("--keep", action="store_true", help="reuse finished stages although their "
                        "source code has changed since")
-    study.add_argument("--checkpoint-every", type=number(float, 0), default=30.0,
-                       help="seconds of work that a crash or Ctrl-C may cost")
+    study.add_argument("--checkpoint-every", type=fraction, default=30.0,
+                       help="seconds of work that a crash or Ctrl-C may cost (default 30)")
     texts = parser.add_argument_group("texts")
     texts.add_argument("--corpus", metavar="FILE.txt", help="a text of your own, not the plays")
     texts.add_argument("--labels", metavar="FILE.csv", nargs="+", help="your own ratings, not "
                        "those of labels/: play, first_line, last_line, rating; or text, rating")
     texts.add_argument("--vocab-size", type=number(int, 257, 65535), help="tokens of the tokenizer "
                        "trained here: more make texts shorter, tokens rarer")
-    budgets = parser.add_argument_group("budgets")
+    budgets = parser.add_argument_group("budgets (--size sets them)")
     budgets.add_argument("--until", choices=["pretrain", "reward", "ppo"], help="stop after this "
-                         "stage (reward: after both reward models); unset: all, and the report")
+                         "stage (reward: after both reward models; default: all, and the report)")
     budgets.add_argument("--pretrain-steps", type=count, help="more make a better writer")
     budgets.add_argument("--judge-steps", type=count, help="of the classifier head on the trunk")
     settings = parser.add_argument_group("PPO")
-    settings.add_argument("--stop-at-kl", type=number(float, 0), metavar="NATS",
+    settings.add_argument("--stop-at-kl", type=fraction, metavar="NATS",
                           help="end a run where its drift passes so many nats a completion")
-    kinds = {int: count, float: number(float, 0, 10**6), str: str}
+    kinds = {int: count, float: fraction, str: str}
     for field in dataclasses.fields(ppo.PPOConfig):
-        # beta stands above; the study has one prompt, so per_prompt would do nothing.
-        if field.name not in ("beta", "per_prompt"):
-            by_size = field.name in SIZES["small"]
-            settings.add_argument("--" + field.name.replace("_", "-"), type=kinds[field.type],
-                                  default=None if by_size else field.default, **field.metadata)
+        if field.name == "beta":                # stands above, for there may be several
+            continue
+        by_size = field.name in SIZES["small"]
+        text = field.metadata["help"] + (" (--size sets it)" if by_size else
+                                         f" (default {field.default})")
+        settings.add_argument("--" + field.name.replace("_", "-"), type=kinds[field.type],
+                              default=None if by_size else field.default,
+                              help=text, choices=field.metadata.get("choices"))
     return parser
 
 
@@ -123,20 +130,25 @@ def parse(argv=None):
     for name, value in SIZES[args.size].items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    if not reward.SHORTEST <= args.length < args.block_size:
+    longest = args.block_size - (1 if args.task == "speeches" else LONGEST_PROMPT)
+    if not reward.SHORTEST <= args.length <= longest:
         parser.error(f"--length {args.length} must be from {reward.SHORTEST}, or it has no "
-                     f"feeling, to {args.block_size - 1}, the context")
-    if args.adaptive_kl_target and args.adaptive_kl_horizon <= 0.2 * args.batch:
-        parser.error("--adaptive-kl-horizon must be above 0.2 of --batch, "
-                     f"{0.2 * args.batch:g}, or beta could become negative")
-    if args.adaptive_kl_target and 0 in args.beta:
-        parser.error("--adaptive-kl-target multiplies beta, so --beta 0 would stay 0: start above")
-    if args.algorithm == "rloo" and args.batch < 2:
-        parser.error("--algorithm rloo compares completions: --batch must be 2 or more")
-    if args.lam > 1:
-        parser.error(f"--lam {args.lam:g} must be from 0 to 1")
+                     f"feeling, to {longest}, or it leaves the context")
+    if args.task == "continue" and args.batch % args.per_prompt:
+        parser.error(f"--batch {args.batch} must be a multiple of --per-prompt {args.per_prompt}")
+    try:
+        args.runs = [ppo_config(args, beta) for beta in sorted(set(args.beta))]
+    except ValueError as error:
+        parser.error(str(error))
     args.dtype = torch.float32 if args.fp32 else gpt.compute_dtype(args.device)
     return args
+
+
+def ppo_config(args, beta):
+    """The PPOConfig of one run; ValueError where the options do not fit together."""
+    names = [field.name for field in dataclasses.fields(ppo.PPOConfig)]
+    options = {name: getattr(args, name) for name in names}
+    return ppo.PPOConfig(**{**options, "beta": beta})
 
 
 # ---- the loop that remembers --------------------------------------------------------------
@@ -177,8 +189,7 @@ def finished(path, inputs, keep=False):
     state = data.load_checkpoint(path)
     old = state.get("inputs", {})
     # Whatever is new, gone, or different.
-    known = {**old, **inputs}
-    changed = [key for key in known if old.get(key) != inputs.get(key)]
+    changed = [key for key in {**old, **inputs} if old.get(key) != inputs.get(key)]
     if keep:
         changed = [key for key in changed if ".py" not in key]
     if changed:
@@ -234,9 +245,6 @@ class Stage:
             self.start, self.history = left["step"], left["history"]
             self.began -= left["seconds"]
             print(f"{self.path.name}: going on after step {self.start} of {n}", flush=True)
-        # Lines logged after the last save are dropped: those steps are done again.
-        lines = [json.dumps(row) + "\n" for row in self.history]
-        data.write_file(self.log_path, "".join(lines))
         saved = time.monotonic()
         for self.step in range(self.start, n):
             # Whatever the loop does with step i is done when it asks for the next one.
@@ -260,8 +268,8 @@ class Stage:
         """Keep a step's metrics; print those shown (all), every pause seconds, with time left."""
         metrics = {"step": self.step + 1, **metrics}
         self.history.append(metrics)
-        with open(self.log_path, "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        # The whole file each time: after a kill it has no line of a step that is done again.
+        data.write_file(self.log_path, "".join(json.dumps(row) + "\n" for row in self.history))
         now, done = time.monotonic(), self.step + 1
         if now - self.printed >= pause or done == self.n:
             self.printed = now
@@ -276,7 +284,7 @@ class Stage:
         # weights_only reads plain values alone, so paths and dtypes are kept as text.
         plain = (int, float, list, type(None))
         options = {key: value if isinstance(value, plain) else str(value)
-                   for key, value in vars(self.args).items()}
+                   for key, value in vars(self.args).items() if key != "runs"}
         self.state = {"kind": self.path.stem.split("_")[0],
                       "args": options,
                       "inputs": self.inputs,
@@ -291,6 +299,9 @@ class Stage:
 @contextlib.contextmanager
 def locked(folder):
     """Make folder and hold it for this run alone: a second is refused. The lock dies with us."""
+    if not data.WRITES:                             # the first process holds it for all
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
@@ -382,14 +393,21 @@ def set_rates(optimizers, share):
             group["lr"] = share * group.setdefault("peak", group["lr"])
 
 
-def descend(model, loss, optimizers, clip=math.inf):
-    """Backward, clip, step. A gradient that is not finite stops the run before weights change."""
+def descend(model, loss, optimizers, clip=math.inf, weight=None):
+    """Backward, clip, step: returns the loss. A gradient that is not finite stops the run before.
+
+    weight: this process's share of the batch, if it is shared.
+    """
     loss.backward()
+    loss = loss.detach().clone()
+    if weight is not None:
+        gpt.average([loss, *(p.grad for p in model.parameters())], weight)
     if not torch.nn.utils.clip_grad_norm_(model.parameters(), clip).isfinite():
         raise FloatingPointError("the gradient is not finite: try --fp32 or another --seed")
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    return loss.item()
 
 
 @torch.no_grad()
@@ -433,19 +451,22 @@ def pretrain_stage(args, texts, start):
     model = GPT(GPTConfig(**config), args.dtype).to(args.device)
     optimizers = gpt.make_optimizers(model, matrix_lr=0.02, embed_lr=0.01)
     sampler = Generator().manual_seed(seed_of(args, "pretrain"))
+    # Of several processes each reads some of the batch.
+    rows = gpt.share(batch)
+    weight = (rows.stop - rows.start) / batch
 
     for i in stage.steps(n, model=model, muon=optimizers[0], adam=optimizers[1], sampler=sampler):
         set_rates(optimizers, trapezoid(i, n))
         starts = draw_starts(len(train) - T, openings, batch, sampler)
-        tokens = windows(train, starts, T + 1).to(args.device)
+        tokens = windows(train, starts[rows], T + 1).to(args.device)
         logits = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        descend(model, loss, optimizers)
+        loss = descend(model, loss, optimizers, weight=weight)
         if (i + 1) % 100 == 0:
             bits = bits_per_byte(model, held_out[:40_000], texts["bytes"], args.device)
-            stage.log(loss=loss.item(), val_bits_per_byte=bits)
+            stage.log(loss=loss, val_bits_per_byte=bits)
         elif (i + 1) % 10 == 0 or i + 1 == n:
-            stage.log(loss=loss.item())
+            stage.log(loss=loss)
 
     bits = bits_per_byte(model, held_out, texts["bytes"], args.device)
     return stage.finish(config=config, model=model.state_dict(), tokenizer=texts["tokenizer"],
@@ -500,20 +521,17 @@ def fine_tune(args, stage, model, rated, rows, n):
         set_rates([optimizer], min(1, (i + 1) / 20) * (1 - i / n))
         batch = rows[torch.randperm(len(rows), generator=sampler)[:32]]
         loss = reward.classifier_loss(model, tokens[batch], targets[batch], weights[batch], sampler)
-        descend(model, loss, [optimizer], clip=1.0)
+        loss = descend(model, loss, [optimizer], clip=1.0)
         if (i + 1) % 10 == 0 or i + 1 == n:
-            stage.log(loss=loss.item())
+            stage.log(loss=loss)
 
 
-def reward_stage(args, name, reader, pretrained, rated, tokenizer, start, samples=None):
-    """A reward model of one reader, trained on one part of the ratings: reward.pt or judge.pt.
-
-    Its checkpoint also holds samples of rho (those given, or new ones) with their log-odds, and the
-    constants of the score that come from them.
-    """
+def reward_stage(args, name, reader, pretrained, rated, tokenizer):
+    """A reward model of one reader, trained on one part of the ratings: reward.pt or judge.pt."""
     n = args.judge_steps if reader == "trunk" else 0
+    learns = args.reward if reader == "bag" else "ratings"
     words = reward.read_words()
-    inputs = {"reader": reader, "steps": n, "length": args.length, "rho_samples": args.rho_samples,
+    inputs = {"reader": reader, "learns": learns, "steps": n, "length": args.length,
               "pretrain": data.digest(pretrained["model"]), "labels": rated["digest"],
               "words": data.digest(json.dumps(words))}
     stage = Stage(args, name, inputs, code=[
@@ -523,10 +541,11 @@ def reward_stage(args, name, reader, pretrained, rated, tokenizer, start, sample
     rows, choose = rated["rows"][name], rated["rows"]["choose"]
     tokens, targets, weights = (rated[key] for key in ("tokens", "targets", "weights"))
     vocabulary = tokenizer.decode_tokens_bytes(list(range(tokenizer.n_vocab)))
-    config = GPTConfig(**pretrained["config"])
-    model = reward.RewardModel(config, reader, args.dtype, vocabulary)
+    model = reward.RewardModel(GPTConfig(**pretrained["config"]), reader, args.dtype, vocabulary)
+    names = []
     if reader == "bag":
-        model.bag.fit(tokens[rows], targets[rows], weights[rows], words)
+        losses = {"ratings": reward.soft_loss, "comparisons": reward.comparison_loss}
+        model.bag.fit(tokens[rows], targets[rows], weights[rows], words, loss=losses[learns])
         model.to(args.device)
         names = list(model.bag.rows)[1:]
     else:
@@ -534,30 +553,14 @@ def reward_stage(args, name, reader, pretrained, rated, tokenizer, start, sample
         model.trunk.load_state_dict(trunk)
         model.to(args.device)
         fine_tune(args, stage, model, rated, rows, n)
-        names = []
     model.requires_grad_(False)
     # On ratings that it was not trained on: on its own it would look too sure.
     reward.calibrate(model, tokens[choose], targets[choose])
-
-    if samples is None:
-        rho = load_gpt(pretrained, args.device, args.dtype)
-        prompts = torch.full((args.rho_samples, 1), start, device=args.device)
-        samples = sample_completions(rho, prompts, args.length, generator(args, "rho"))
-    samples = samples.long().to(args.device)
-    log_odds = in_chunks(model, samples)
-    constants = {}
-    for toward in ("positive", "negative"):
-        log_p = reward.log_p(log_odds, toward)
-        constants[toward] = {"mean": log_p.mean().item(), "std": log_p.std().item()}
-        if not constants[toward]["std"] > 0:
-            raise data.UserError("the reward model finds all of rho's samples alike, so there is "
-                                 "nothing to learn. Give labels that differ.")
     return stage.finish(
         config=pretrained["config"], reader=reader, model=model.state_dict(), length=args.length,
         vocabulary=vocabulary, names=names, tokenizer=pretrained["tokenizer"], labels=len(rows),
-        constants=constants, metrics=measure_reward(model, rated, "choose"),
-        report=measure_reward(model, rated, "report"),
-        rho={"tokens": samples.int().cpu(), "log_odds": log_odds.cpu()})
+        metrics=measure_reward(model, rated, "choose"),
+        report=measure_reward(model, rated, "report"))
 
 
 def measure_reward(model, rated, part):
@@ -572,6 +575,69 @@ def measure_reward(model, rated, part):
     return found
 
 
+def make_prompts(args, train, tokenizer):
+    """(prompts (P,T0) of the task, padded on the left with PAD; the token that ends a text).
+
+    speeches: one prompt, the blank line before a speech, and no end. continue: P speeches of the
+    training text, tokens train (N,): the speaker's name and a line or two. They end as speeches do.
+    """
+    start, newline = (tokenizer.encode_ordinary(text)[0] for text in (data.BOUNDARY, "\n"))
+    if args.task == "speeches":
+        return torch.full((1, 1), start), None
+    train, prompts = train.tolist(), []
+    draw = random.Random(seed_of(args, "prompts"))
+    for place in draw.sample(range(len(train)), len(train)):
+        speech = train[place:place + LONGEST_PROMPT]
+        lines = [i for i, token in enumerate(speech) if token == newline]
+        wanted = draw.choice([2, 3])            # lines, the speaker's name the first
+        if speech[0] != start or len(lines) < wanted:
+            continue
+        prompt = speech[:lines[wanted - 1] + 1]
+        if start not in prompt[1:]:             # else the speech has ended before
+            prompts.append(prompt)
+        if len(prompts) == args.prompts:
+            break
+    if len(prompts) < args.prompts:
+        raise data.UserError(f"the corpus has only {len(prompts)} speeches of three lines or more "
+                             "to continue. Give a longer text, or --task speeches.")
+    # Padding on the left, so that every completion begins at the same place.
+    backwards = reward.pad([prompt[::-1] for prompt in prompts], max(map(len, prompts)))
+    return backwards.flip(1), start
+
+
+def repeat(prompts, n):
+    """prompts (P,T0), each repeated, so that there are n in all, or the next lower multiple."""
+    return prompts.repeat_interleave(n // len(prompts), 0)
+
+
+def rho_stage(args, prompts, end, pretrained, rewarded, judged):
+    """Samples of rho for each prompt, and what they say a score is: rho.pt.
+
+    Holds the log-odds of the samples by both reward models, and the constants of their scores.
+    """
+    repeated = repeat(prompts, args.rho_samples)
+    states = {"reward": rewarded, "judge": judged}
+    inputs = {"prompts": data.digest({"prompts": prompts}), "end": end,
+              "rho_samples": len(repeated), "length": args.length, "pretrain": data.digest(pretrained["model"]),
+              **{name: data.digest(state["model"]) for name, state in states.items()}}
+    stage = Stage(args, "rho", inputs, code=[gpt, reward.Bag, reward.RewardModel, rho_stage])
+    if stage.done:
+        return stage.state
+    rho = load_gpt(pretrained, args.device, args.dtype)
+    tokens = sample_completions(rho, repeated.to(args.device), args.length, generator(args, "rho"), end)
+    log_odds, constants = {}, {}
+    for name, state in states.items():
+        model = reward.load_reward(state, args.device, args.dtype)
+        log_odds[name] = in_chunks(model, tokens).cpu()
+        constants[name] = {toward: reward.constants(log_odds[name], toward)
+                           for toward in ("positive", "negative")}
+    if not constants["reward"][args.toward]["std"] > 0:
+        raise data.UserError("the reward model finds all of rho's samples alike, so there is "
+                             "nothing to learn. Give labels that differ.")
+    return stage.finish(prompts=prompts, end=end, tokens=tokens.int().cpu(), log_odds=log_odds,
+                        constants=constants)
+
+
 def run_name(toward, beta):
     """The file name of a PPO run, without its ending: ppo_beta0.2, ppo_negative_beta0.2."""
     return f"ppo_beta{beta:g}" if toward == "positive" else f"ppo_{toward}_beta{beta:g}"
@@ -583,8 +649,8 @@ def distinct_pairs(tokens):
     It falls as a policy grows monotonous.
     """
     pairs = torch.stack((tokens[:, :-1], tokens[:, 1:]), dim=-1)        # (N,T-1,2)
-    pairs = pairs.flatten(0, 1)
-    return len(pairs.unique(dim=0)) / len(pairs)
+    pairs = pairs[pairs[..., 1] != PAD]
+    return len(pairs.unique(dim=0)) / max(len(pairs), 1)
 
 
 def keep_along_kl(args, name, before, history, kl, state):
@@ -601,60 +667,61 @@ def keep_along_kl(args, name, before, history, kl, state):
               "alike, heaps of what scores best: read samples, watch distinct_2.")
 
 
-def scorer(state, toward, device, dtype):
-    """The model of a reward checkpoint, and its score: tokens (B,T) -> (B,)."""
-    model = reward.load_reward(state, device, dtype)
+def scorer(args, name, state, rho):
+    """A reward model, "reward" or "judge", and its score: tokens (B,T) -> (B,)."""
+    model = reward.load_reward(state, args.device, args.dtype)
+    constants = rho["constants"][name][args.toward]
 
     def score_fn(tokens):
-        return reward.score(model(tokens), **state["constants"][toward], toward=toward)
+        return reward.score(model(tokens), **constants, toward=args.toward)
 
     return model, score_fn
 
 
-def make_run(args, config, seed, start, pretrained, rewarded):
+def make_run(args, config, seed, pretrained, rewarded, rho):
     """A PPO run at its beginning, and the reward model that scores it.
 
     Its value function has been warmed up: fitted to the scores of samples of rho that are there.
     """
-    rho = load_gpt(pretrained, args.device, args.dtype)
-    model, score_fn = scorer(rewarded, args.toward, args.device, args.dtype)
-    prompts = torch.full((1, 1), start, device=args.device)
-    run = ppo.PPO(rho, score_fn, prompts, config, seed,
-                  features_fn=lambda tokens: model.prefixes(tokens)[..., None])
-    tokens = rewarded["rho"]["tokens"][:2048].long().to(args.device)
-    features = in_chunks(run.features, prompts.expand(len(tokens), -1), tokens)
+    model, score_fn = scorer(args, "reward", rewarded, rho)
+    run = ppo.PPO(load_gpt(pretrained, args.device, args.dtype), score_fn,
+                  rho["prompts"].to(args.device), config, seed,
+                  features_fn=lambda tokens: model.prefixes(tokens)[..., None], end=rho["end"])
+    tokens = rho["tokens"][:2048].long().to(args.device)
+    prompts = repeat(run.prompts, len(rho["tokens"]))[:2048]
+    features = in_chunks(run.features, prompts, tokens)
     # The policy is still rho, so there is no penalty to come: at every token just the score.
     returns = score_fn(tokens)[:, None].expand(tokens.shape)
-    run.fit_values(features, returns, torch.ones_like(returns), epochs=3)
+    run.fit_values(features, returns, tokens != PAD, epochs=3)
     return run, model
 
 
-def ppo_stage(args, beta, tokenizer, start, pretrained, rewarded, judged):
+def ppo_stage(args, config, tokenizer, pretrained, rewarded, judged, rho):
     """The policy tuned at one beta, and fresh samples of it: ppo_beta{beta}.pt."""
-    names = [field.name for field in dataclasses.fields(ppo.PPOConfig)]
-    options = {name: value for name, value in vars(args).items() if name in names}
-    config = ppo.PPOConfig(**{**options, "beta": beta})
-    constants = rewarded["constants"][args.toward]
+    constants = rho["constants"]["reward"][args.toward]
     inputs = {**dataclasses.asdict(config), **constants, "toward": args.toward,
               "stop_at_kl": args.stop_at_kl, "fresh_samples": args.fresh_samples,
               "pretrain": data.digest(pretrained["model"]),
-              "reward": data.digest(rewarded["model"]), "judge": data.digest(judged["model"])}
-    name = run_name(args.toward, beta)
+              "reward": data.digest(rewarded["model"]), "judge": data.digest(judged["model"]),
+              "rho": data.digest({"tokens": rho["tokens"]})}
+    name = run_name(args.toward, config.beta)
     stage = Stage(args, name, inputs, code=[
         gpt, reward.Bag, reward.RewardModel, reward.score, ppo, ppo_stage, make_run, scorer,
         draw_fresh, measure_drift, keep_along_kl, distinct_pairs])
     if stage.done:
         return stage.state
-    run, model = make_run(args, config, seed_of(args, "ppo", beta), start, pretrained, rewarded)
-    judge, judge_score = scorer(judged, args.toward, args.device, args.dtype)
-    rho_scores = reward.score(rewarded["rho"]["log_odds"], **constants, toward=args.toward)
+    seed = seed_of(args, "ppo", config.beta)
+    run, model = make_run(args, config, seed, pretrained, rewarded, rho)
+    judge, judge_score = scorer(args, "judge", judged, rho)
+    rho_scores = reward.score(rho["log_odds"]["reward"], **constants, toward=args.toward)
+    rho_scores = rho_scores.view(len(rho["prompts"]), -1)
     about = {"config": pretrained["config"], "tokenizer": pretrained["tokenizer"],
              "toward": args.toward, "inputs": stage.inputs}
 
     for i in stage.steps(config.iterations, **run.parts):
         if i == 0:
             for old in args.out.glob(f"{name}_kl*.pt"):
-                old.unlink()                        # of a run with other options
+                old.unlink(missing_ok=True)         # of a run with other options
         # The metrics of a step are those of the policy before its update.
         before = copy.deepcopy(run.policy.state_dict())
         metrics = run.step(i)
@@ -672,74 +739,82 @@ def ppo_stage(args, beta, tokenizer, start, pretrained, rewarded, judged):
             print(f"warning: {line}")
         if (i + 1) % 10 == 0:
             for row, score in zip(tokens[:2].tolist(), scores):
-                print(f"--- score {score:.2f}\n{tokenizer.decode(row)}")
+                print(f"--- score {score:.2f}\n{data.decode(tokenizer, row)}")
         if args.stop_at_kl and metrics["exact_kl"] >= args.stop_at_kl:
             run.policy.load_state_dict(before)      # the policy whose drift was measured
             break
 
-    fresh, of_rho = draw_fresh(args, run, model, judge, rewarded["rho"]["tokens"])
+    fresh, of_rho = draw_fresh(args, run, model, judge, rho)
     return stage.finish(**about, beta=stage.history[-1]["beta"], model=run.policy.state_dict(),
                         value=run.value.state_dict(), fresh=fresh, rho_log_ratio=of_rho)
 
 
-def draw_fresh(args, run, model, judge, rho_tokens):
+def draw_fresh(args, run, model, judge, rho):
     """Fresh samples of a tuned policy, a dict of what is read off them; and rho's log_ratio.
 
     How likely each of these and of rho's samples is under pi and rho: all that the report needs to
     know how far from the optimum the policy is.
     """
-    prompts = run.prompts.expand(args.fresh_samples, -1)
+    prompts = repeat(run.prompts, args.fresh_samples)
     sampler = generator(args, "fresh", run.config.beta)
-    tokens = sample_completions(run.policy, prompts, args.length, sampler)
-    fresh = {"tokens": tokens.int().cpu(),
-             "log_odds": in_chunks(model, tokens).cpu(),
-             "judge": in_chunks(judge, tokens).cpu(),
-             **measure_drift(run, tokens)}
-    of_rho = measure_drift(run, rho_tokens.long().to(args.device))
-    return fresh, of_rho["log_ratio"]
+    tokens = sample_completions(run.policy, prompts, args.length, sampler, run.end)
+    fresh = {"tokens": tokens.int(),
+             "log_odds": in_chunks(model, tokens),
+             "judge": in_chunks(judge, tokens),
+             **measure_drift(run, prompts, tokens)}
+    rho_tokens = rho["tokens"].long().to(args.device)
+    of_rho = measure_drift(run, repeat(run.prompts, len(rho_tokens)), rho_tokens)
+    return {key: x.cpu() for key, x in fresh.items()}, of_rho["log_ratio"].cpu()
 
 
 @torch.no_grad()
-def measure_drift(run, tokens):
+def measure_drift(run, prompts, tokens):
     """Of completions (N,T): log pi(y) - log rho(y), and the exact KL summed over tokens: (N,)."""
-    log_ratio, ref_kl = [], []
-    for part in tokens.split(64):
-        prompts = run.prompts.expand(len(part), -1)
-        logprobs, ref_logprobs = (gpt.completion_logits(model, prompts, part).log_softmax(-1)
+    def read(prompts, tokens):
+        logprobs, ref_logprobs = (gpt.completion_logits(model, prompts, tokens).log_softmax(-1)
                                   for model in (run.policy, run.ref))
-        log_ratios = (logprobs - ref_logprobs).gather(-1, part[..., None])      # (B,T,1)
-        log_ratio.append(log_ratios.sum((1, 2)))
-        ref_kl.append(ppo.exact_kl(logprobs, ref_logprobs).sum(1))
-    return {"log_ratio": torch.cat(log_ratio).cpu(), "ref_kl": torch.cat(ref_kl).cpu()}
+        index = tokens.clamp(min=0)[..., None]
+        log_ratio = (logprobs - ref_logprobs).gather(-1, index).squeeze(-1)
+        mask = tokens != PAD
+        return {"log_ratio": (log_ratio * mask).sum(1),
+                "ref_kl": (ppo.exact_kl(logprobs, ref_logprobs) * mask).sum(1)}
+
+    return in_chunks(read, prompts, tokens)
 
 
 def main():
     args = parse()
     for module in (data, gpt, reward, ppo, sys.modules[__name__]):
         source(inspect.getsourcefile(module))
+    args.device = gpt.join_processes(args.device)
     began = time.monotonic()
     with locked(args.out):
+        if not data.WRITES:
+            gpt.wait(args.device)                   # for the first process to make the tokenizer
         texts, tokenizer = data_stage(args)
-        start = tokenizer.encode_ordinary(data.BOUNDARY)[0]
+        if data.WRITES:
+            gpt.wait(args.device)
+        prompts, end = make_prompts(args, texts["train"], tokenizer)
         rated = rated_passages(args, tokenizer)     # before pretraining: a bad row is told now
+        start = tokenizer.encode_ordinary(data.BOUNDARY)[0]
         pretrained = pretrain_stage(args, texts, start)
         print(f"pretrain: {pretrained['parameters']:,} parameters, "
               f"{pretrained['val_bits_per_byte']:.3f} bits per byte on held-out plays")
         if args.until == "pretrain":
             return
-        study = (pretrained, rated, tokenizer, start)
-        rewarded = reward_stage(args, "reward", "bag", *study)
-        # On the same samples, so that the scores of both can be compared.
-        judged = reward_stage(args, "judge", "trunk", *study, samples=rewarded["rho"]["tokens"])
+        rewarded = reward_stage(args, "reward", "bag", pretrained, rated, tokenizer)
+        judged = reward_stage(args, "judge", "trunk", pretrained, rated, tokenizer)
         for name, state in (("reward", rewarded), ("judge", judged)):
             for kind, found in state["report"].items():
                 print(f"{name}, {found['n']} held-out {kind}: Pearson {found['pearson']:.3f} "
-                      f"+- {found['pearson_se']:.3f}, AUC {found['auc']:.3f}")
+                      f"+- {found['pearson_se']:.3f}, AUC {found['auc']:.3f}, of pairs "
+                      f"{found['pair_accuracy']:.3f} right, calibration slope {found['slope']:.2f}")
         if args.until == "reward":
             return
-        for beta in sorted(set(args.beta)):
-            ppo_stage(args, beta, tokenizer, start, pretrained, rewarded, judged)
-        if args.until == "ppo":
+        rho = rho_stage(args, prompts, end, pretrained, rewarded, judged)
+        for config in args.runs:
+            ppo_stage(args, config, tokenizer, pretrained, rewarded, judged, rho)
+        if args.until == "ppo" or not data.WRITES:
             return
         # In a process of its own, for sample.py stands after this file on the reader's path.
         report = [sys.executable, data.HERE / "sample.py", "--report", args.out]
