@@ -17,7 +17,6 @@ import csv
 import ctypes
 import functools
 import hashlib
-import heapq
 import io
 import json
 import os
@@ -345,33 +344,22 @@ def train_bpe(text, vocab_size):
         for pair in zip(ids, ids[1:]):
             counts[pair] += count
             where[pair].add(index)
-    # Largest count first, smallest ids among equals.
-    queue = [(-count, pair) for pair, count in counts.items()]
-    heapq.heapify(queue)
     while len(vocab) < vocab_size:
-        while queue and -queue[0][0] != counts[queue[0][1]]:
-            heapq.heappop(queue)        # an old count of that pair; the present one is queued too
-        if not queue or -queue[0][0] < 2:
+        most = max(counts.values(), default=0)
+        if most < 2:
             raise UserError(f"the corpus yields only {len(vocab)} tokens. "
                             "Give more text or a smaller --vocab-size.")
-        best = heapq.heappop(queue)[1]
-        # Only words that hold the pair change; their counts are taken out, put back.
-        changed = set()
+        best = min(pair for pair, count in counts.items() if count == most)
+        # Only words that hold the pair change; their pairs are taken out, put back.
         for index in where[best]:
             ids, count = words[index]
-            old = list(zip(ids, ids[1:]))
-            ids[:] = merge(ids, best, len(vocab))
-            new = list(zip(ids, ids[1:]))
-            for pair in old:
+            for pair in zip(ids, ids[1:]):
                 counts[pair] -= count
-            for pair in new:
+            ids[:] = merge(ids, best, len(vocab))
+            for pair in zip(ids, ids[1:]):
                 counts[pair] += count
                 where[pair].add(index)
-            changed.update(old, new)
         vocab.append(vocab[best[0]] + vocab[best[1]])
-        # Their counts are new. The old entries stay in the queue and are passed over above.
-        for pair in changed:
-            heapq.heappush(queue, (-counts[pair], pair))
     return {token: rank for rank, token in enumerate(vocab)}
 
 

@@ -397,6 +397,10 @@ def load_study(out):
     """(pretrained, rewarded, judged, runs) of a folder; runs of this reward model only."""
     found = [data.load_checkpoint(out / f"{kind}.pt", kind)
              for kind in ("pretrain", "reward", "judge")]
+    rho = data.load_checkpoint(out / "rho.pt", "rho")
+    for name, state in (("reward", found[1]), ("judge", found[2])):
+        state["constants"] = rho["constants"][name]
+        state["rho"] = {"tokens": rho["tokens"], "log_odds": rho["log_odds"][name]}
     runs = []
     for path in out.glob("ppo_*beta*.pt"):
         if "_kl" in path.name or ".partial" in path.name:
@@ -443,7 +447,6 @@ def summarise_optimum(rewarded, run):
         # Too few effective samples: no number, for it would be far too low.
         best |= found if found["ess"] >= MIN_ESS else {"ess": found["ess"]}
         best["at_least"] = ppo.optimum_bound(scores, beta, weights)
-        best["pareto_k"] = ppo.pareto_k(weights + scores / beta)
     return best
 
 
@@ -764,7 +767,7 @@ def write_report(args):
 def parse():
     """The options; what is out of range is answered with one line."""
     count = data.number(int, 1)
-    parser = data.Parser(description=__doc__.split("\n")[0], formatter_class=train.HelpFormatter)
+    parser = data.Parser(description=__doc__.split("\n")[0], formatter_class=data.argparse.HelpFormatter)
     add = parser.add_argument
     add("--checkpoint", default="out/pretrain.pt", type=Path,
         help="pretrain.pt or ppo_beta*.pt, in the folder that train.py wrote")

@@ -559,13 +559,12 @@ def reward_stage(args, name, reader, pretrained, rated, tokenizer):
     return stage.finish(
         config=pretrained["config"], reader=reader, model=model.state_dict(), length=args.length,
         vocabulary=vocabulary, names=names, tokenizer=pretrained["tokenizer"], labels=len(rows),
-        metrics=measure_reward(model, rated, "choose"),
-        report=measure_reward(model, rated, "report"))
+        report=measure_reward(model, rated))
 
 
-def measure_reward(model, rated, part):
-    """What the model reaches on one part of the ratings, on passages of plays and on samples."""
-    rows, found = rated["rows"][part], {}
+def measure_reward(model, rated):
+    """What the model reaches on the ratings kept for the report, of plays' passages and samples."""
+    rows, found = rated["rows"]["report"], {}
     p = in_chunks(model, rated["tokens"][rows]).sigmoid().cpu()
     ratings, is_sample = rated["ratings"][rows], rated["is_sample"][rows]
     for name, chosen in (("passages", ~is_sample), ("samples", is_sample)):
@@ -746,7 +745,7 @@ def ppo_stage(args, config, tokenizer, pretrained, rewarded, judged, rho):
 
     fresh, of_rho = draw_fresh(args, run, model, judge, rho)
     return stage.finish(**about, beta=stage.history[-1]["beta"], model=run.policy.state_dict(),
-                        value=run.value.state_dict(), fresh=fresh, rho_log_ratio=of_rho)
+                        fresh=fresh, rho_log_ratio=of_rho)
 
 
 def draw_fresh(args, run, model, judge, rho):
