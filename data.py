@@ -41,8 +41,6 @@ BOUNDARY = "\n\n"
 # and of spaces. Every character falls in one of them, so nothing is lost, and Python's re and
 # tiktoken's engine read it alike.
 PIECES = r" ?'[a-z]+| ?[A-Za-z]+| ?[0-9]+| ?[^ \nA-Za-z0-9]+|\n+| +"
-# Of several processes (torchrun starts them) the first alone writes files.
-WRITES = os.environ.get("RANK", "0") == "0"
 
 
 # ---- what the user can put right ----------------------------------------------------------
@@ -115,6 +113,11 @@ def run(main):
 
 # ---- files --------------------------------------------------------------------------------
 
+def is_first_process():
+    """Whether this process is alone, or the first of those that torchrun started: it writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def read_file(path, what):
     """The bytes of a file. Raises UserError where there is no readable file."""
     try:
@@ -127,9 +130,10 @@ def read_file(path, what):
 def write_file(path, content):
     """Write bytes or text whole: to a temporary file in the same folder, then renamed over path.
 
-    Whatever happens meanwhile, path holds its old content or all of the new.
+    Whatever happens meanwhile, path holds its old content or all of the new. Of several processes
+    the first alone writes.
     """
-    if not WRITES:
+    if not is_first_process():
         return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -696,7 +696,7 @@ def write_samples(path, tokenizer, rewarded, toward, pool, n=20):
     kls = pool.get("ref_kl", torch.zeros(n))
     texts = []
     for tokens, log_odds, score, kl in zip(pool["tokens"][:n], pool["log_odds"], scores, kls):
-        texts.append(as_text({"text": tokenizer.decode(tokens.tolist()),
+        texts.append(as_text({"text": data.decode(tokenizer, tokens.tolist()),
                               "positive": log_odds.sigmoid(), "score": score, "ref_kl": kl}))
     path.parent.mkdir(exist_ok=True)
     data.write_file(path, f"\n\n{'-' * 60}\n\n".join(texts) + "\n")

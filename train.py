@@ -299,7 +299,7 @@ class Stage:
 @contextlib.contextmanager
 def locked(folder):
     """Make folder and hold it for this run alone: a second is refused. The lock dies with us."""
-    if not data.WRITES:                             # the first process holds it for all
+    if not data.is_first_process():                 # it holds the folder for all
         yield
         return
     try:
@@ -788,10 +788,10 @@ def main():
     args.device = gpt.join_processes(args.device)
     began = time.monotonic()
     with locked(args.out):
-        if not data.WRITES:
+        if not data.is_first_process():
             gpt.wait(args.device)                   # for the first process to make the tokenizer
         texts, tokenizer = data_stage(args)
-        if data.WRITES:
+        if data.is_first_process():
             gpt.wait(args.device)
         prompts, end = make_prompts(args, texts["train"], tokenizer)
         rated = rated_passages(args, tokenizer)     # before pretraining: a bad row is told now
@@ -813,7 +813,7 @@ def main():
         rho = rho_stage(args, prompts, end, pretrained, rewarded, judged)
         for config in args.runs:
             ppo_stage(args, config, tokenizer, pretrained, rewarded, judged, rho)
-        if args.until == "ppo" or not data.WRITES:
+        if args.until == "ppo" or not data.is_first_process():
             return
         # In a process of its own, for sample.py stands after this file on the reader's path.
         report = [sys.executable, data.HERE / "sample.py", "--report", args.out]

@@ -170,6 +170,19 @@ def command(capsys):
     return run
 
 
+def content(path):
+    """What a checkpoint holds but for its times and options: tensors as bytes."""
+    import data
+
+    def plain(x):
+        if isinstance(x, torch.Tensor):
+            return x.dtype, x.shape, x.numpy().tobytes()
+        if isinstance(x, dict):
+            return {key: plain(value) for key, value in x.items() if key not in ("seconds", "args")}
+        return [plain(y) for y in x] if isinstance(x, (list, tuple)) else x
+    return plain(data.load_checkpoint(path))
+
+
 def explains(result, says):
     """A failed command said what is wrong in one line, with exit code 2."""
     code, _, err = result

@@ -23,7 +23,7 @@ import gpt
 import ppo
 import reward
 import train
-from conftest import TOY, argv, assert_close, explains, run_script
+from conftest import TOY, argv, assert_close, content, explains, run_script
 
 STAGES = ["data", "pretrain", "reward", "judge", "rho", "ppo_beta0.5", "ppo_beta2"]
 DRIFTING = ["--lr", "0.01", "--max-update-kl", "0.1", "--iterations", "8", "--until", "ppo"]
@@ -31,17 +31,6 @@ DRIFTING = ["--lr", "0.01", "--max-update-kl", "0.1", "--iterations", "8", "--un
 
 def load(folder, name):
     return data.load_checkpoint(folder / f"{name}.pt")
-
-
-def content(path):
-    """What a checkpoint holds but for its times and options: tensors as bytes."""
-    def plain(x):
-        if isinstance(x, torch.Tensor):
-            return x.dtype, x.shape, x.numpy().tobytes()
-        if isinstance(x, dict):
-            return {key: plain(value) for key, value in x.items() if key not in ("seconds", "args")}
-        return [plain(y) for y in x] if isinstance(x, (list, tuple)) else x
-    return plain(data.load_checkpoint(path))
 
 
 @pytest.fixture
