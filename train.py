@@ -617,13 +617,15 @@ def rho_stage(args, prompts, end, pretrained, rewarded, judged):
     repeated = repeat(prompts, args.rho_samples)
     states = {"reward": rewarded, "judge": judged}
     inputs = {"prompts": data.digest({"prompts": prompts}), "end": end,
-              "rho_samples": len(repeated), "length": args.length, "pretrain": data.digest(pretrained["model"]),
+              "rho_samples": len(repeated), "length": args.length,
+              "pretrain": data.digest(pretrained["model"]),
               **{name: data.digest(state["model"]) for name, state in states.items()}}
     stage = Stage(args, "rho", inputs, code=[gpt, reward.Bag, reward.RewardModel, rho_stage])
     if stage.done:
         return stage.state
     rho = load_gpt(pretrained, args.device, args.dtype)
-    tokens = sample_completions(rho, repeated.to(args.device), args.length, generator(args, "rho"), end)
+    tokens = sample_completions(rho, repeated.to(args.device), args.length,
+                                generator(args, "rho"), end)
     log_odds, constants = {}, {}
     for name, state in states.items():
         model = reward.load_reward(state, args.device, args.dtype)

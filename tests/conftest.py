@@ -84,8 +84,8 @@ def trained():
 # ---- a whole study of a made-up text ------------------------------------------------------
 
 TOY = {"vocab_size": 300, "block_size": 80, "n_layer": 1, "n_head": 2, "n_embd": 32,
-       "pretrain_steps": 30, "judge_steps": 12, "iterations": 3, "batch": 32, "minibatch": 16, "prompts": 16,
-       "rho_samples": 512, "fresh_samples": 128}
+       "pretrain_steps": 30, "judge_steps": 12, "iterations": 3, "batch": 32, "minibatch": 16,
+       "prompts": 16, "rho_samples": 512, "fresh_samples": 128}
 KIND = "love joy sweet merry gentle blessed laughing friend golden dear".split()
 SAD = "death grief bloody cruel tears grave traitor poison weeping curse".split()
 PLAIN = "the my lord thou and of night a shall king come to that with not her sea morning".split()

@@ -155,7 +155,7 @@ def test_a_bag_fitted_to_comparisons_orders_passages_and_has_the_ratings_mean():
     love, sea, death = bag(tokens[:3])[:, -1].tolist()
     assert love > sea + 0.5 and sea > death + 0.5, "the order is not learnt"
     p = bag(tokens)[:, -1].sigmoid()
-    assert_close(p.mean().item(), targets.mean().item(), "P(positive) on average", atol=0.02, rtol=0)
+    assert_close(p.mean(), targets.mean(), "P(positive) on average", atol=0.02, rtol=0)
 
 
 def test_pair_accuracy_is_the_share_of_pairs_in_order():
@@ -256,10 +256,12 @@ def test_two_processes_do_what_one_does(study, texts, tmp_path):
     runs = [state_of(tmp_path / name, "ppo_beta0.5") for name in ("alone", "both")]
     rows, others = (run["history"] for run in runs)
     # The first rollout is rho's, so it is the same to the last token.
-    for key in ("score", "judge", "distinct_2", "policy_loss", "approx_kl", "grad_norm", "value_loss"):
+    for key in ("score", "judge", "distinct_2", "policy_loss", "approx_kl", "grad_norm",
+                "value_loss"):
         assert_close(others[0][key], rows[0][key], key, atol=1e-4, rtol=1e-3)
     weights = [run["model"]["lm_head.weight"] for run in runs]
-    moved = (weights[0] - state_of(tmp_path / "alone", "pretrain")["model"]["lm_head.weight"]).norm()
+    start = state_of(tmp_path / "alone", "pretrain")["model"]["lm_head.weight"]
+    moved = (weights[0] - start).norm()
     assert (weights[1] - weights[0]).norm() < 0.2 * moved, "the updates differ"
 
 

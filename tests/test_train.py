@@ -244,7 +244,8 @@ def test_every_setting_of_ppo_comes_from_its_option(options, texts, study, monke
     """None is left at its default, the threshold of the early stop among them."""
     given = {"algorithm": "rloo", "iterations": 5, "length": 12, "batch": 24, "minibatch": 12,
              "epochs": 7, "lr": 0.5, "clip": 0.25, "lam": 0.75,
-             "per_prompt": 2, "max_update_kl": 0.125, "adaptive_kl_target": 4.0, "adaptive_kl_horizon": 99.0}
+             "per_prompt": 2, "max_update_kl": 0.125,
+             "adaptive_kl_target": 4.0, "adaptive_kl_horizon": 99.0}
     names = {field.name for field in dataclasses.fields(ppo.PPOConfig)}
     assert names == {"beta", *given}, "the test should know every setting"
     args = options(*(x for name, value in given.items()
