@@ -284,31 +284,6 @@ def optimum_bound(scores, beta, log_weights, sure=0.95):
     return beta * (log_mean - math.log(k))
 
 
-def pareto_k(log_weights):
-    """How heavy the tail of importance weights (N,) is: k-hat (Vehtari 2024). A float.
-
-    The shape of a generalised Pareto distribution, fitted to the largest 3 sqrt(N) weights (Zhang
-    and Stephens 2009). Above 0.7 a standard error says too little: larger weights are to come.
-
-    >>> round(pareto_k(-torch.linspace(0.9999, 0.0001, 10_000).log() / 2), 1)    # alpha 2: k = 1/2
-    0.5
-    """
-    weights = torch.as_tensor(log_weights, dtype=torch.float64)
-    weights = (weights - weights.max()).exp().sort().values
-    M = int(min(len(weights) / 5, 3 * len(weights) ** 0.5))
-    tail = weights[-M:] - weights[-M - 1]
-    if M < 5 or tail[M // 4] <= 0:
-        return math.nan                 # too few, or all alike
-    m = 30 + int(M ** 0.5)
-    grid = 1 - (m / (torch.arange(1, m + 1) - 0.5)).sqrt()
-    quartile = tail[int(M / 4 + 0.5) - 1]
-    theta = 1 / tail[-1] + grid / (3 * quartile)
-    k = torch.log1p(-theta[:, None] * tail).mean(1)
-    likelihood = M * ((-theta / k).log() - k - 1)
-    theta = (theta * likelihood.softmax(0)).sum()
-    return torch.log1p(-theta * tail).mean().item()
-
-
 def mixture_log_weights(logprobs, counts):
     """log(rho/q) of samples of several policies, q their mixture (balance heuristic, Veach 1995).
 

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
@@ -132,19 +133,19 @@ def draw(rows):
     """Fraction of the optimum against completions sampled, and against seconds, of each run."""
     styles = {"default": "o", "half the batch": "v", "twice the batch": "^", "one epoch": "s",
               "no value function (simple)": "x"}
-    panels = []
-    for x, label in (("completions", "completions sampled"), ("seconds", "seconds of one core")):
-        lines = []
-        for i, beta in enumerate(sorted({r["beta"] for r in rows})):
-            for change, style in styles.items():
-                runs = [r for r in rows if r["change"] == change and r["beta"] == beta]
-                counts = [int(r["iterations"]) * int(r["batch"]) for r in runs]
-                seconds = [float(r["seconds"]) for r in runs]
-                lines.append((f"{change}, beta {beta}", f"C{i}{style}",
-                              counts if x == "completions" else seconds,
-                              [float(r["fraction"]) for r in runs]))
-        panels.append(("How far PPO comes", label, "fraction of the optimum", lines))
-    sample.draw_figure(data.HERE / "results" / "figures" / "what_matters.png", panels)
+    figure = Figure(figsize=(10.5, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, beta in enumerate(sorted({r["beta"] for r in rows})):
+        for change, style in styles.items():
+            runs = [r for r in rows if r["change"] == change and r["beta"] == beta]
+            fractions = [float(r["fraction"]) for r in runs]
+            counts = [int(r["iterations"]) * int(r["batch"]) for r in runs]
+            left.plot(counts, fractions, f"C{i}{style}", label=f"{change}, beta {beta}")
+            right.plot([float(r["seconds"]) for r in runs], fractions, f"C{i}{style}")
+    left.set(xlabel="completions sampled", ylabel="fraction of the optimum")
+    right.set(xlabel="seconds of one core", title="How far PPO comes")
+    left.legend(fontsize=8)
+    sample.save_figure(figure, data.HERE / "results" / "figures" / "what_matters.png")
 
 
 def main():
