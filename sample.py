@@ -85,24 +85,23 @@ def draw(path, args, num):
         rho = load_gpt(load_beside(path, state, "pretrain"))
         run = SimpleNamespace(policy=policy, ref=rho, prompts=prompts)
         ref_kl = train.measure_drift(run, completions)["log_ratio"].tolist()
-    return [{"text": tokenizer.decode(text), "positive": p, "ref_kl": kl}
-            for text, p, kl in zip(texts.tolist(), positive, ref_kl)]
+    samples = []
+    for ids, p, kl in zip(texts.tolist(), positive, ref_kl):
+        samples.append({"text": tokenizer.decode(ids), "positive": p, "ref_kl": kl})
+    return samples
 
 
 def kept_along_kl(path):
     """{nats: file} of the policies that the run of a checkpoint kept as it drifted."""
-    files = path.parent.glob(f"{path.stem}_kl*.pt")
-    return dict(sorted((float(file.stem.split("_kl")[1]), file) for file in files))
+    files = {mark: path.with_name(f"{path.stem}_kl{mark:g}.pt") for mark in train.KL_MARKS}
+    return {mark: file for mark, file in files.items() if file.exists()}
 
 
 def chosen_checkpoints(args):
     """The checkpoints to draw from: one, or with --compare rho and the twins of its beta."""
     path = args.checkpoint
     if args.kl is not None:
-        kept = kept_along_kl(path)
-        if args.kl not in kept:
-            raise data.UserError(f"{path} was not kept at {args.kl:g} nats, but at {list(kept)}.")
-        path = kept[args.kl]
+        path = path.with_name(f"{path.stem}_kl{args.kl:g}.pt")
     if not args.compare:
         return [path]
     beta = path.stem.split("beta")[-1]
@@ -163,10 +162,12 @@ def passages_of_plays(args):
     """args.num texts of the training plays, one or more speeches of about --length tokens each."""
     plays = data.load_corpus()[0]
     generator = random.Random(args.seed)
-    length = int(2.5 * args.length)         # in characters: a token has more than two
+    # In characters: a token has more than two.
+    length = int(2.5 * args.length)
     texts = []
     for _ in range(args.num):
-        start = plays.find(data.BOUNDARY, generator.randrange(len(plays) - 8 * length))
+        anywhere = generator.randrange(len(plays) - 8 * length)
+        start = plays.find(data.BOUNDARY, anywhere)
         end = plays.find(data.BOUNDARY, start + length)
         texts.append(plays[start:end])
     return texts
@@ -179,8 +180,9 @@ def passages_to_rate(args):
         if name == "plays":
             texts = passages_of_plays(args)
         else:
-            texts = column(draw(Path(name), args, args.num), "text")
-        passages += [{"text": text.strip(), "drawn_from": Path(name).stem} for text in texts]
+            texts = [sample["text"] for sample in draw(Path(name), args, args.num)]
+        for text in texts:
+            passages.append({"text": text.strip(), "drawn_from": Path(name).stem})
     # The same order every time, so that a reader can stop and go on.
     random.Random(args.seed).shuffle(passages)
     return passages
@@ -259,17 +261,9 @@ def quadratic_kappa(a, b):
     return 1.0 if expected == 0 else float(1 - (a - b).square().mean() / expected)
 
 
-def groups(rows, key):
-    """{value: the rows that have it at key}, in the order of their first."""
-    found = {}
-    for row in rows:
-        found.setdefault(row[key], []).append(row)
-    return found
-
-
-def column(rows, key):
-    """What the rows have at key, where they have something."""
-    return [row[key] for row in rows if row.get(key) is not None]
+def rated(rows, name, key):
+    """What the rows drawn from one model have at key, where they have something."""
+    return [row[key] for row in rows if row["drawn_from"] == name and row.get(key) is not None]
 
 
 def with_positive(folder, rows):
@@ -283,8 +277,9 @@ def with_positive(folder, rows):
             state = data.load_checkpoint(path, kind)
             tokenizer = data.load_tokenizer(folder / "tokenizer.tiktoken", state)
             ids = [tokenizer.encode_ordinary(row["text"]) for row in rows]
-            p = in_chunks(reward.load_reward(state), reward.pad(ids, state["length"])).sigmoid()
-            rows = [{**row, key: positive} for row, positive in zip(rows, p.tolist())]
+            tokens = reward.pad(ids, state["length"])
+            p = in_chunks(reward.load_reward(state), tokens).sigmoid()
+            rows = [{**row, key: each} for row, each in zip(rows, p.tolist())]
     return rows
 
 
@@ -294,28 +289,23 @@ def print_ratings(args):
     if not all(files):
         raise data.UserError("a file of ratings is empty. Rate something first: --rate.")
     rows = with_positive(args.checkpoint.parent, sum(files, []))
-    models = groups(rows, "drawn_from")
-    rho = column(models.get("pretrain", []), "rating")
-    lines = []
+    rho, lines = rated(rows, "pretrain", "rating"), []
     # In this order pretrain, which is rho, comes first.
-    for name in sorted(models, reverse=True):
-        feeling, sense, positive = (mean_se(column(models[name], key))
-                                    for key in ("rating", "sense", "positive"))
-        difference = ""
-        if rho and name != "pretrain":
-            gap = feeling[0] - mean_se(rho)[0]
-            chance = permutation_interval(column(models[name], "rating"), rho)
-            difference = f"{gap:+.2f}, 95 %: {gap - chance:+.2f} to {gap + chance:+.2f}"
-        lines.append([name, len(models[name]), feeling, sense, positive, difference])
+    for name in sorted({row["drawn_from"] for row in rows}, reverse=True):
+        feeling = rated(rows, name, "rating")
+        means = [mean_se(rated(rows, name, key)) for key in ("rating", "sense", "positive")]
+        gap = means[0][0] - mean_se(rho)[0]
+        lines.append([name, len(feeling), *means, (gap, permutation_interval(feeling, rho))])
     print(*table(["drawn from", "ratings", "feeling, -2 to 2", "sense, 1 to 5", "P(positive)",
-                  "feeling less rho's"], lines), sep="\n")
+                  "feeling less rho's, 95 %"], lines), sep="\n")
     if "positive" in rows[0]:
-        found = np.corrcoef(column(rows, "rating"), column(rows, "positive"))
-        print(f"feeling and P(positive) correlate {found[0, 1]:.2f}")
-    if len(files) == 2:
-        one, two = ({row["text"]: row["rating"] for row in file} for file in files)
-        a, b = zip(*[(one[text], two[text]) for text in one if text in two])
-        print(f"two readers of {len(a)} passages: quadratic kappa {quadratic_kappa(a, b):.2f}, "
+        pairs = [(row["rating"], row["positive"]) for row in rows]
+        print(f"feeling and P(positive) correlate {np.corrcoef(pairs, rowvar=False)[0, 1]:.2f}")
+    other = {row["text"]: row["rating"] for row in files[-1]}
+    both = [(row["rating"], other[row["text"]]) for row in files[0] if row["text"] in other]
+    if len(files) == 2 and both:
+        a, b = zip(*both)
+        print(f"two readers of {len(both)} passages: quadratic kappa {quadratic_kappa(a, b):.2f}, "
               f"Pearson {np.corrcoef(a, b)[0, 1]:.2f}")
 
 
@@ -378,13 +368,12 @@ def rho_scores(state, toward):
 
 def pool(rewarded, run):
     """Scores (N,) of rho's and a run's fresh samples, and their log(rho/q), q the mixture."""
-    rho, fresh = rewarded["rho"], run["fresh"]
-    log_odds = torch.cat((rho["log_odds"], fresh["log_odds"]))
+    rho, fresh = rewarded["rho"]["log_odds"], run["fresh"]
     # log pi - log rho of every sample: rho's own row is 0, for only the ratio matters.
     ratio = torch.cat((run["rho_log_ratio"], fresh["log_ratio"]))
-    counts = [len(rho["log_odds"]), len(fresh["log_odds"])]
+    counts = [len(rho), len(fresh["log_ratio"])]
     weights = ppo.mixture_log_weights(torch.stack((0 * ratio, ratio)), counts)
-    return scores_of(rewarded, log_odds, run["toward"]), weights
+    return scores_of(rewarded, torch.cat((rho, fresh["log_odds"])), run["toward"]), weights
 
 
 def summarise_optimum(rewarded, run):
@@ -461,7 +450,7 @@ def save_figure(figure, path):
 def points(rows, x, y):
     """What rows have at x and at y, where they know y: two lists, to plot."""
     rows = [row for row in rows if row.get(y) is not None]
-    return column(rows, x), column(rows, y)
+    return [row[x] for row in rows], [row[y] for row in rows]
 
 
 def drift_axis(title, ylabel):
@@ -511,7 +500,7 @@ def draw_judge(rewarded, judged, runs):
         # If the two correlate c on rho, a gain of s by one is c s by the other without cheating.
         both = [rho_scores(state, run["toward"]) for state in (rewarded, judged)]
         axis.plot(kls, scores, f"C{i}", label=label(run))
-        axis.plot(kls, column(run["history"], "judge"), f"C{i}--")
+        axis.plot(*points(run["history"], "exact_kl", "judge"), f"C{i}--")
         axis.plot(kls, np.corrcoef(both)[0, 1] * np.array(scores), f"C{i}:")
     figure.legend(loc="outside right upper", title="beta")
     return figure
@@ -555,19 +544,16 @@ def draw_readers(rows):
     figure, axis = drift_axis("Where the models and readers part", "from 0 to 1")
     scales = {"rating": ("readers' feeling", -2, 4), "sense": ("readers' sense", 1, 4),
               "positive": ("P(positive)", 0, 1), "judge": ("the judge's P(positive)", 0, 1)}
-    models = groups(rows, "drawn_from")
     # How far the policy at the end of a run is, its name does not say.
-    runs = {name.split("_kl")[0] for name in models if "_kl" in name}
+    runs = {row["drawn_from"].split("_kl")[0] for row in rows if "_kl" in row["drawn_from"]}
     for run, style in zip(sorted(runs), ("o-", "s--", "^:", "v-.")):
         # Every run begins as rho.
-        read = {0: models.get("pretrain", [])}
-        for mark in train.KL_MARKS:
-            if f"{run}_kl{mark:g}" in models:
-                read[mark] = models[f"{run}_kl{mark:g}"]
+        names = {0: "pretrain", **{mark: f"{run}_kl{mark:g}" for mark in train.KL_MARKS}}
+        kls = [kl for kl in names if rated(rows, names[kl], "rating")]
         for i, (key, (what, low, width)) in enumerate(scales.items()):
-            found = [mean_se(column(group, key)) for group in read.values()]
+            found = [mean_se(rated(rows, names[kl], key)) for kl in kls]
             means, errors = np.transpose(found)
-            axis.errorbar(list(read), (means - low) / width, errors / width, fmt=f"C{i}{style}",
+            axis.errorbar(kls, (means - low) / width, errors / width, fmt=f"C{i}{style}",
                           label=f"{what}, {run}")
     figure.legend(loc="outside right upper")
     return figure
@@ -575,21 +561,25 @@ def draw_readers(rows):
 
 # ---- the report ---------------------------------------------------------------------------
 
-def results_table(summary):
+def results_table(runs, summary):
     """What each run reached, and its optimum: lines of a markdown table."""
-    rows = []
-    for row in summary["ppo"]:
+    lines = []
+    for run, row in zip(runs, summary["ppo"]):
         best = row["optimum"]
-        rows.append((f"{row['beta']:.3g} {row['toward']}".removesuffix(" positive"),
-                     row["score"], row["judge"], row["positive"], row["ref_kl"],
-                     (row["objective"], row["objective_se"]),
-                     (best["objective"], best["objective_se"]),
-                     best["at_least"],
-                     round(best["ess"]),
-                     (row["fraction_of_optimum"], row["fraction_se"]),
-                     row["kl_to_optimum"]))
+        lines.append([
+            label(run),
+            row["score"],
+            row["judge"],
+            row["positive"],
+            row["ref_kl"],
+            (row["objective"], row["objective_se"]),
+            (best["objective"], best["objective_se"]),
+            best["at_least"],
+            round(best["ess"]),
+            (row["fraction_of_optimum"], row["fraction_se"]),
+            row["kl_to_optimum"]])
     return table(["beta", "score", "judge", "P(positive)", "ref_kl", "J", "J*", "J* at least",
-                  "ESS", "fraction of optimum", "KL(pi to pi*)"], rows)
+                  "ESS", "fraction of optimum", "KL(pi to pi*)"], lines)
 
 
 def best_of_n_table(rewarded, runs):
@@ -623,23 +613,23 @@ def write_samples(path, tokenizer, samples):
     rows = zip(samples["tokens"][:20].tolist(), samples["log_odds"].sigmoid(), kls)
     texts = [as_text(tokenizer.decode(ids), p, kl) for ids, p, kl in rows]
     path.parent.mkdir(exist_ok=True)
-    data.write_file(path, f"\n{'-' * 60}\n\n".join(texts))
+    line = "-" * 60
+    data.write_file(path, f"\n{line}\n\n".join(texts))
     return texts
 
 
-def table_along_kl(kept, run, args, rated):
+def table_along_kl(kept, run, args, ratings):
     """Each policy that a run kept along its drift, kept {nats: file}: lines of a markdown table.
 
-    rated: rows of ratings, for the sense that readers find in its texts.
+    ratings: rows of them, for the sense that readers find in its texts.
     """
     rows = []
     for mark, path in kept.items():
         step = next(row for row in run["history"] if row["exact_kl"] >= mark)
-        sense = column([row for row in rated if row["drawn_from"] == path.stem], "sense")
+        sense, _ = mean_se(rated(ratings, path.stem, "sense"))
         # A newline or a bar would end the cell.
         text = draw(path, args, 1)[0]["text"].replace("\n", " / ").replace("|", "")
-        rows.append([mark, step["score"], step["positive"], step["distinct_2"], mean_se(sense)[0],
-                     text])
+        rows.append([mark, step["score"], step["positive"], step["distinct_2"], sense, text])
     return table(["KL", "score", "P(positive)", "distinct pairs of tokens", "readers' sense",
                   "a sample"], rows)
 
@@ -649,10 +639,10 @@ def write_report(args):
     out = args.report
     pretrained, rewarded, judged, runs = load_study(out)
     tokenizer = data.load_tokenizer(out / "tokenizer.tiktoken", pretrained)
-    rated = sum([read_ratings(path) for path in args.ratings or []], [])
+    ratings = sum([read_ratings(path) for path in args.ratings or []], [])
     summary = summarise(out, pretrained, rewarded, judged, runs)
     data.write_file(out / "summary.json", json.dumps(summary, indent=1))
-    results = results_table(summary)
+    results = results_table(runs, summary)
     print("", *results, sep="\n")
     lines = ["# Report of one study\n", *results,
              "Measured on fresh samples, ± one standard error; KL in nats per completion. J* is "
@@ -666,8 +656,8 @@ def write_report(args):
                "judge": draw_judge(rewarded, judged, runs),
                "ppo": draw_ppo(runs),
                "reward": draw_reward(rewarded, judged, pretrained)}
-    if any("_kl" in row["drawn_from"] for row in rated):
-        figures["readers"] = draw_readers(with_positive(out, rated))
+    if any("_kl" in row["drawn_from"] for row in ratings):
+        figures["readers"] = draw_readers(with_positive(out, ratings))
     for name, figure in figures.items():
         save_figure(figure, out / f"figures/{name}.png")
         lines.append(f"![{name}](figures/{name}.png)\n")
@@ -676,13 +666,11 @@ def write_report(args):
     for run in runs:
         name = train.run_name(run["toward"], run["inputs"]["beta"])
         after = write_samples(out / f"samples/{name}.txt", tokenizer, run["fresh"])
-        lines.append(f"## {name}: before and after\n\n```")
-        for old, new in zip(before[:2], after):
-            lines.append(f"===== before\n{old}\n===== after\n{new}")
-        lines.append("```\n")
+        lines += [f"## {name}: before and after\n\n```", *before[:2], "===== after\n", *after[:2],
+                  "```\n"]
         kept = kept_along_kl(out / f"{name}.pt")
         if kept:
-            lines += [f"## {name} along its drift\n", *table_along_kl(kept, run, args, rated)]
+            lines += [f"## {name} along its drift\n", *table_along_kl(kept, run, args, ratings)]
     data.write_file(out / "report.md", "\n".join(lines))
     print(f"{out / 'report.md'} has the figures, and samples before and after")
 
@@ -697,7 +685,7 @@ def parse():
     add("--checkpoint", default="out/pretrain.pt", type=Path,
         help="pretrain.pt or ppo_beta*.pt, in the folder that train.py wrote")
     add("--kl", type=float, metavar="NATS",
-        help="the policy as it was when its drift first passed so many nats")
+        help="the policy when its drift first passed one of 0.5 1 2 4 6 8 10 16 32 nats")
     add("--num", type=count, default=20, help="how many samples, of each checkpoint")
     add("--length", type=count, default=64, help="tokens of each")
     add("--prompt", default="", help="text to continue; empty: as a speech begins")
@@ -710,7 +698,7 @@ def parse():
     add("--compare", action="store_true", help="show rho's samples and the twin's as well, in turn")
     add("--jsonl", action="store_true", help="one JSON object a line")
     add("--rate", nargs="+", metavar="CHECKPOINT",
-        help="rate their samples: several, shuffled and blind; one, or plays: labels for train.py")
+        help="rate their samples: several, shuffled and blind; one, or plays: for train.py --labels")
     add("--ratings", nargs="+", type=Path, metavar="FILE.csv",
         help="the file of your ratings; without --rate, what one or two files say")
     add("--report", type=Path, metavar="DIR",

@@ -126,13 +126,12 @@ def test_compare_shows_rho_and_the_twins_side_by_side(drifted, command, drawn):
 
 
 def test_a_policy_of_the_drift_is_drawn_from_at_its_mark(drifted, drawn, command):
-    """--kl; an unknown mark is answered with those that are known."""
+    """--kl; where the run kept none, that is said."""
     found = drawn("--kl", 0.5, checkpoint=drifted / f"{NEGATIVE}.pt")
     kept = drifted / f"{NEGATIVE}_kl0.5.pt"
     assert found == drawn(checkpoint=kept) != drawn(checkpoint=drifted / f"{NEGATIVE}.pt")
-    marks = sorted(float(path.stem.split("_kl")[1]) for path in drifted.glob(f"{NEGATIVE}_kl*"))
     explains(command(sample, "--checkpoint", drifted / f"{NEGATIVE}.pt", "--kl", 3),
-             f"was not kept at 3 nats, but at {marks}.")
+             f"{NEGATIVE}_kl3.pt: No such file or directory")
 
 
 @pytest.mark.parametrize("options, says", [
@@ -342,14 +341,16 @@ def test_the_table_of_ratings_says_what_readers_found(study, tmp_path, command):
     assert rows[2][1:4] == ["5", "-0.40 ± 0.51", "1.60 ± 0.40"], rows[2]
     assert rows[3][1:4] == ["4", "1.25 ± 0.25", "4.00 ± 0.41"], rows[3]
     chance = sample.permutation_interval([2.0, 1, 1, 1], [0.0, -1, 1, 0, -2])
-    assert rows[2][5] == "" and rows[3][5] == (
-        f"+1.65, 95 %: {1.65 - chance:+.2f} to {1.65 + chance:+.2f}"), "the difference from rho"
+    rho, ppo = [0.0, -1, 1, 0, -2], [2.0, 1, 1, 1]
+    for row, gap, values in ((rows[2], 0, rho), (rows[3], 1.65, ppo)):
+        assert row[5] == f"{gap:.2f} ± {sample.permutation_interval(values, rho):.2f}", row
     # Common: 2 1 0 -1 and 1 1 0 -2: disagreement 0.5, by chance mean (a - b)^2 = 3; r by hand.
     assert "two readers of 4 passages: quadratic kappa 0.83, Pearson 0.91" in out, out
     p = positive_of(study / "reward.pt", ["love", "joy", "love", "joy"])
     assert rows[3][4] == f"{statistics.mean(p):.2f} ± {statistics.stdev(p) / 2:.2f}", "P(positive)"
     texts = "love joy sir death here love joy sir death".split()
-    r = statistics.correlation([2, 1, 0, -1, 1, 1, 1, 0, -2], positive_of(study / "reward.pt", texts))
+    p = positive_of(study / "reward.pt", texts)
+    r = statistics.correlation([2, 1, 0, -1, 1, 1, 1, 0, -2], p)
     assert f"feeling and P(positive) correlate {r:.2f}" in out, out
 
 
@@ -448,7 +449,8 @@ def test_the_summary_has_the_keys_that_others_read(study):
     for row in summary["ppo"]:
         assert set("beta iterations score positive ref_kl objective reference_objective optimum "
                    "fraction_of_optimum seconds_per_iteration judge toward".split()) <= set(row)
-        assert set(row["optimum"]) == {"objective", "score", "ref_kl", "ess", "objective_se", "at_least"}
+        assert set(row["optimum"]) == set(
+            "objective score ref_kl ess objective_se at_least".split())
         assert row["iterations"] == 3
     assert [row["beta"] for row in summary["ppo"]] == [0.5, 2.0], "sorted, whatever was asked first"
 
@@ -477,7 +479,7 @@ def test_the_numbers_of_the_summary_hang_together(drifted):
     # The report's table: where J* is not known, its cell and those that need it are empty.
     table = (drifted / "report.md").read_text().partition("| beta |")[2].splitlines()[2:6]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
-    assert [row[0] for row in cells] == ["0.02 negative", "0", "0.5", "2"]
+    assert [row[0] for row in cells] == ["negative 0.02", "0", "0.5", "2"]
     for row, n in zip(cells, ess):
         known = {bool(row[column]) for column in (6, 9, 10)}      # J*, fraction, KL(pi to pi*)
         assert known == {n >= 100} and row[8] == f"{n:.0f}", row
@@ -512,7 +514,8 @@ def test_ratings_add_a_figure_and_the_readers_sense(drifted, tmp_path, monkeypat
     (tmp_path / "mine.csv").write_text("text,rating,sense,drawn_from\n"
                                        f"love,2,5,{NEGATIVE}_kl{mark:g}\n"
                                        f"joy,1,2,{NEGATIVE}_kl{mark:g}\n"
-                                       f"death,-2,1,{NEGATIVE}\nsir,0,3,pretrain\nmy,1,3,pretrain\n")
+                                       f"death,-2,1,{NEGATIVE}\n"
+                                       "sir,0,3,pretrain\nmy,1,3,pretrain\n")
     figures = {}
     monkeypatch.setattr(sample, "save_figure",
                         lambda figure, path: figures.update({path.stem: figure}))
