@@ -97,19 +97,6 @@ def kept_along_kl(path):
     return {mark: file for mark, file in files.items() if file.exists()}
 
 
-def chosen_checkpoints(args):
-    """The checkpoints to draw from: one, or with --compare rho and the twins of its beta."""
-    path = args.checkpoint
-    if args.kl is not None:
-        path = path.with_name(f"{path.stem}_kl{args.kl:g}.pt")
-    if not args.compare:
-        return [path]
-    beta = path.stem.split("beta")[-1]
-    # In this order negative comes last.
-    twins = sorted(path.parent.glob(f"ppo_*beta{beta}.pt"))
-    return [path.with_name("pretrain.pt"), *twins]
-
-
 def as_text(text, positive, ref_kl):
     """A sample as it is printed: its text, and below it what is known of it."""
     known = "unknown" if positive is None else f"{positive:.1%}"
@@ -117,8 +104,16 @@ def as_text(text, positive, ref_kl):
 
 
 def print_samples(args):
-    """Samples of one checkpoint; with --compare those of several, turn by turn."""
-    paths = chosen_checkpoints(args)
+    """Samples of one checkpoint; with --compare those of rho and of the twins, turn by turn."""
+    path = args.checkpoint
+    if args.kl is not None:
+        path = path.with_name(f"{path.stem}_kl{args.kl:g}.pt")
+    paths = [path]
+    if args.compare:
+        beta = path.stem.split("beta")[-1]
+        # In this order negative comes last.
+        twins = sorted(path.parent.glob(f"ppo_*beta{beta}.pt"))
+        paths = [path.with_name("pretrain.pt"), *twins]
     drawn = [draw(path, args, args.num) for path in paths]
     for turn in zip(*drawn):
         for path, sample in zip(paths, turn):
@@ -698,7 +693,7 @@ def parse():
     add("--compare", action="store_true", help="show rho's samples and the twin's as well, in turn")
     add("--jsonl", action="store_true", help="one JSON object a line")
     add("--rate", nargs="+", metavar="CHECKPOINT",
-        help="rate their samples: several, shuffled and blind; one, or plays: for train.py --labels")
+        help="rate their samples: several shuffled and blind; one, or plays, for train.py --labels")
     add("--ratings", nargs="+", type=Path, metavar="FILE.csv",
         help="the file of your ratings; without --rate, what one or two files say")
     add("--report", type=Path, metavar="DIR",
