@@ -133,7 +133,8 @@ def read_ratings(path):
     try:
         if next(reader, COLUMNS) != COLUMNS:
             raise ValueError(f"the columns must be {', '.join(COLUMNS)}")
-        for text, rating, sense, drawn_from in reader:
+        # A blank line is an empty row.
+        for text, rating, sense, drawn_from in filter(None, reader):
             rating = data.parse_rating(rating)
             # A label for training has none.
             sense = data.parse_rating(sense, 1, 5) if sense else None
@@ -293,15 +294,15 @@ def print_ratings(args):
         lines.append([name, len(feeling), *means, (gap, permutation_interval(feeling, rho))])
     print(*table(["drawn from", "ratings", "feeling, -2 to 2", "sense, 1 to 5", "P(positive)",
                   "feeling less rho's, 95 %"], lines), sep="\n")
-    if "positive" in rows[0]:
-        pairs = [(row["rating"], row["positive"]) for row in rows]
-        print(f"feeling and P(positive) correlate {np.corrcoef(pairs, rowvar=False)[0, 1]:.2f}")
+    if "positive" in rows[0] and len(rows) > 1:
+        pairs = torch.tensor([(row["rating"], row["positive"]) for row in rows])
+        print(f"feeling and P(positive) correlate {torch.corrcoef(pairs.T)[0, 1]:.2f}")
     other = {row["text"]: row["rating"] for row in files[-1]}
     both = [(row["rating"], other[row["text"]]) for row in files[0] if row["text"] in other]
-    if len(files) == 2 and both:
+    if len(files) == 2 and len(both) > 1:
         a, b = zip(*both)
         print(f"two readers of {len(both)} passages: quadratic kappa {quadratic_kappa(a, b):.2f}, "
-              f"Pearson {np.corrcoef(a, b)[0, 1]:.2f}")
+              f"Pearson {torch.corrcoef(torch.tensor([a, b]))[0, 1]:.2f}")
 
 
 def cell(x):

@@ -245,6 +245,7 @@ def test_rating_goes_back_and_stops_and_goes_on(rated):
     out, rows = rated([1, 5, "b", -1, 4, 2, "b", 0, 3, "b", "b", "q"], *THREE)
     assert rows == [], "what was taken back is gone"
     first = out.partition("----- 6 to go\n")[2].partition("\n\nfeeling")[0]
+    assert out.count("----- 6 to go\n") == out.count(f"----- 6 to go\n{first}\n") == 5, "another"
     out, rows = rated([1, 2, "q"], *THREE)
     assert len(rows) == 1 and rows[0]["text"] == first and "1 ratings are in" in out, out
     assert "| drawn from" not in out, "means would tell a reader who goes on"
@@ -328,7 +329,7 @@ def test_a_bad_file_of_ratings_is_explained_and_left_alone(study, tmp_path, comm
 def test_the_table_of_ratings_says_what_readers_found(study, tmp_path, command):
     """Means with standard errors by hand, rho first; how two readers agree on what both read."""
     header = "text,rating,sense,drawn_from\n"
-    (tmp_path / "a.csv").write_text(header + "love,2,5,ppo\njoy,1,4,ppo\nsir,0,3,pretrain\n"
+    (tmp_path / "a.csv").write_text(header + "love,2,5,ppo\n\njoy,1,4,ppo\nsir,0,3,pretrain\n"
                                     "death,-1,1,pretrain\nhere,1,1,pretrain\n")
     (tmp_path / "b.csv").write_text(header + "love,1,4,ppo\njoy,1,3,ppo\nsir,0,2,pretrain\n"
                                     "death,-2,1,pretrain\n")
