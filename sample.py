@@ -17,6 +17,7 @@ log pi - log rho of the tokens drawn, in nats: at temperature 1 its mean is KL(p
 
 import csv
 import io
+import itertools
 import json
 import math
 import random
@@ -293,7 +294,7 @@ def print_ratings(args):
         gap = means[0][0] - mean_se(rho)[0]
         lines.append([name, len(feeling), *means, (gap, permutation_interval(feeling, rho))])
     print(*table(["drawn from", "ratings", "feeling, -2 to 2", "sense, 1 to 5", "P(positive)",
-                  "feeling less rho's, 95 %"], lines), sep="\n")
+                  "feeling less rho's ± chance, 95 %"], lines), sep="\n")
     if "positive" in rows[0] and len(rows) > 1:
         pairs = torch.tensor([(row["rating"], row["positive"]) for row in rows])
         print(f"feeling and P(positive) correlate {torch.corrcoef(pairs.T)[0, 1]:.2f}")
@@ -466,8 +467,9 @@ def drift_axis(title, ylabel):
 def draw_frontier(rewarded, runs, summary):
     """Score against drift: the paths of PPO, best-of-n, and what no policy can be above."""
     figure, axis = drift_axis("Circle: where a run ended; star: the optimum at its beta\n"
-                              "black: the optimum at any beta, no policy is above; "
-                              "grey: best of 1, 2, 4 ... 256", "score, deviations of rho's")
+                              "black: the optimum at any beta, by the samples of each run\n"
+                              "grey: best of 1, 2, 4 ... 256 samples of rho, KL at most",
+                              "score, deviations of rho's")
     end = {"markersize": 12, "markeredgecolor": "k", "zorder": 3}
     for i, (run, row) in enumerate(zip(runs, summary["ppo"])):
         axis.plot(*points(run["history"], "exact_kl", "score"), f"C{i}.-", label=label(run))
@@ -514,7 +516,8 @@ def draw_ppo(runs):
             axis.set(title=key, xlabel="iteration")
         axes[0].plot(*points(run["history"], "step", "best"), f"C{i}:")
     axes[0].set_title("objective J; dotted: J* from rho's samples")
-    axes[0].legend()
+    # There is room in this one.
+    axes[1].legend()
     return figure
 
 
@@ -542,7 +545,8 @@ def draw_readers(rows):
               "positive": ("P(positive)", 0, 1), "judge": ("the judge's P(positive)", 0, 1)}
     # How far the policy at the end of a run is, its name does not say.
     runs = {row["drawn_from"].split("_kl")[0] for row in rows if "_kl" in row["drawn_from"]}
-    for run, style in zip(sorted(runs), ("o-", "s--", "^:", "v-.")):
+    styles = itertools.cycle(("o-", "s--", "^:", "v-."))
+    for run, style in zip(sorted(runs), styles):
         # Every run begins as rho.
         names = {0: "pretrain", **{mark: f"{run}_kl{mark:g}" for mark in train.KL_MARKS}}
         kls = [kl for kl in names if rated(rows, names[kl], "rating")]
