@@ -341,7 +341,6 @@ def test_the_table_of_ratings_says_what_readers_found(study, tmp_path, command):
     # Of rho 0 -1 1 0 -2: mean -0.4, deviation sqrt(1.3), error sqrt(1.3 / 5) = 0.51; and so on.
     assert rows[2][1:4] == ["5", "-0.40 ± 0.51", "1.60 ± 0.40"], rows[2]
     assert rows[3][1:4] == ["4", "1.25 ± 0.25", "4.00 ± 0.41"], rows[3]
-    chance = sample.permutation_interval([2.0, 1, 1, 1], [0.0, -1, 1, 0, -2])
     rho, ppo = [0.0, -1, 1, 0, -2], [2.0, 1, 1, 1]
     for row, gap, values in ((rows[2], 0, rho), (rows[3], 1.65, ppo)):
         assert row[5] == f"{gap:.2f} ± {sample.permutation_interval(values, rho):.2f}", row
