@@ -11,18 +11,20 @@ The last file of the reader's path.
     python sample.py --ratings mine.csv yours.csv               what two readers found
     python sample.py --report out                               figures, report.md, summary.json
 
-Positive Prob is what the reward model beside the checkpoint says of the text; ref_kl is
-log pi - log rho of the tokens drawn, in nats: at temperature 1 its mean is KL(pi to rho).
+Positive Prob is what the reward model beside the checkpoint says of what was written; ref_kl is
+log pi - log rho of it, in nats: at temperature 1 its mean is KL(pi to rho).
 """
 
 import csv
 import io
+import itertools
 import json
 import math
 import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure        # without pyplot no screen is needed
 
@@ -30,7 +32,7 @@ import data
 import ppo
 import reward
 import train
-from gpt import completion_logits, generate, in_chunks, load_gpt
+from gpt import cut_after, generate, in_chunks, load_gpt
 
 MIN_ESS = 100   # effective samples below which an optimum is only a lower bound
 COLUMNS = ["text", "rating", "sense", "drawn_from"]     # of a file of ratings
@@ -38,140 +40,110 @@ COLUMNS = ["text", "rating", "sense", "drawn_from"]     # of a file of ratings
 
 # ---- samples ------------------------------------------------------------------------------
 
-def load(path):
-    """(GPT, rho, reward model, tokenizer) of a checkpoint and the files beside it.
+def load_beside(path, state, kind):
+    """The pretrain or reward checkpoint in the folder of another, state at path.
 
-    rho is None beside rho itself; both are None where their file is not there.
-    """
-    state = data.load_checkpoint(path, "pretrain", "ppo")
-    tokenizer = data.load_tokenizer(path.with_name("tokenizer.tiktoken"), state)
-    rho = beside(path, state, "pretrain", load_gpt) if state["kind"] == "ppo" else None
-    judge = beside(path, state, "reward", reward.load_reward)
-    return load_gpt(state), rho, judge, tokenizer
-
-
-def beside(path, state, kind, make):
-    """make() of the pretrain or reward checkpoint beside the one at path; None if there is none.
-
-    UserError unless they belong together.
+    UserError unless they belong together: two studies may lie in one folder.
     """
     file = path.with_name(f"{kind}.pt")
-    if not file.exists():
-        return None
     found = data.load_checkpoint(file, kind)
     # The later stage has the digest of the earlier one's model among its inputs.
     later, earlier = (state, found) if state["kind"] == "ppo" else (found, state)
-    # Files of two studies may lie in one folder after a change of options.
     if later["inputs"][earlier["kind"]] != data.digest(earlier["model"]):
         raise data.UserError(f"{file} and {path} are not of the same study. Run train.py again.")
-    return make(found)
-
-
-def kept_along_kl(path):
-    """{nats: file} of the policies that the run of a checkpoint kept as it drifted."""
-    files = path.parent.glob(f"{path.stem}_kl*.pt")
-    return dict(sorted((float(file.stem.split("_kl")[1]), file) for file in files))
-
-
-def shown(args):
-    """The checkpoints to draw from: one, or with --compare rho and the twins of its beta."""
-    path = args.checkpoint
-    if args.kl is not None:
-        kept = kept_along_kl(path)
-        if args.kl not in kept:
-            known = ", ".join(f"{mark:g}" for mark in kept) or "no mark at all"
-            raise data.UserError(f"{path} was not kept at {args.kl:g} nats. It passed {known}.")
-        path = kept[args.kl]
-    if not args.compare:
-        return [path]
-    rho, beta = path.with_name("pretrain.pt"), path.stem.split("beta")[-1]
-    twins = sorted(path.parent.glob(f"ppo_*beta{beta}.pt"))     # negative comes last
-    if not twins or not rho.exists():
-        raise data.UserError("--compare needs a ppo checkpoint with its pretrain.pt beside it.")
-    return [rho, *twins]
+    return found
 
 
 @torch.no_grad()
 def draw(path, args, num):
-    """num samples of a checkpoint: dicts of text, positive (None without a reward model), ref_kl.
+    """num samples of a checkpoint: dicts of text, positive, ref_kl (0 if it is rho's).
 
-    Of each args.best_of samples the one that the reward model likes best.
+    positive is None where no reward model is beside the checkpoint.
     """
-    model, rho, judge, tokenizer = load(path)
-    if judge is None and args.best_of > 1:
-        raise data.UserError("--best-of needs the reward model, and "
-                             f"{path.with_name('reward.pt')} is not there. Run train.py first.")
-    given = tokenizer.encode_ordinary(args.prompt)
-    # Without a prompt samples go on from the boundary of speeches, which is not part of the text.
-    ids = given or tokenizer.encode_ordinary(data.BOUNDARY)[:1]
-    skip = len(ids) - len(given)
-    if len(ids) + args.length > model.config.block_size:
-        raise data.UserError(f"a prompt of {len(ids)} tokens and --length {args.length} do not fit "
-                             f"the context of {model.config.block_size} tokens. Shorten either.")
-    prompt = torch.tensor([ids])
+    state = data.load_checkpoint(path, "pretrain", "ppo")
+    tokenizer = data.load_tokenizer(path.with_name("tokenizer.tiktoken"), state)
+    policy = load_gpt(state)
+    # What the run was given; rho, and runs without prompts, begin after the boundary of speeches.
+    prompts = state.get("prompts", torch.tensor([tokenizer.encode_ordinary(data.BOUNDARY)[:1]]))
+    if args.prompt:
+        prompts = torch.tensor([tokenizer.encode_ordinary(args.prompt)])
+    if prompts.size(1) + args.length > policy.config.block_size:
+        raise data.UserError("--prompt and --length do not fit the model's context. "
+                             "Shorten either.")
     generator = torch.Generator().manual_seed(args.seed)
-    samples = []
-    # One at a time, so that the first samples do not depend on how many are drawn.
-    for _ in range(num):
-        tokens = generate(model, prompt.expand(args.best_of, -1), args.length, args.temperature,
-                          args.top_k, generator)
-        best, positive = 0, None
-        if judge:
-            p = judge(tokens[:, skip:]).sigmoid()
-            best, positive = p.argmax(), p.max().item()
-        text = tokenizer.decode(tokens[best, skip:].tolist())
-        kl = log_ratio(model, rho, prompt, tokens[best, None, len(ids):]) if rho else None
-        samples.append({"text": text, "positive": positive, "ref_kl": kl})
-    return samples
+    prompts = prompts[torch.randint(len(prompts), (num,), generator=generator)]
+    tokens = generate(policy, prompts, args.length, args.temperature, args.top_k, generator)
+    completions = cut_after(tokens[:, prompts.size(1):], state.get("end"))
+    positive, ref_kl = [None] * num, [0.0] * num
+    # After train.py --until pretrain there is no reward model yet.
+    if path.with_name("reward.pt").exists():
+        model = reward.load_reward(load_beside(path, state, "reward"))
+        positive = in_chunks(model, completions).sigmoid().tolist()
+    if state["kind"] == "ppo":
+        rho = load_gpt(load_beside(path, state, "pretrain"))
+        drift = train.measure_drift(policy, rho, prompts, completions)
+        ref_kl = drift["log_ratio"].tolist()
+    texts = texts_of(tokenizer, prompts, completions)
+    return [{"text": text, "positive": p, "ref_kl": kl}
+            for text, p, kl in zip(texts, positive, ref_kl)]
 
 
-def log_ratio(policy, rho, prompt, tokens):
-    """log pi - log rho of a completion (1,T) of a prompt (1,T0), in nats: a float."""
-    logp, ref = (ppo.token_logprobs(completion_logits(model, prompt, tokens), tokens).sum().item()
-                 for model in (policy, rho))
-    return logp - ref
+def texts_of(tokenizer, prompts, completions):
+    """Prompts (N,T0) with their completions (N,T) as texts, without the blank line before."""
+    rows = torch.cat((prompts, completions), dim=1).tolist()
+    return [data.decode(tokenizer, row).removeprefix(data.BOUNDARY) for row in rows]
 
 
-def as_text(sample):
+def kept_along_kl(path):
+    """{nats: file} of the policies that the run of a checkpoint kept as it drifted."""
+    files = {mark: path.with_name(f"{path.stem}_kl{mark:g}.pt") for mark in train.KL_MARKS}
+    return {mark: file for mark, file in files.items() if file.exists()}
+
+
+def as_text(text, positive, ref_kl):
     """A sample as it is printed: its text, and below it what is known of it."""
-    forms = {"positive": "Positive Prob: {:.1%}", "score": "Score: {:.2f}",
-             "ref_kl": "KL: {:.1f} nats"}
-    known = [form.format(sample[key]) for key, form in forms.items()
-             if sample.get(key) is not None]
-    return f"{sample['text']}\n\n{'   '.join(known)}"
+    known = "unknown" if positive is None else f"{positive:.1%}"
+    return f"{text}\n\nPositive Prob: {known}   KL: {ref_kl:.1f} nats\n"
 
 
 def print_samples(args):
-    """Samples of one checkpoint; with --compare those of several, turn by turn."""
-    drawn = {path.stem: draw(path, args, args.num) for path in shown(args)}
-    for i in range(args.num):
-        for name, samples in drawn.items():
-            sample = samples[i]
+    """Samples of one checkpoint; with --compare those of rho and of the twins, turn by turn."""
+    path = args.checkpoint
+    if args.kl is not None:
+        path = path.with_name(f"{path.stem}_kl{args.kl:g}.pt")
+    paths = [path]
+    if args.compare:
+        beta = path.stem.split("beta")[-1]
+        # In this order negative comes last.
+        twins = sorted(path.parent.glob(f"ppo_*beta{beta}.pt"))
+        paths = [path.with_name("pretrain.pt"), *twins]
+    drawn = [draw(path, args, args.num) for path in paths]
+    for turn in zip(*drawn):
+        for path, sample in zip(paths, turn):
+            if not args.jsonl:
+                print(f"----- {path.stem}\n{as_text(**sample)}")
+                continue
             if args.compare:
-                sample["model"] = name
-            if args.jsonl:
-                print(json.dumps(sample, ensure_ascii=False))
-            else:
-                print(f"----- {i + 1} {sample.get('model', '')}".rstrip())
-                print(as_text(sample), end="\n\n")
+                sample["model"] = path.stem
+            print(json.dumps(sample, ensure_ascii=False))
 
 
 # ---- ratings ------------------------------------------------------------------------------
 
 def read_ratings(path):
     """The rows of a file of ratings, dicts of COLUMNS, rating and sense as floats (or None)."""
-    reader, rows = csv.DictReader(io.StringIO(data.read_text(path, "ratings"))), []
+    rows, reader = [], csv.reader(io.StringIO(data.read_text(path, "ratings")))
     try:
-        if set(reader.fieldnames or COLUMNS) != set(COLUMNS):
+        if next(reader, COLUMNS) != COLUMNS:
             raise ValueError(f"the columns must be {', '.join(COLUMNS)}")
-        for row in reader:
-            if None in row or None in row.values():
-                raise ValueError("it has not as many fields as there are columns")
-            row["rating"] = data.parse_rating(row["rating"])
-            row["sense"] = data.parse_rating(row["sense"], 1, 5) if row["sense"] else None
-            rows.append(row)
+        # A blank line is an empty row.
+        for text, rating, sense, drawn_from in filter(None, reader):
+            rating = data.parse_rating(rating)
+            # A label for training has none.
+            sense = data.parse_rating(sense, 1, 5) if sense else None
+            rows.append(dict(zip(COLUMNS, (text, rating, sense, drawn_from))))
     except (ValueError, csv.Error) as error:
-        raise data.UserError(f"ratings {path}, line {max(reader.line_num, 1)}: {error}. "
+        raise data.UserError(f"ratings {path}, line {reader.line_num}: {error}. "
                              "Correct it or choose another file.") from None
     return rows
 
@@ -186,30 +158,33 @@ def write_ratings(path, rows):
 
 
 def passages_of_plays(args):
-    """Texts of the training plays, one or more speeches of about --length tokens each."""
+    """args.num texts of the training plays, one or more speeches of about --length tokens each."""
     plays = data.load_corpus()[0]
     generator = random.Random(args.seed)
-    length = int(2.5 * args.length)         # in characters: a token has more than two
-    passages = []
+    # In characters: a token has more than two.
+    length = int(2.5 * args.length)
+    texts = []
     for _ in range(args.num):
-        start = plays.find(data.BOUNDARY, generator.randrange(len(plays) - 8 * length))
-        start += len(data.BOUNDARY)
-        passages.append(plays[start:plays.find(data.BOUNDARY, start + length)])
-    return passages
+        anywhere = generator.randrange(len(plays) - 8 * length)
+        start = plays.find(data.BOUNDARY, anywhere)
+        end = plays.find(data.BOUNDARY, start + length)
+        texts.append(plays[start:end])
+    return texts
 
 
 def passages_to_rate(args):
-    """Passages of all that --rate names, shuffled: dicts of text, drawn_from."""
-    items = []
+    """Passages of all that --rate names, shuffled: dicts of text and drawn_from."""
+    passages = []
     for name in args.rate:
         if name == "plays":
             texts = passages_of_plays(args)
         else:
-            texts = column(draw(Path(name), args, args.num), "text")
-        items += [{"text": text.strip(), "drawn_from": Path(name).stem} for text in texts]
+            texts = [sample["text"] for sample in draw(Path(name), args, args.num)]
+        for text in texts:
+            passages.append({"text": text.strip(), "drawn_from": Path(name).stem})
     # The same order every time, so that a reader can stop and go on.
-    random.Random(args.seed).shuffle(items)
-    return items
+    random.Random(args.seed).shuffle(passages)
+    return passages
 
 
 def ask(question, low, high):
@@ -217,7 +192,7 @@ def ask(question, low, high):
     while True:
         print(question, end=" ", flush=True)
         # The end of a pipe is the end of the ratings.
-        answer = (sys.stdin.readline() or "q").strip().lower()
+        answer = (sys.stdin.readline() or "q").strip()
         if answer in ("b", "q"):
             return answer
         try:
@@ -233,29 +208,26 @@ def rate(args):
     """
     path, blind = args.ratings[0], len(args.rate) > 1
     rows = read_ratings(path) if path.exists() else []
-    before, done = len(rows), [(row["text"], row["drawn_from"]) for row in rows]
-    # Two models that are close may have written the same.
-    items = [item for item in passages_to_rate(args) if tuple(item.values()) not in done]
-    print(f"{before} rated, {len(items)} to go. A number and Enter; b goes back, q ends.\n")
-    while len(rows) < before + len(items):
-        i = len(rows) - before
-        print(f"----- {i + 1} of {len(items)}\n{items[i]['text']}\n")
-        feeling, sense = ask("feeling, -2 very negative to 2 very positive:", -2, 2), ""
-        if blind and isinstance(feeling, float):
+    # By text and model, for two models that are close may have written the same.
+    done = {(row["text"], row["drawn_from"]) for row in rows}
+    left = [row for row in passages_to_rate(args) if (row["text"], row["drawn_from"]) not in done]
+    print(f"{len(rows)} rated, {len(left)} to go. A number and Enter; b goes back, q ends.")
+    while left:
+        print(f"\n----- {len(left)} to go\n{left[0]['text']}\n")
+        feeling, sense = ask("feeling, -2 very negative to 2 very positive:", -2, 2), None
+        if blind and feeling not in ("b", "q"):
             sense = ask("sense, 1 none to 5 all of it:", 1, 5)
         if "q" in (feeling, sense):
-            print(f"\n{len(rows)} ratings are in {path}; the same command goes on from here")
-            return
-        if "b" in (feeling, sense):
-            # The rating before this one is taken back, but none of an earlier session.
-            del rows[max(before, len(rows) - 1):]
-        else:
-            rows.append({**items[i], "rating": feeling, "sense": sense})
+            break
+        if "b" not in (feeling, sense):
+            rows.append({**left.pop(0), "rating": feeling, "sense": sense})
+        elif rows:
+            left.insert(0, rows.pop())
         write_ratings(path, rows)
-    if blind:
+    print(f"\n{len(rows)} ratings are in {path}; the same command goes on from here")
+    # No means before the end: whoever goes on should still be blind.
+    if blind and not left:
         print_ratings(args)
-    else:
-        print(f"\n{len(rows)} ratings are in {path}: python train.py --labels {path}")
 
 
 # ---- what ratings say ---------------------------------------------------------------------
@@ -266,16 +238,16 @@ def mean_se(values):
     return x.mean().item(), x.std().item() / len(x) ** 0.5 if len(x) > 1 else math.nan
 
 
-def permutation_interval(a, b, times=10_000, seed=0):
+def permutation_interval(a, b):
     """How far apart the means of a and b may be by chance: the 95 % quantile of |difference|.
 
     All values are dealt into two heaps of these sizes at random, many times. A difference
     within this distance from 0 is none that was shown.
     """
     values = torch.tensor(a + b, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     # Each row of argsort is a random order of all values.
-    order = torch.rand(times, len(values), generator=generator).argsort(1)
+    order = torch.rand(10_000, len(values), generator=generator).argsort(1)
     one, two = values[order].split([len(a), len(b)], dim=1)
     return (one.mean(1) - two.mean(1)).abs().quantile(0.95).item()
 
@@ -288,87 +260,52 @@ def quadratic_kappa(a, b):
     return 1.0 if expected == 0 else float(1 - (a - b).square().mean() / expected)
 
 
-def correlation(a, b):
-    """Pearson's, of two lists."""
-    return torch.corrcoef(torch.tensor([a, b], dtype=torch.float64))[0, 1].item()
+def rated(rows, name, key):
+    """What the rows drawn from one model have at key, where they have something."""
+    return [row[key] for row in rows if row["drawn_from"] == name and row.get(key) is not None]
 
 
-def groups(rows, key):
-    """{value: the rows that have it at key}, in the order of their first."""
-    found = {}
-    for row in rows:
-        found.setdefault(row[key], []).append(row)
-    return found
+def with_positive(folder, rows):
+    """Rows of ratings, each with P(positive) of its text, as far as the models are in the folder.
 
-
-def column(rows, key):
-    """What the rows have at key, where they have something."""
-    return [row[key] for row in rows if row.get(key) is not None]
-
-
-def with_positive(checkpoint, rows):
-    """Rows of ratings, each with its P(positive) if there is a reward model beside a checkpoint."""
-    path = checkpoint.with_name("reward.pt")
-    if not path.exists():
-        return rows
-    state = data.load_checkpoint(path, "reward")
-    tokenizer = data.load_tokenizer(path.with_name("tokenizer.tiktoken"), state)
-    ids = [tokenizer.encode_ordinary(row["text"]) for row in rows]
-    p = in_chunks(reward.load_reward(state), reward.pad(ids, state["length"])).sigmoid()
-    return [{**row, "positive": positive} for row, positive in zip(rows, p.tolist())]
-
-
-def by_model(rows):
-    """{drawn_from: its rows}, rho first."""
-    rows = sorted(rows, key=lambda row: (row["drawn_from"] != "pretrain", row["drawn_from"]))
-    return groups(rows, "drawn_from")
+    At "positive" that of the reward model, at "judge" that of the second, which nobody optimised.
+    """
+    for kind, key in (("reward", "positive"), ("judge", "judge")):
+        path = folder / f"{kind}.pt"
+        if path.exists():
+            state = data.load_checkpoint(path, kind)
+            tokenizer = data.load_tokenizer(folder / "tokenizer.tiktoken", state)
+            ids = [tokenizer.encode_ordinary(row["text"]) for row in rows]
+            tokens = reward.pad(ids, state["length"])
+            p = in_chunks(reward.load_reward(state), tokens).sigmoid()
+            rows = [{**row, key: each} for row, each in zip(rows, p.tolist())]
+    return rows
 
 
 def print_ratings(args):
-    """What one or two files of ratings say of each model, and what the readers share."""
+    """What one or two files of ratings say of each model, and how far two readers agree."""
     files = [read_ratings(path) for path in args.ratings]
     if not all(files):
         raise data.UserError("a file of ratings is empty. Rate something first: --rate.")
-    rows = with_positive(args.checkpoint, sum(files, []))
-    print_means(by_model(rows))
-    print_differences(by_model(rows))
-    positive = column(rows, "positive")
-    if positive:
-        found = correlation(column(rows, "rating"), positive)
-        print(f"feeling and P(positive) correlate {found:.2f}")
-    if len(files) == 2:
-        print_agreement(*files)
-
-
-def print_means(models):
-    """The mean feeling, sense and P(positive) of each model's samples: a table."""
-    rows = []
-    for name, group in models.items():
-        feeling, sense, positive = (mean_se(column(group, key))
-                                    for key in ("rating", "sense", "positive"))
-        rows.append((name, len(group), feeling, sense, positive[0]))
-    print(*table(["drawn from", "ratings", "feeling, -2 to 2", "sense, 1 to 5", "P(positive)"],
-                 rows), sep="\n")
-
-
-def print_differences(models):
-    """How far the feeling of each model is from the first's, and how far chance alone would go."""
-    (first, base), *others = ((name, column(group, "rating")) for name, group in models.items())
-    for name, ratings in others:
-        gap = mean_se(ratings)[0] - mean_se(base)[0]
-        chance = permutation_interval(ratings, base)
-        print(f"{name} feels {gap:+.2f} from {first}, 95 % interval "
-              f"{gap - chance:+.2f} to {gap + chance:+.2f}")
-
-
-def print_agreement(one, two):
-    """How far two readers agree on the passages that both rated."""
-    ratings = {row["text"]: row["rating"] for row in two}
-    both = [(row["rating"], ratings[row["text"]]) for row in one if row["text"] in ratings]
-    if len(both) > 1:
+    rows = with_positive(args.checkpoint.parent, sum(files, []))
+    rho, lines = rated(rows, "pretrain", "rating"), []
+    # In this order pretrain, which is rho, comes first.
+    for name in sorted({row["drawn_from"] for row in rows}, reverse=True):
+        feeling = rated(rows, name, "rating")
+        means = [mean_se(rated(rows, name, key)) for key in ("rating", "sense", "positive")]
+        gap = means[0][0] - mean_se(rho)[0]
+        lines.append([name, len(feeling), *means, (gap, permutation_interval(feeling, rho))])
+    print(*table(["drawn from", "ratings", "feeling, -2 to 2", "sense, 1 to 5", "P(positive)",
+                  "feeling less rho's ± chance, 95 %"], lines), sep="\n")
+    if "positive" in rows[0] and len(rows) > 1:
+        pairs = torch.tensor([(row["rating"], row["positive"]) for row in rows])
+        print(f"feeling and P(positive) correlate {torch.corrcoef(pairs.T)[0, 1]:.2f}")
+    other = {row["text"]: row["rating"] for row in files[-1]}
+    both = [(row["rating"], other[row["text"]]) for row in files[0] if row["text"] in other]
+    if len(files) == 2 and len(both) > 1:
         a, b = zip(*both)
-        print(f"two readers of {len(both)} passages: quadratic kappa "
-              f"{quadratic_kappa(a, b):.2f}, Pearson {correlation(a, b):.2f}")
+        print(f"two readers of {len(both)} passages: quadratic kappa {quadratic_kappa(a, b):.2f}, "
+              f"Pearson {torch.corrcoef(torch.tensor([a, b]))[0, 1]:.2f}")
 
 
 def cell(x):
@@ -394,109 +331,24 @@ def table(columns, rows):
 # ---- the summary --------------------------------------------------------------------------
 
 def load_study(out):
-    """(pretrained, rewarded, judged, runs) of a folder; runs of this reward model only."""
-    found = [data.load_checkpoint(out / f"{kind}.pt", kind)
-             for kind in ("pretrain", "reward", "judge")]
-    rho = data.load_checkpoint(out / "rho.pt", "rho")
-    for name, state in (("reward", found[1]), ("judge", found[2])):
-        state["constants"] = rho["constants"][name]
-        state["rho"] = {"tokens": rho["tokens"], "log_odds": rho["log_odds"][name]}
+    """(pretrained, rewarded, judged, rho, runs) of a folder; runs of these samples of rho only."""
+    pretrained, rewarded, judged, rho = (data.load_checkpoint(out / f"{kind}.pt", kind)
+                                         for kind in ("pretrain", "reward", "judge", "rho"))
     runs = []
     for path in out.glob("ppo_*beta*.pt"):
+        # What a run kept on its way is not its end.
         if "_kl" in path.name or ".partial" in path.name:
             continue
         run = data.load_checkpoint(path, "ppo")
-        if run["inputs"]["reward"] == data.digest(found[1]["model"]):
+        same = run["inputs"]["rho"] == data.digest({"tokens": rho["tokens"]})
+        if same and run["inputs"]["reward"] == rho["inputs"]["reward"]:
             runs.append(run)
         else:
-            print(f"{path.name} is of another reward model and is left out")
+            print(f"{path.name} is of another task or reward model and is left out")
     if not runs:
         raise data.UserError(f"{out} has no finished PPO run. Run train.py first.")
-    return *found, sorted(runs, key=lambda run: (run["toward"], run["inputs"]["beta"]))
-
-
-def scores_of(state, log_odds, toward):
-    """The scores (N,) by a reward checkpoint of completions kept with their log-odds."""
-    return reward.score(log_odds, **state["constants"][toward], toward=toward)
-
-
-def rho_scores(state, toward):
-    """The scores (N,) by a reward checkpoint of the samples of rho that it keeps."""
-    return scores_of(state, state["rho"]["log_odds"], toward)
-
-
-def pool(rewarded, run):
-    """Scores (N,) of rho's and a run's fresh samples, and their log(rho/q), q the mixture."""
-    rho, fresh = rewarded["rho"]["log_odds"], run["fresh"]
-    # log pi - log rho of every sample: rho's own row is 0, for only the ratio matters.
-    ratio = torch.cat((run["rho_log_ratio"], fresh["log_ratio"]))
-    weights = ppo.mixture_log_weights(torch.stack((0 * ratio, ratio)),
-                                      [len(rho), len(fresh["log_ratio"])])
-    return scores_of(rewarded, torch.cat((rho, fresh["log_odds"])), run["toward"]), weights
-
-
-def summarise_optimum(rewarded, run):
-    """ppo.optimum at the beta of a run, what J* is at_least, and pareto_k; NaN if not known."""
-    names = ("objective", "score", "ref_kl", "objective_se", "at_least", "pareto_k")
-    best = {**dict.fromkeys(names, math.nan), "ess": 0.0}
-    beta = run["beta"]
-    # Without a penalty no policy is the best.
-    if beta:
-        scores, weights = pool(rewarded, run)
-        found = ppo.optimum(scores, beta, weights)
-        # Too few effective samples: no number, for it would be far too low.
-        best |= found if found["ess"] >= MIN_ESS else {"ess": found["ess"]}
-        best["at_least"] = ppo.optimum_bound(scores, beta, weights)
-    return best
-
-
-def summarise_run(rewarded, judged, run):
-    """The entry of a run in summary.json: what its fresh samples say, beside the optimum."""
-    fresh, toward, beta = run["fresh"], run["toward"], run["beta"]
-    scores, kl = scores_of(rewarded, fresh["log_odds"], toward), fresh["ref_kl"]
-    objective, se = mean_se(scores - beta * kl)
-    rho = rho_scores(rewarded, toward).mean().item()
-    best = summarise_optimum(rewarded, run)
-    way = best["objective"] - rho
-    fraction = (objective - rho) / way
-    iterations = len(run["history"])
-    return {"beta": beta, "toward": toward, "iterations": iterations,
-            "score": scores.mean().item(),
-            "judge": scores_of(judged, fresh["judge"], toward).mean().item(),
-            "positive": fresh["log_odds"].sigmoid().mean().item(),
-            "ref_kl": kl.mean().item(),
-            "objective": objective, "objective_se": se, "reference_objective": rho,
-            "optimum": best,
-            "fraction_of_optimum": fraction,
-            "fraction_se": math.hypot(se, fraction * best["objective_se"]) / way,
-            "kl_to_optimum": (best["objective"] - objective) / (beta or math.nan),
-            "seconds_per_iteration": run["seconds"] / max(iterations, 1)}
-
-
-def summarise_reward(state):
-    """The entry of a reward model in summary.json."""
-    report = state["report"]
-    reached = report.get("passages") or report["samples"]
-    return {"labels": state["labels"], **state["constants"]["positive"],
-            "val_pearson": reached["pearson"], "val_auc": reached["auc"],
-            "val_log_loss": reached["log_loss"], "report": report,
-            "reference_positive": state["rho"]["log_odds"].sigmoid().mean().item()}
-
-
-def summarise(out, pretrained, rewarded, judged, runs):
-    """summary.json as a dict."""
-    texts = data.load_checkpoint(out / "data.pt", "data")
-    stages = {"data": texts, "pretrain": pretrained, "reward": rewarded, "judge": judged}
-    seconds = {name: state["seconds"] for name, state in stages.items()}
-    ppo_seconds = {label(run): run["seconds"] for run in runs}
-    total = sum(ppo_seconds.values()) + sum(seconds.values())
-    summary = {"size": pretrained["args"]["size"], "device": pretrained["args"]["device"],
-               "seconds": {**seconds, "ppo": ppo_seconds, "total": total},
-               "reward": summarise_reward(rewarded), "judge": summarise_reward(judged),
-               "pretrain": {key: pretrained[key] for key in ("parameters", "val_bits_per_byte")},
-               "ppo": [summarise_run(rewarded, judged, run) for run in runs]}
-    # JSON knows no NaN: what is not known is null there, None here.
-    return json.loads(json.dumps(summary), parse_constant=lambda name: None)
+    runs.sort(key=lambda run: (run["toward"], run["inputs"]["beta"]))
+    return pretrained, rewarded, judged, rho, runs
 
 
 def label(run):
@@ -504,262 +356,344 @@ def label(run):
     return f"{run['toward']} {run['inputs']['beta']:g}".removeprefix("positive ")
 
 
-# ---- figures: first the numbers, panel by panel -------------------------------------------
+def scores_of(rho, log_odds, toward, name="reward"):
+    """The scores of log-odds by a reward model, "reward" or "judge": of the same shape."""
+    return reward.score(log_odds, **rho["constants"][name][toward], toward=toward)
 
-def draw_figure(path, panels):
-    """Write panels (title, x label, y label, lines) as a PNG, three side by side.
 
-    A line is (label, style, x, y), and standard errors of y where there are some.
-    """
-    columns, rows = min(len(panels), 3), math.ceil(len(panels) / 3)
-    figure = Figure(figsize=(5.5 + 2.5 * columns, 3 + 2 * rows))
-    for i, (title, xlabel, ylabel, lines) in enumerate(panels, 1):
-        axis = figure.add_subplot(rows, columns, i)
-        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        axis.grid(alpha=0.3)
-        for name, style, *points in lines:
-            axis.errorbar(*points, fmt=style, capsize=2, markersize=8, label=name)
-    figure.axes[0].legend(fontsize=8)
-    figure.tight_layout()
+def rho_scores(rho, toward, name="reward"):
+    """The scores (P,N) of rho's samples, N for each of P prompts, by a reward model."""
+    return scores_of(rho, rho["log_odds"][name], toward, name).view(len(rho["prompts"]), -1)
+
+
+def pool(rho, run):
+    """Scores (P,N) of rho's and a run's fresh samples, and their log(rho/q), q the mixture."""
+    fresh, P = run["fresh"], len(rho["prompts"])
+    scores = scores_of(rho, fresh["log_odds"], run["toward"]).view(P, -1)
+    # log pi - log rho of every sample: rho's own row is 0, for only the ratio matters.
+    ratios = [run["rho_log_ratio"].view(P, -1), fresh["log_ratio"].view(P, -1)]
+    ratio = torch.cat(ratios, dim=1).flatten()
+    counts = [ratios[0].size(1), ratios[1].size(1)]
+    weights = ppo.mixture_log_weights(torch.stack((0 * ratio, ratio)), counts).view(P, -1)
+    return torch.cat((rho_scores(rho, run["toward"]), scores), dim=1), weights
+
+
+def summarise_optimum(rho, run):
+    """ppo.optimum at the beta of a run, and what J* is at_least; NaN where it is not known."""
+    unknown = dict.fromkeys(("objective", "score", "ref_kl", "objective_se"), math.nan)
+    # Without a penalty no policy is the best.
+    if run["beta"] == 0:
+        return {**unknown, "ess": 0.0, "at_least": math.nan}
+    scores, weights = pool(rho, run)
+    best = ppo.optimum(scores, run["beta"], weights)
+    # Too few effective samples: no number, for it would be far too low.
+    if best["ess"] < MIN_ESS:
+        best.update(unknown)
+    best["at_least"] = ppo.optimum_bound(scores, run["beta"], weights)
+    return best
+
+
+def summarise_run(rho, run):
+    """The entry of a run in summary.json: what its fresh samples say, beside the optimum."""
+    fresh, toward, beta = run["fresh"], run["toward"], run["beta"]
+    scores, kl = scores_of(rho, fresh["log_odds"], toward), fresh["ref_kl"]
+    objective, se = mean_se(scores - beta * kl)
+    start = rho_scores(rho, toward).mean().item()
+    best = summarise_optimum(rho, run)
+    way = best["objective"] - start
+    fraction = (objective - start) / way
+    iterations = len(run["history"])
+    return {"beta": beta, "toward": toward, "iterations": iterations,
+            "score": scores.mean().item(),
+            "judge": scores_of(rho, fresh["judge"], toward, "judge").mean().item(),
+            "positive": fresh["log_odds"].sigmoid().mean().item(),
+            "ref_kl": kl.mean().item(),
+            "objective": objective, "objective_se": se, "reference_objective": start,
+            "optimum": best,
+            "fraction_of_optimum": fraction,
+            "fraction_se": math.hypot(se, fraction * best["objective_se"]) / way,
+            "kl_to_optimum": (best["objective"] - objective) / (beta or math.nan),
+            "seconds_per_iteration": run["seconds"] / max(iterations, 1)}
+
+
+def summarise_reward(state, rho):
+    """The entry of a reward model in summary.json."""
+    report, name = state["report"], state["kind"]
+    reached = report.get("passages") or report["samples"]
+    return {"labels": state["labels"], **rho["constants"][name]["positive"],
+            "val_pearson": reached["pearson"], "val_auc": reached["auc"],
+            "val_log_loss": reached["log_loss"], "report": report,
+            "reference_positive": rho["log_odds"][name].sigmoid().mean().item()}
+
+
+def summarise(out, pretrained, rewarded, judged, rho, runs):
+    """summary.json as a dict."""
+    texts = data.load_checkpoint(out / "data.pt", "data")
+    stages = (texts, pretrained, rewarded, judged, rho)
+    seconds = {state["kind"]: state["seconds"] for state in stages}
+    ppo_seconds = {label(run): run["seconds"] for run in runs}
+    total = sum(seconds.values()) + sum(ppo_seconds.values())
+    summary = {"size": pretrained["args"]["size"], "device": pretrained["args"]["device"],
+               "seconds": {**seconds, "ppo": ppo_seconds, "total": total},
+               "reward": summarise_reward(rewarded, rho), "judge": summarise_reward(judged, rho),
+               "pretrain": {key: pretrained[key] for key in ("parameters", "val_bits_per_byte")},
+               "ppo": [summarise_run(rho, run) for run in runs]}
+    # JSON knows no NaN: what is not known is null there, None here.
+    return json.loads(json.dumps(summary), parse_constant=lambda name: None)
+
+
+# ---- figures ------------------------------------------------------------------------------
+
+def save_figure(figure, path):
+    """Write a figure as a PNG; its folder is made if need be."""
+    path.parent.mkdir(exist_ok=True)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110)
-    path.parent.mkdir(exist_ok=True)
     data.write_file(path, buffer.getvalue())
 
 
-def drift_panels(title, lines, ylabel="score, deviations of rho's"):
-    """The panel of a figure whose lines have KLs as x, shown by their root."""
-    # Along the root scores at first grow in a straight line (Gao 2022).
-    lines = [(name, style, torch.tensor(kls).clamp(min=0).sqrt(), *values)
-             for name, style, kls, *values in lines]
-    return [(title, "sqrt(KL to rho), KL in nats per completion", ylabel, lines)]
+def points(rows, x, y):
+    """What rows have at x and at y, where they know y: two lists, to plot."""
+    rows = [row for row in rows if row.get(y) is not None]
+    return [row[x] for row in rows], [row[y] for row in rows]
 
 
-def logged(run, x, y):
-    """What a run logged as x and as y, in the steps in which it logged y: two lists."""
-    rows = [row for row in run["history"] if y in row]
-    return column(rows, x), column(rows, y)
+def drift_axis(title, ylabel):
+    """A figure and its one axis, along which policies drift away from rho."""
+    figure = Figure(figsize=(9.5, 5), layout="constrained")
+    axis = figure.subplots()
+    # Along the root of the KL scores at first grow in a straight line (Gao 2022).
+    axis.set_xscale("function", functions=(np.sqrt, np.square))
+    axis.set(title=title, ylabel=ylabel, xticks=[0, *train.KL_MARKS],
+             xlabel="KL to rho in nats per completion, its root to scale")
+    # Below 0, where a margin would be, there is no root.
+    axis.margins(x=0)
+    axis.grid(alpha=0.3)
+    return figure, axis
 
 
-def frontier(rewarded, runs):
-    """The optimum at many betas: ppo.optimum's dicts, from the samples of runs of one direction."""
-    pools = [pool(rewarded, run) for run in runs]
-    found = []
-    for beta in torch.logspace(2, -2, 81).tolist():
-        optima = [ppo.optimum(scores, beta, weights) for scores, weights in pools]
-        # Of several runs' pools the one that knows this beta best.
-        found.append(max(optima, key=lambda best: best["ess"]))
-    return [best for best in found if best["ess"] >= MIN_ESS]
-
-
-def frontier_panels(rewarded, runs, summary):
+def draw_frontier(rho, runs, summary):
     """Score against drift: the paths of PPO, best-of-n, and what no policy can be above."""
-    lines = []
-    for toward, group in groups(runs, "toward").items():
-        style = "-" if toward == "positive" else "--"
-        best = frontier(rewarded, group)
-        rho = rho_scores(rewarded, toward)
-        scores, kls = zip(*(ppo.best_of_n(rho, 2 ** k) for k in range(9)))
-        lines += [(f"optimum, {toward}: no policy is above; stars: of these betas", f"k{style}",
-                   column(best, "ref_kl"), column(best, "score")),
-                  ("best of 1, 2, 4 ... 256 samples of rho (KL at most)", f"C7.{style}",
-                   kls, scores)]
+    figure, axis = drift_axis("Circle: where a run ended; star: the optimum at its beta\n"
+                              "black: the optimum at any beta, by the samples of each run\n"
+                              "grey: best of 1, 2, 4 ... 256 samples of rho, KL at most",
+                              "score, deviations of rho's")
+    end = {"markersize": 12, "markeredgecolor": "k", "zorder": 3}
     for i, (run, row) in enumerate(zip(runs, summary["ppo"])):
-        lines.append((f"PPO, beta {label(run)}", f"C{i}.-", *logged(run, "exact_kl", "score")))
-        # Where it ended, and where it could have: nowhere, if that is not known.
-        for marker, end in (("o", row), ("*", row["optimum"])):
-            lines.append((None, f"C{i}{marker}", column([end], "ref_kl"), column([end], "score")))
-    return drift_panels("How much score for how much drift?", lines)
+        axis.plot(*points(run["history"], "exact_kl", "score"), f"C{i}.-", label=label(run))
+        axis.plot(row["ref_kl"], row["score"], f"C{i}o", **end)
+        # No star where the optimum is not known.
+        axis.plot(*points([row["optimum"]], "ref_kl", "score"), f"C{i}*", **end)
+        scores, weights = pool(rho, run)
+        best = [ppo.optimum(scores, beta, weights) for beta in np.logspace(2, -2, 81)]
+        # Each pool knows the optimum as far as its own run drifted.
+        best = [optimum for optimum in best if optimum["ess"] >= MIN_ESS]
+        axis.plot(*points(best, "ref_kl", "score"), "k")
+        of_rho = rho_scores(rho, run["toward"])
+        # No more than there are of a prompt.
+        counts = [2 ** k for k in range(9) if 2 ** k <= of_rho.size(1)]
+        scores, kls = zip(*[ppo.best_of_n(of_rho, n) for n in counts])
+        axis.plot(kls, scores, "C7.-")
+    figure.legend(loc="outside right upper", title="beta")
+    return figure
 
 
-def judge_panels(rewarded, judged, runs):
+def draw_judge(rho, runs):
     """Score by the reward model and by the judge that was not optimised, against drift."""
-    lines = []
+    figure, axis = drift_axis("Solid: the reward model; dashed: the judge, not optimised\n"
+                              "dotted: what their correlation on rho implies for the judge",
+                              "score, deviations of rho's")
     for i, run in enumerate(runs):
-        kls, scores = logged(run, "exact_kl", "score")
+        kls, scores = points(run["history"], "exact_kl", "score")
         # If the two correlate c on rho, a gain of s by one is c s by the other without cheating.
-        c = correlation(*(rho_scores(state, run["toward"]).tolist()
-                          for state in (rewarded, judged)))
-        lines += [(f"reward model, beta {label(run)}", f"C{i}-", kls, scores),
-                  ("judge", f"C{i}--", *logged(run, "exact_kl", "judge")),
-                  (f"what correlation {c:.2f} implies", f"C{i}:", kls, [c * s for s in scores])]
-    return drift_panels("Does a judge who was not optimised agree?", lines)
+        both = [rho_scores(rho, run["toward"], name).flatten() for name in ("reward", "judge")]
+        axis.plot(kls, scores, f"C{i}", label=label(run))
+        axis.plot(*points(run["history"], "exact_kl", "judge"), f"C{i}--")
+        axis.plot(kls, np.corrcoef(both)[0, 1] * np.array(scores), f"C{i}:")
+    figure.legend(loc="outside right upper", title="beta")
+    return figure
 
 
-def training_panels(runs):
-    """What PPO logs, against iteration: J with J*, drift, and the signs of collapse."""
-    titles = {"objective": "objective J, dotted: J* from rho's samples",
-              "exact_kl": "drift, nats per completion",
-              "policy_loss": "train loss: the clipped surrogate",
-              "clipfrac": "clip fraction, share of tokens",
-              "explained_variance": "explained variance",
-              "entropy": "entropy, nats per token",
-              "distinct_2": "distinct pairs of tokens, share",
-              "ref_logprob": "log rho of the samples, nats per token",
-              "positive": "P(positive)"}
-    panels = []
-    for key, title in titles.items():
-        lines = [(f"beta {label(run)}", f"C{i}", *logged(run, "step", key))
-                 for i, run in enumerate(runs)]
-        if key == "objective":
-            lines += [(None, f"C{i}:", *logged(run, "step", "best")) for i, run in enumerate(runs)]
-        panels.append((title, "iteration", "", lines))
-    return panels
+def draw_ppo(runs):
+    """What PPO logs, against iteration; with the objective J also J* from rho's samples, dotted."""
+    keys = ("objective", "exact_kl", "policy_loss", "clipfrac", "explained_variance", "entropy",
+            "distinct_2", "ref_logprob", "positive")
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    axes = figure.subplots(3, 3).flatten()
+    for i, run in enumerate(runs):
+        for axis, key in zip(axes, keys):
+            axis.plot(*points(run["history"], "step", key), f"C{i}", label=f"beta {label(run)}")
+            axis.set(title=key, xlabel="iteration")
+        axes[0].plot(*points(run["history"], "step", "best"), f"C{i}:")
+    axes[0].set_title("objective J; dotted: J* from rho's samples")
+    # There is room in this one.
+    axes[1].legend()
+    return figure
 
 
-def reward_panels(rewarded, judged, pretrained):
+def draw_reward(rewarded, judged, pretrained):
     """Is P(positive) what it says, on held-out ratings? And how pretraining went."""
-    panels = []
-    for name, state in (("reward model", rewarded), ("judge", judged)):
-        lines = [("perfect", "k:", [0.2, 0.8], [0.2, 0.8])]
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.set(title="Reliability", xlabel="mean P(positive) of a tenth",
+             ylabel="mean (rating + 2) / 4 of that tenth")
+    left.plot([0.2, 0.8], [0.2, 0.8], "k:", label="perfect")
+    for state in (rewarded, judged):
         for kind, found in state["report"].items():
-            p, target, se, _ = zip(*found["reliability"])
-            lines.append((f"{found['n']} {kind}", "o-", p, target, se))
-        panels.append((f"Reliability of the {name}", "mean P(positive) of a tenth",
-                       "mean (rating + 2) / 4 of that tenth", lines))
-    loss = (None, "-", *logged(pretrained, "step", "loss"))
-    return [*panels, ("Pretraining", "step", "loss, nats per token", [loss])]
+            p, target, error, _ = zip(*found["reliability"])
+            left.errorbar(p, target, error, fmt="o-", label=f"{state['kind']} model, {kind}")
+    left.legend()
+    right.plot(*points(pretrained["history"], "step", "loss"))
+    right.set(title="Pretraining", xlabel="step", ylabel="loss, nats per token")
+    return figure
 
 
-def along_drift(rows):
-    """{run: {KL: ratings}} of rho, at 0, and of each policy that a run kept, at its mark."""
-    models, runs = by_model(rows), {}
-    rho = models.pop("pretrain", [])
-    for name, group in models.items():
-        run, _, mark = name.partition("_kl")
-        points = runs.setdefault(run, {0.0: rho})
-        # How far the policy at the end of a run is, its name does not say.
-        if mark:
-            points[float(mark)] = group
-    return runs
-
-
-def reader_panels(rows):
-    """What readers say along the drift: feeling, sense, P(positive), in the same unit 0 to 1."""
-    scales = {"rating": ("readers' feeling", "o-", -2, 2),
-              "positive": ("P(positive)", "s--", 0, 1),
-              "sense": ("readers' sense", "^:", 1, 5)}
-    lines = []
-    for i, (run, points) in enumerate(along_drift(rows).items()):
-        kls = sorted(points)
-        for key, (what, style, low, high) in scales.items():
-            found = torch.tensor([mean_se(column(points[kl], key)) for kl in kls])
-            means, errors = found.T / (high - low)
-            lines.append((f"{what}, {run.removeprefix('ppo_')}", f"C{i}{style}",
-                          kls, means - low / (high - low), errors))
-    return drift_panels("Where the reward model and readers part", lines, ylabel="from 0 to 1")
+def draw_readers(rows):
+    """What readers and both models say of the same texts along the drift, all from 0 to 1."""
+    figure, axis = drift_axis("Where the models and readers part", "from 0 to 1")
+    scales = {"rating": ("readers' feeling", -2, 4), "sense": ("readers' sense", 1, 4),
+              "positive": ("P(positive)", 0, 1), "judge": ("the judge's P(positive)", 0, 1)}
+    # How far the policy at the end of a run is, its name does not say.
+    runs = {row["drawn_from"].split("_kl")[0] for row in rows if "_kl" in row["drawn_from"]}
+    styles = itertools.cycle(("o-", "s--", "^:", "v-."))
+    for run, style in zip(sorted(runs), styles):
+        # Every run begins as rho.
+        names = {0: "pretrain", **{mark: f"{run}_kl{mark:g}" for mark in train.KL_MARKS}}
+        kls = [kl for kl in names if rated(rows, names[kl], "rating")]
+        for i, (key, (what, low, width)) in enumerate(scales.items()):
+            found = [mean_se(rated(rows, names[kl], key)) for kl in kls]
+            means, errors = np.transpose(found)
+            axis.errorbar(kls, (means - low) / width, errors / width, fmt=f"C{i}{style}",
+                          label=f"{what}, {run}")
+    figure.legend(loc="outside right upper")
+    return figure
 
 
 # ---- the report ---------------------------------------------------------------------------
 
-def results_table(summary):
+def results_table(runs, summary):
     """What each run reached, and its optimum: lines of a markdown table."""
-    rows = []
-    for row in summary["ppo"]:
-        best = row["optimum"]
-        rows.append((f"{row['beta']:.3g} {row['toward']}".removesuffix(" positive"),
-                     row["score"], row["judge"], row["positive"], row["ref_kl"],
-                     (row["objective"], row["objective_se"]),
-                     (best["objective"], best["objective_se"]),
-                     best["at_least"],
-                     round(best["ess"]), best["pareto_k"],
-                     (row["fraction_of_optimum"], row["fraction_se"]),
-                     row["kl_to_optimum"]))
-    return table(["beta", "score", "judge", "P(positive)", "ref_kl", "J", "J*", "J* at least",
-                  "ESS", "k-hat", "fraction of optimum", "KL(pi to pi*)"], rows)
-
-
-def best_of_n_table(rewarded, runs):
-    """Best of n samples of rho, the yardstick that needs no training: score, KL, J by beta."""
     lines = []
-    for toward, group in groups(runs, "toward").items():
-        betas, rows = [run["inputs"]["beta"] for run in group], []
-        for n in (1, 4, 16, 64, 256):
-            score, kl = ppo.best_of_n(rho_scores(rewarded, toward), n)
-            rows.append((n, score, kl, *(score - beta * kl for beta in betas)))
-        lines += table([f"best of n, {toward}", "score", "KL at most",
-                        *(f"J at beta {beta:g}" for beta in betas)], rows)
-    return lines
+    for run, row in zip(runs, summary["ppo"]):
+        best = row["optimum"]
+        lines.append([
+            label(run),
+            row["score"],
+            row["judge"],
+            row["positive"],
+            row["ref_kl"],
+            (row["objective"], row["objective_se"]),
+            (best["objective"], best["objective_se"]),
+            best["at_least"],
+            round(best["ess"]),
+            (row["fraction_of_optimum"], row["fraction_se"]),
+            row["kl_to_optimum"]])
+    return table(["beta", "score", "judge", "P(positive)", "ref_kl", "J", "J*", "J* at least",
+                  "ESS", "fraction of optimum", "KL(pi to pi*)"], lines)
 
 
-def measures(name, state):
-    """How well a reward model predicts held-out ratings: lines of markdown."""
-    keys = ["n", "pearson", "pearson_se", "auc", "log_loss", "constant_log_loss"]
-    rows = [(kind, *(found[key] for key in keys)) for kind, found in state["report"].items()]
-    return [f"## The {name} model on ratings that it was not trained on", "",
-            *table(["of", *keys], rows)]
+def best_of_n_table(rho, runs):
+    """Best of n samples of rho, the yardstick that needs no training: lines of a markdown table."""
+    rows = []
+    for n in (1, 4, 16, 64, 256):
+        if n > rho_scores(rho, "positive").size(1):
+            break
+        row = []
+        for run in runs:
+            score, kl = ppo.best_of_n(rho_scores(rho, run["toward"]), n)
+            row.append(score - run["inputs"]["beta"] * kl)
+        # That of the last run's direction, positive if there is one; the KL is that of all.
+        rows.append([n, score, kl, *row])
+    return table(["best of n", f"score, {runs[-1]['toward']}", "KL at most",
+                  *[f"J at beta {label(run)}" for run in runs]], rows)
 
 
-def write_samples(path, tokenizer, rewarded, toward, pool, n=20):
-    """Write the first n completions of a pool of them into a text file; returns their texts."""
-    scores = scores_of(rewarded, pool["log_odds"], toward)
-    kls = pool.get("ref_kl", torch.zeros(n))
-    texts = []
-    for tokens, log_odds, score, kl in zip(pool["tokens"][:n], pool["log_odds"], scores, kls):
-        texts.append(as_text({"text": data.decode(tokenizer, tokens.tolist()),
-                              "positive": log_odds.sigmoid(), "score": score, "ref_kl": kl}))
+def measures_table(states):
+    """How well reward models predict ratings that they were not trained on: lines of markdown."""
+    keys = ["n", "pearson", "pearson_se", "auc", "pair_accuracy", "slope", "log_loss",
+            "constant_log_loss"]
+    rows = []
+    for state in states:
+        for kind, found in state["report"].items():
+            rows.append([f"{state['kind']} model, {kind}", *[found[key] for key in keys]])
+    return table(["held-out ratings", *keys], rows)
+
+
+def write_samples(path, tokenizer, prompts, samples):
+    """Write 20 of samples, dicts of (N,...) tensors, with their prompts (P,T0); returns the texts.
+    """
+    n = len(samples["tokens"])
+    # Far apart, so that they are of several prompts.
+    rows = torch.arange(0, n, max(n // 20, 1))[:20]
+    texts = texts_of(tokenizer, train.repeat(prompts, n)[rows], samples["tokens"][rows])
+    p, kls = samples["log_odds"].sigmoid()[rows], samples["ref_kl"][rows]
+    texts = [as_text(*sample) for sample in zip(texts, p, kls)]
     path.parent.mkdir(exist_ok=True)
-    data.write_file(path, f"\n\n{'-' * 60}\n\n".join(texts) + "\n")
+    line = "-" * 60
+    data.write_file(path, f"\n{line}\n\n".join(texts))
     return texts
 
 
-def table_along_kl(path, run, args):
-    """Each policy that a run, its file at path, kept along its drift: lines of a markdown table."""
+def table_along_kl(kept, run, args, ratings):
+    """Each policy that a run kept along its drift, kept {nats: file}: lines of a markdown table.
+
+    ratings: rows of them, for the sense that readers find in its texts.
+    """
     rows = []
-    for mark, kept in kept_along_kl(path).items():
+    for mark, path in kept.items():
         step = next(row for row in run["history"] if row["exact_kl"] >= mark)
-        text = draw(kept, args, 1)[0]["text"]
-        rows.append((mark, step["score"], step["positive"], step["distinct_2"],
-                     text.replace("\n", " / ").replace("|", "")))
-    return table(["KL", "score", "P(positive)", "distinct pairs of tokens", "a sample"], rows)
+        sense, _ = mean_se(rated(ratings, path.stem, "sense"))
+        # A newline or a bar would end the cell.
+        text = draw(path, args, 1)[0]["text"].replace("\n", " / ").replace("|", "")
+        rows.append([mark, step["score"], step["positive"], step["distinct_2"], sense, text])
+    return table(["KL", "score", "P(positive)", "distinct pairs of tokens", "readers' sense",
+                  "a sample"], rows)
 
 
 def write_report(args):
     """figures/*.png, samples/*.txt, summary.json and report.md of a finished study."""
     out = args.report
-    study = pretrained, rewarded, judged, runs = load_study(out)
+    pretrained, rewarded, judged, rho, runs = load_study(out)
     tokenizer = data.load_tokenizer(out / "tokenizer.tiktoken", pretrained)
-    summary = summarise(out, *study)
+    ratings = sum([read_ratings(path) for path in args.ratings or []], [])
+    summary = summarise(out, pretrained, rewarded, judged, rho, runs)
     data.write_file(out / "summary.json", json.dumps(summary, indent=1))
-    figures = {"frontier": frontier_panels(rewarded, runs, summary),
-               "judge": judge_panels(rewarded, judged, runs),
-               "ppo": training_panels(runs),
-               "reward": reward_panels(rewarded, judged, pretrained)}
-    if args.ratings:
-        rows = [row for path in args.ratings for row in read_ratings(path)]
-        figures["readers"] = reader_panels(with_positive(out / "pretrain.pt", rows))
-    for name, panels in figures.items():
-        draw_figure(out / f"figures/{name}.png", panels)
-
-    results = results_table(summary)
+    results = results_table(runs, summary)
     print("", *results, sep="\n")
-    lines = ["# Report of one study", "",
-             f"Size {summary['size']} on {summary['device']}, seed {pretrained['args']['seed']}: "
-             f"{summary['pretrain']['val_bits_per_byte']:.3f} bits per byte on held-out plays; "
-             f"P(positive) of rho {summary['reward']['reference_positive']:.3f}.", "", *results,
-             "Measured on fresh samples, ± one standard error; KL in nats per completion. The "
-             "optimum J* is estimated from samples of rho and of the policy; where its effective "
-             f"sample size (ESS) is below {MIN_ESS}, it is not quoted, only what it is at least, "
-             "with 95 % certainty. judge: the score by a second reward model, for which nothing "
-             "was optimised.", "",
-             *best_of_n_table(rewarded, runs),
-             *(f"![{name}](figures/{name}.png)\n" for name in figures),
-             *measures("reward", rewarded), *measures("judge", judged)]
-    before = write_samples(out / "samples/rho.txt", tokenizer, rewarded, "positive",
-                           rewarded["rho"])
+    args_of = pretrained["args"]
+    lines = [f"# Size {args_of['size']}, seed {args_of['seed']}: "
+             f"{pretrained['val_bits_per_byte']:.3f} bits per byte on held-out text\n", *results,
+             "Measured on fresh samples, ± one standard error; KL in nats per completion. J* is "
+             "estimated from samples of rho and of the policy; where its effective sample size "
+             f"(ESS) is below {MIN_ESS}, it is not quoted, only what it is at least, with 95 % "
+             "certainty. judge: the score by a second reward model, for which nothing was "
+             "optimised.\n",
+             *best_of_n_table(rho, runs), *measures_table((rewarded, judged))]
+
+    figures = {"frontier": draw_frontier(rho, runs, summary),
+               "judge": draw_judge(rho, runs),
+               "ppo": draw_ppo(runs),
+               "reward": draw_reward(rewarded, judged, pretrained)}
+    if any("_kl" in row["drawn_from"] for row in ratings):
+        figures["readers"] = draw_readers(with_positive(out, ratings))
+    for name, figure in figures.items():
+        save_figure(figure, out / f"figures/{name}.png")
+        lines.append(f"![{name}](figures/{name}.png)\n")
+
+    log_odds = rho["log_odds"]["reward"]
+    of_rho = {"tokens": rho["tokens"], "log_odds": log_odds, "ref_kl": torch.zeros_like(log_odds)}
+    before = write_samples(out / "samples/rho.txt", tokenizer, rho["prompts"], of_rho)
     for run in runs:
         name = train.run_name(run["toward"], run["inputs"]["beta"])
-        after = write_samples(out / f"samples/{name}.txt", tokenizer, rewarded, run["toward"],
-                              run["fresh"])
-        pairs = [f"===== before\n{old}\n\n===== after, beta {label(run)}\n{new}\n"
-                 for old, new in zip(before[:2], after)]
-        print("", *pairs, sep="\n", end="")
-        lines += [f"## {name}: before and after", "", "```", *pairs, "```", ""]
-        path = out / f"{name}.pt"
-        if kept_along_kl(path):
-            lines += [f"## {name} along its drift", "", *table_along_kl(path, run, args)]
+        after = write_samples(out / f"samples/{name}.txt", tokenizer, rho["prompts"], run["fresh"])
+        pairs = [*before[:2], "===== after\n", *after[:2]]
+        print("", f"===== {name}: before\n", *pairs, sep="\n")
+        lines += [f"## {name}: before and after\n\n```", *pairs, "```\n"]
+        kept = kept_along_kl(out / f"{name}.pt")
+        if kept:
+            lines += [f"## {name} along its drift\n", *table_along_kl(kept, run, args, ratings)]
     data.write_file(out / "report.md", "\n".join(lines))
-    print(f"\n{out / 'report.md'} has the figures and more samples")
+    print(f"{out / 'report.md'} has the figures, and samples before and after")
 
 
 # ---- the command line ---------------------------------------------------------------------
@@ -767,36 +701,30 @@ def write_report(args):
 def parse():
     """The options; what is out of range is answered with one line."""
     count = data.number(int, 1)
-    parser = data.Parser(description=__doc__.split("\n")[0], formatter_class=data.argparse.HelpFormatter)
+    parser = data.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--checkpoint", default="out/pretrain.pt", type=Path,
-        help="pretrain.pt or ppo_beta*.pt, in the folder that train.py wrote")
-    add("--kl", type=float, metavar="NATS",
-        help="the policy as it was when its drift first passed so many nats")
-    add("--num", type=count, help="how many samples (5, or 20 to rate)")
-    add("--length", type=count, default=64, help="tokens of each")
-    add("--prompt", default="", help="text to continue; empty: as a speech begins")
+        help="pretrain.pt or ppo_beta*.pt, in the folder that train.py wrote (default: rho's)")
+    add("--kl", type=float, choices=train.KL_MARKS,
+        help="the policy when its drift first passed so many nats a completion")
+    add("--num", type=count, default=20, help="how many samples, of each checkpoint (default 20)")
+    add("--length", type=count, default=64, help="tokens of each (default 64)")
+    add("--prompt", default="", help="text to continue (default: what the run was given)")
     add("--temperature", type=data.number(float, 0), default=1.0,
-        help="below 1 plays safe, 0 always takes the likeliest token")
+        help="below 1 plays safe, 0 always takes the likeliest token (default 1)")
     add("--top-k", type=count,
         help="draw from the k likeliest tokens only (unset: from all, as in training)")
     add("--seed", type=data.number(int, 0, 2**31), default=0,
-        help="the same seed gives the same samples")
-    add("--best-of", type=count, default=1, metavar="N",
-        help="of N samples show the one that the reward model likes best")
-    add("--compare", action="store_true",
-        help="show rho's samples and those of the twin as well, side by side")
+        help="the same seed and --num give the same samples")
+    add("--compare", action="store_true", help="show rho's samples and the twin's as well, in turn")
     add("--jsonl", action="store_true", help="one JSON object a line")
     add("--rate", nargs="+", metavar="CHECKPOINT",
-        help="take your ratings of their samples: several, shuffled and blind; one, or plays: "
-             "labels")
+        help="rate their samples: several shuffled and blind; one, or plays, for train.py --labels")
     add("--ratings", nargs="+", type=Path, metavar="FILE.csv",
         help="the file of your ratings; without --rate, what one or two files say")
     add("--report", type=Path, metavar="DIR",
         help="draw figures, report.md and summary.json of a study again")
-    args = parser.parse_args()
-    args.num = args.num or (20 if args.rate else 5)
-    return args
+    return parser.parse_args()
 
 
 def main():

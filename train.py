@@ -717,7 +717,8 @@ def ppo_stage(args, config, tokenizer, pretrained, rewarded, judged, rho):
     rho_scores = reward.score(rho["log_odds"]["reward"], **constants, toward=args.toward)
     rho_scores = rho_scores.view(len(rho["prompts"]), -1)
     about = {"config": pretrained["config"], "tokenizer": pretrained["tokenizer"],
-             "toward": args.toward, "inputs": stage.inputs}
+             "toward": args.toward, "inputs": stage.inputs,
+             "prompts": rho["prompts"], "end": rho["end"]}
 
     for i in stage.steps(config.iterations, **run.parts):
         if i == 0:
@@ -762,18 +763,19 @@ def draw_fresh(args, run, model, judge, rho):
     fresh = {"tokens": tokens.int(),
              "log_odds": in_chunks(model, tokens),
              "judge": in_chunks(judge, tokens),
-             **measure_drift(run, prompts, tokens)}
+             **measure_drift(run.policy, run.ref, prompts, tokens)}
     rho_tokens = rho["tokens"].long().to(args.device)
-    of_rho = measure_drift(run, repeat(run.prompts, len(rho_tokens)), rho_tokens)
+    rho_prompts = repeat(run.prompts, len(rho_tokens))
+    of_rho = measure_drift(run.policy, run.ref, rho_prompts, rho_tokens)
     return {key: x.cpu() for key, x in fresh.items()}, of_rho["log_ratio"].cpu()
 
 
 @torch.no_grad()
-def measure_drift(run, prompts, tokens):
+def measure_drift(policy, ref, prompts, tokens):
     """Of completions (N,T): log pi(y) - log rho(y), and the exact KL summed over tokens: (N,)."""
     def read(prompts, tokens):
         logprobs, ref_logprobs = (gpt.completion_logits(model, prompts, tokens).log_softmax(-1)
-                                  for model in (run.policy, run.ref))
+                                  for model in (policy, ref))
         index = tokens.clamp(min=0)[..., None]
         log_ratio = (logprobs - ref_logprobs).gather(-1, index).squeeze(-1)
         mask = tokens != PAD

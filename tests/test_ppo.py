@@ -9,8 +9,8 @@ import torch
 from conftest import assert_close, randn
 from ppo import (AdaptiveKL, best_of_n, entropy, exact_kl, explained_variance, gae, kl_estimates,
                  kl_penalised_rewards, learning_rate, leave_one_out, masked_mean,
-                 mixture_log_weights, optimum, optimum_bound, pareto_k, policy_loss,
-                 rewards_to_go, token_logprobs, value_loss, whiten)
+                 mixture_log_weights, optimum, optimum_bound, policy_loss, rewards_to_go,
+                 token_logprobs, value_loss, whiten)
 
 B, T = 4, 6
 MASKS = {                                   # which tokens of 4 completions are real
@@ -720,31 +720,6 @@ def test_samples_of_the_reference_alone_have_weight_1(logprobs, counts):
     """log(rho / rho) = 0 where others drew nothing; log-probabilities of -1000 do not underflow."""
     weights = mixture_log_weights(torch.tensor(logprobs), counts)
     assert_close(weights, torch.zeros(2).double(), "rho / rho should be 1")
-
-
-@pytest.mark.parametrize("k", [0.2, 0.5, 0.7, 1.0])
-def test_pareto_k_finds_the_shape_of_a_known_tail(k):
-    """Weights u^-k, u uniform, have a Pareto tail of shape k: within 0.1, whatever their scale."""
-    log_weights = -k * ((torch.arange(20_000) + 0.5) / 20_000).double().log()
-    log_weights = log_weights[torch.randperm(20_000, generator=torch.Generator().manual_seed(0))]
-    for shift in (0, -500, 500):
-        assert abs(pareto_k(log_weights + shift) - k) < 0.1, "k-hat is far from the shape"
-
-
-@pytest.mark.parametrize("weights, expected", [
-    (-(1 - (torch.arange(20_000) + 0.5) / 20_000).double().log(), 0.0),     # exponential: k = 0
-    (1 + (torch.arange(20_000) + 0.5) / 20_000, -1.0),                      # uniform: k = -1
-], ids=["exponential", "bounded"])
-def test_pareto_k_of_light_tails_is_at_most_0(weights, expected):
-    """An exponential tail has shape 0, one that ends abruptly -1: nothing rare is to come."""
-    assert abs(pareto_k(weights.log()) - expected) < 0.1, f"k-hat {pareto_k(weights.log()):.2f}"
-
-
-@pytest.mark.parametrize("log_weights", [torch.zeros(1000), torch.arange(20.0)],
-                         ids=["all alike", "too few"])
-def test_pareto_k_says_nothing_where_there_is_no_tail(log_weights):
-    """No number is made up."""
-    assert math.isnan(pareto_k(log_weights)), "there is no tail to fit"
 
 
 def test_pooling_samples_of_a_policy_reaches_small_beta():

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 
@@ -78,19 +79,20 @@ def test_a_sample_is_what_its_line_says(study, monkeypatch, prompt):
                    for name in ("ppo_beta2", "pretrain"))
     judge = reward.load_reward(data.load_checkpoint(study / "reward.pt"))
     encoding = data.load_tokenizer(study / "tokenizer.tiktoken")
-    args = run_options("--prompt", prompt, "--length", 16, "--best-of", 3)
-    before = encoding.encode_ordinary(prompt or data.BOUNDARY)
-    for row, tokens in zip(sample.draw(study / "ppo_beta2.pt", args, 4), drawn):
-        text = tokens if prompt else tokens[:, 1:]      # the blank line before is not read
-        p = judge(text).sigmoid()
-        best = p.argmax()
-        assert row["text"] == encoding.decode(text[best].tolist()) and len(tokens) == 3
-        assert_close(row["positive"], p.max().item(), "P(positive)", atol=1e-5, rtol=0)
-        assert tokens[best].tolist()[:len(before)] == before and len(text[0]) >= 16
-        with torch.no_grad():
-            logp, ref = (model(tokens[best:best + 1])[0, len(before) - 1:-1].log_softmax(-1).gather(
-                1, tokens[best, len(before):, None]).sum() for model in (policy, rho))
-        assert_close(row["ref_kl"], (logp - ref).item(), "log pi - log rho", atol=1e-3, rtol=0)
+    rows = sample.draw(study / "ppo_beta2.pt",
+                       run_options("--prompt", prompt, "--length", 16), 4)
+    before, tokens = encoding.encode_ordinary(prompt or data.BOUNDARY), drawn[0]
+    assert tokens[:, :len(before)].tolist() == [before] * 4 == [before] * len(rows)
+    assert tokens.size(1) == len(before) + 16 and len(tokens.unique(dim=0)) == 4
+    text = tokens if prompt else tokens[:, 1:]          # the blank line before is not read
+    assert [row["text"] for row in rows] == [encoding.decode(ids) for ids in text.tolist()]
+    assert_close([row["positive"] for row in rows], judge(text).sigmoid().tolist(), "P(positive)",
+                 atol=1e-5, rtol=0)
+    with torch.no_grad():
+        logp, ref = (model(tokens)[:, len(before) - 1:-1].log_softmax(-1).gather(
+            2, tokens[:, len(before):, None]).sum((1, 2)) for model in (policy, rho))
+    assert_close([row["ref_kl"] for row in rows], (logp - ref).tolist(), "log pi - log rho",
+                 atol=1e-3, rtol=0)
 
 
 def run_options(*arguments):
@@ -104,17 +106,9 @@ def test_the_seed_the_temperature_and_top_k_decide_what_is_drawn(drawn):
     """The same seed the same samples, another others; greedy needs no seed, and is top 1."""
     first = drawn("--seed", 3, "--num", 2)
     assert first == drawn("--seed", 3, "--num", 2) != drawn("--seed", 4, "--num", 2)
-    assert first == drawn("--seed", 3, "--num", 3)[:2], "the first depend on how many are drawn"
     greedy, other, top = (drawn(*options, "--num", 1) for options in (
         ("--temperature", 0, "--seed", 3), ("--temperature", 0, "--seed", 4), ("--top-k", 1)))
     assert greedy == other == top
-
-
-def test_the_best_of_many_is_judged_more_positive(drawn):
-    """Of the same draws: with one seed, the first of 8 single samples and the best of those 8."""
-    single = [row["positive"] for row in drawn("--length", 16, "--num", 80)]
-    best = [row["positive"] for row in drawn("--length", 16, "--num", 10, "--best-of", 8)]
-    assert min(best) > sum(single) / 80, f"single {single}, best of 8 {best}"
 
 
 def test_compare_shows_rho_and_the_twins_side_by_side(drifted, command, drawn):
@@ -126,20 +120,18 @@ def test_compare_shows_rho_and_the_twins_side_by_side(drifted, command, drawn):
     assert [row.pop("model") for row in rows] == names * 2
     for i, name in enumerate((*names[:2], NEGATIVE)):
         assert rows[i::3] == drawn("--num", 2, checkpoint=drifted / f"{name}.pt"), f"not {name}'s"
-    assert rows[0]["ref_kl"] is None
+    assert rows[0]["ref_kl"] == 0 != rows[1]["ref_kl"], "only rho has not drifted"
     out = command(sample, "--checkpoint", drifted / "ppo_beta2.pt", "--compare", "--num", 1)[1]
-    assert "----- 1 pretrain\n" in out and "----- 1 ppo_beta2\n" in out, out
+    assert "----- pretrain\n" in out and "----- ppo_beta2\n" in out, out
 
 
 def test_a_policy_of_the_drift_is_drawn_from_at_its_mark(drifted, drawn, command):
-    """--kl; an unknown mark is answered with those that are known."""
+    """--kl; where the run kept none, that is said."""
     found = drawn("--kl", 0.5, checkpoint=drifted / f"{NEGATIVE}.pt")
     kept = drifted / f"{NEGATIVE}_kl0.5.pt"
     assert found == drawn(checkpoint=kept) != drawn(checkpoint=drifted / f"{NEGATIVE}.pt")
-    marks = sorted(float(path.stem.split("_kl")[1]) for path in drifted.glob(f"{NEGATIVE}_kl*"))
     explains(command(sample, "--checkpoint", drifted / f"{NEGATIVE}.pt", "--kl", 3),
-             f"was not kept at 3 nats. It passed {', '.join(f'{x:g}' for x in marks)}.")
-    explains(command(sample, "--checkpoint", drifted / "ppo_beta2.pt", "--kl", 1), "no mark at all")
+             f"{NEGATIVE}_kl3.pt: No such file or directory")
 
 
 @pytest.mark.parametrize("options, says", [
@@ -149,7 +141,6 @@ def test_a_policy_of_the_drift_is_drawn_from_at_its_mark(drifted, drawn, command
     ("--checkpoint summary.json", "checkpoint summary.json"),
     ("--top-k 0", "--top-k: 0 is not from 1"),
     ("--num 0", "--num: 0 is not from 1"),
-    ("--best-of 0", "--best-of: 0 is not from 1"),
     ("--length 0", "--length: 0 is not from 1"),
     ("--length 80", "Shorten either"),
     ("--prompt " + "love" * 100, "Shorten either"),
@@ -167,18 +158,22 @@ def test_bad_options_of_sample_are_explained(study, command, monkeypatch, option
 
 
 def test_a_policy_without_the_files_beside_it_is_explained(study, tmp_path, command):
-    """A tokenizer is needed always, a reward model for --best-of; those of another study never."""
+    """A tokenizer is needed, and rho to say how far off; a reward model only if there is one."""
     shutil.copy(study / "ppo_beta2.pt", tmp_path)
     arguments = ["--checkpoint", tmp_path / "ppo_beta2.pt", "--num", 1]
     explains(command(sample, *arguments), "tokenizer.tiktoken: No such file or directory")
     shutil.copy(study / "tokenizer.tiktoken", tmp_path)
-    explains(command(sample, *arguments, "--best-of", 2), "--best-of needs the reward model")
-    explains(command(sample, *arguments, "--compare"), "--compare needs a ppo checkpoint with its")
-    row = json.loads(command(sample, *arguments, "--jsonl")[1])
-    assert row["positive"] is row["ref_kl"] is None, "nothing here can know these"
+    explains(command(sample, *arguments), "pretrain.pt: No such file or directory")
+    shutil.copy(study / "pretrain.pt", tmp_path)
+    assert json.loads(command(sample, *arguments, "--jsonl")[1])["positive"] is None
+    assert "Positive Prob: unknown   KL: " in command(sample, *arguments)[1]
     state = data.load_checkpoint(study / "reward.pt")
     state["model"]["bag.bias"] += 1
     data.save_checkpoint(tmp_path / "reward.pt", state)
+    explains(command(sample, *arguments), "are not of the same study")
+    state["inputs"]["pretrain"] = "another"
+    data.save_checkpoint(tmp_path / "reward.pt", state)
+    arguments[1] = tmp_path / "pretrain.pt"
     explains(command(sample, *arguments), "are not of the same study")
 
 
@@ -235,7 +230,7 @@ def test_samples_of_three_models_are_rated_blind(rated, drifted, tmp_path):
     assert {(row["text"], row["drawn_from"]) for row in rows} == wanted and len(rows) == 6
     switches = sum(a["drawn_from"] != b["drawn_from"] for a, b in itertools.pairwise(rows))
     assert switches > 2, "one model's samples stand together"
-    at = [shown.index(f"----- {i + 1} of 6\n{row['text']}\n") for i, row in enumerate(rows)]
+    at = [shown.index(f"----- {6 - i} to go\n{row['text']}\n") for i, row in enumerate(rows)]
     assert at == sorted(at), "an answer belongs to another text"
     assert [(float(r["rating"]), float(r["sense"])) for r in rows] == [
         (i % 5 - 2, 1 + i % 5) for i in range(6)]
@@ -247,11 +242,13 @@ def test_samples_of_three_models_are_rated_blind(rated, drifted, tmp_path):
 
 def test_rating_goes_back_and_stops_and_goes_on(rated):
     """b asks again, also from the second question; q keeps what is done; the rest comes later."""
-    out, rows = rated([1, 5, "b", -1, 4, 2, "b", 0, 3, "b", "q"], *THREE)
-    assert [(row["rating"], row["sense"]) for row in rows] == [], "what was taken back is gone"
-    first = out.partition("----- 1 of 6\n")[2].partition("\n\nfeeling")[0]
+    out, rows = rated([1, 5, "b", -1, 4, 2, "b", 0, 3, "b", "b", "q"], *THREE)
+    assert rows == [], "what was taken back is gone"
+    first = out.partition("----- 6 to go\n")[2].partition("\n\nfeeling")[0]
+    assert out.count("----- 6 to go\n") == out.count(f"----- 6 to go\n{first}\n") == 5, "another"
     out, rows = rated([1, 2, "q"], *THREE)
     assert len(rows) == 1 and rows[0]["text"] == first and "1 ratings are in" in out, out
+    assert "| drawn from" not in out, "means would tell a reader who goes on"
     out, again = rated([0, 1] * 5, *THREE)
     assert out.startswith("1 rated, 5 to go.") and again[0] == rows[0] and len(again) == 6
     assert len({row["text"] for row in again}) == 6, "a text was asked twice"
@@ -293,22 +290,22 @@ def test_passages_of_the_plays_are_rated_as_labels(monkeypatch, tmp_path, comman
     monkeypatch.setattr(sys, "stdin", io.StringIO("1\n-2\n"))
     path = tmp_path / "mine.csv"
     code, out, _ = command(sample, "--rate", "plays", "--ratings", path, "--num", 2)
-    assert code == 0 and "sense" not in out and f"python train.py --labels {path}" in out, out
+    assert code == 0 and "sense" not in out and "2 ratings are in" in out, out
     rows = sample.read_ratings(path)
     assert [(r["rating"], r["sense"], r["drawn_from"]) for r in rows] == [
         (1.0, None, "plays"), (-2.0, None, "plays")]
     for row in rows:
         found = row["text"].split(data.BOUNDARY)
         first = speeches.index(found[0])
-        assert found == speeches[first:first + len(found)] and len(row["text"]) >= 160
-        assert len(data.BOUNDARY.join(found[:-1])) < 160, "longer than need be"
+        assert found == speeches[first:first + len(found)] and len(row["text"]) >= 158
+        assert len(data.BOUNDARY.join(found[:-1])) < 158, "longer than need be"
 
 
 @pytest.mark.parametrize("content, says", [
     ("play,first_line\n", "line 1: the columns must be text, rating, sense, drawn_from"),
     ("To be, or not to be\n", "line 1: the columns must be"),
-    ("text,rating,sense,drawn_from\na,1,1,x\nb,1\n", "line 3: it has not as many fields"),
-    ("text,rating,sense,drawn_from\na,1,1,x,y\n", "line 2: it has not as many fields"),
+    ("text,rating,sense,drawn_from\na,1,1,x\nb,1\n", "line 3: not enough values"),
+    ("text,rating,sense,drawn_from\na,1,1,x,y\n", "line 2: too many values"),
     ("text,rating,sense,drawn_from\na,3,1,x\n", "line 2: rating 3 is outside -2 to 2"),
     ("text,rating,sense,drawn_from\na,1,0,x\n", "line 2: rating 0 is outside 1 to 5"),
     ("text,rating,sense,drawn_from\na,good,1,x\n", "line 2: rating 'good' is not a number"),
@@ -332,7 +329,7 @@ def test_a_bad_file_of_ratings_is_explained_and_left_alone(study, tmp_path, comm
 def test_the_table_of_ratings_says_what_readers_found(study, tmp_path, command):
     """Means with standard errors by hand, rho first; how two readers agree on what both read."""
     header = "text,rating,sense,drawn_from\n"
-    (tmp_path / "a.csv").write_text(header + "love,2,5,ppo\njoy,1,4,ppo\nsir,0,3,pretrain\n"
+    (tmp_path / "a.csv").write_text(header + "love,2,5,ppo\n\njoy,1,4,ppo\nsir,0,3,pretrain\n"
                                     "death,-1,1,pretrain\nhere,1,1,pretrain\n")
     (tmp_path / "b.csv").write_text(header + "love,1,4,ppo\njoy,1,3,ppo\nsir,0,2,pretrain\n"
                                     "death,-2,1,pretrain\n")
@@ -344,14 +341,37 @@ def test_the_table_of_ratings_says_what_readers_found(study, tmp_path, command):
     # Of rho 0 -1 1 0 -2: mean -0.4, deviation sqrt(1.3), error sqrt(1.3 / 5) = 0.51; and so on.
     assert rows[2][1:4] == ["5", "-0.40 ± 0.51", "1.60 ± 0.40"], rows[2]
     assert rows[3][1:4] == ["4", "1.25 ± 0.25", "4.00 ± 0.41"], rows[3]
+    rho, ppo = [0.0, -1, 1, 0, -2], [2.0, 1, 1, 1]
+    for row, gap, values in ((rows[2], 0, rho), (rows[3], 1.65, ppo)):
+        assert row[5] == f"{gap:.2f} ± {sample.permutation_interval(values, rho):.2f}", row
     # Common: 2 1 0 -1 and 1 1 0 -2: disagreement 0.5, by chance mean (a - b)^2 = 3; r by hand.
     assert "two readers of 4 passages: quadratic kappa 0.83, Pearson 0.91" in out, out
-    assert "ppo feels +1.65 from pretrain, 95 % interval" in out, out
-    state = data.load_checkpoint(study / "reward.pt")
-    encoding = data.load_tokenizer(study / "tokenizer.tiktoken")
-    p = [reward.load_reward(state)(torch.tensor([encoding.encode_ordinary(text)])).sigmoid().item()
-         for text in ("love", "joy")]
-    assert rows[3][4] == f"{sum(p) / 2:.3g}", "P(positive) of what the policy wrote"
+    p = positive_of(study / "reward.pt", ["love", "joy", "love", "joy"])
+    assert rows[3][4] == f"{statistics.mean(p):.2f} ± {statistics.stdev(p) / 2:.2f}", "P(positive)"
+    texts = "love joy sir death here love joy sir death".split()
+    p = positive_of(study / "reward.pt", texts)
+    r = statistics.correlation([2, 1, 0, -1, 1, 1, 1, 0, -2], p)
+    assert f"feeling and P(positive) correlate {r:.2f}" in out, out
+
+
+def positive_of(path, texts):
+    """P(positive) of each text by the model at path, read alone and whole."""
+    model = reward.load_reward(data.load_checkpoint(path))
+    encoding = data.load_tokenizer(path.with_name("tokenizer.tiktoken"))
+    return [model(torch.tensor([encoding.encode_ordinary(text)])).sigmoid().item()
+            for text in texts]
+
+
+def test_texts_are_read_by_both_models(study, tmp_path):
+    """"positive" is the reward model's, "judge" the second's; what is not in the folder is not."""
+    texts = ["O love", "Bloody grave"]
+    rows = [{"text": text, "rating": 1.0} for text in texts]
+    found = sample.with_positive(study, rows)
+    for key, file in (("positive", "reward.pt"), ("judge", "judge.pt")):
+        assert_close([row[key] for row in found], positive_of(study / file, texts), key,
+                     atol=1e-5, rtol=0)
+    assert sample.with_positive(tmp_path, rows) == rows
+    assert [row["rating"] for row in found] == [1.0, 1.0]
 
 
 def test_permutation_interval_is_that_of_all_ways_to_deal():
@@ -429,7 +449,8 @@ def test_the_summary_has_the_keys_that_others_read(study):
     for row in summary["ppo"]:
         assert set("beta iterations score positive ref_kl objective reference_objective optimum "
                    "fraction_of_optimum seconds_per_iteration judge toward".split()) <= set(row)
-        assert {"objective", "score", "ref_kl", "ess", "pareto_k"} <= set(row["optimum"])
+        assert set(row["optimum"]) == set(
+            "objective score ref_kl ess objective_se at_least".split())
         assert row["iterations"] == 3
     assert [row["beta"] for row in summary["ppo"]] == [0.5, 2.0], "sorted, whatever was asked first"
 
@@ -458,9 +479,9 @@ def test_the_numbers_of_the_summary_hang_together(drifted):
     # The report's table: where J* is not known, its cell and those that need it are empty.
     table = (drifted / "report.md").read_text().partition("| beta |")[2].splitlines()[2:6]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
-    assert [row[0] for row in cells] == ["0.02 negative", "0", "0.5", "2"]
+    assert [row[0] for row in cells] == ["negative 0.02", "0", "0.5", "2"]
     for row, n in zip(cells, ess):
-        known = {bool(row[column]) for column in (6, 10, 11)}      # J*, fraction, KL(pi to pi*)
+        known = {bool(row[column]) for column in (6, 9, 10)}      # J*, fraction, KL(pi to pi*)
         assert known == {n >= 100} and row[8] == f"{n:.0f}", row
         assert bool(row[7]) == (row[0] != "0"), "what J* is at least is known wherever there is one"
 
@@ -486,18 +507,44 @@ def test_the_pool_weighs_by_the_right_policys_probabilities(drifted):
                  atol=0.05, rtol=0)
 
 
+def test_ratings_add_a_figure_and_the_readers_sense(drifted, tmp_path, monkeypatch):
+    """The strip has the mean sense at each mark that was rated; the figure its four lines."""
+    out = shutil.copytree(drifted, tmp_path / "out")
+    mark = min(sample.kept_along_kl(out / f"{NEGATIVE}.pt"))
+    (tmp_path / "mine.csv").write_text("text,rating,sense,drawn_from\n"
+                                       f"love,2,5,{NEGATIVE}_kl{mark:g}\n"
+                                       f"joy,1,2,{NEGATIVE}_kl{mark:g}\n"
+                                       f"death,-2,1,{NEGATIVE}\n"
+                                       "sir,0,3,pretrain\nmy,1,3,pretrain\n")
+    figures = {}
+    monkeypatch.setattr(sample, "save_figure",
+                        lambda figure, path: figures.update({path.stem: figure}))
+    assert run_script(sample, "--report", out, "--ratings", tmp_path / "mine.csv") == 0
+    report = (out / "report.md").read_text()
+    strip = report.partition(f"## {NEGATIVE} along its drift")[2].splitlines()[2:]
+    column = [line.split("|")[5].strip() for line in itertools.takewhile(bool, strip)]
+    assert column[0] == "readers' sense" and column[2] == "3.5" and not any(column[3:]), column
+    assert "(figures/readers.png)" in report
+    lines = {line.get_label(): line.lines[0] for line in figures["readers"].axes[0].containers}
+    # In the unit 0 to 1: feeling (0 + 1) / 2 and (2 + 1) / 2 from -2 to 2; sense from 1 to 5.
+    expected = {"readers' feeling": [0.625, 0.875], "readers' sense": [0.5, 0.625]}
+    for name, file in (("P(positive)", "reward.pt"), ("the judge's P(positive)", "judge.pt")):
+        p = positive_of(out / file, ["sir", "my", "love", "joy"])
+        expected[name] = [(p[0] + p[1]) / 2, (p[2] + p[3]) / 2]
+    assert set(lines) == {f"{name}, {NEGATIVE}" for name in expected}
+    for name, ys in expected.items():
+        x, y = lines[f"{name}, {NEGATIVE}"].get_data()
+        assert_close(list(map(float, x)), [0.0, mark], "rho is at 0")
+        assert_close(list(map(float, y)), ys, name, atol=1e-5, rtol=0)
+
+
 def test_a_second_report_says_the_same(study, tmp_path, texts, monkeypatch):
-    """Drawn again, or by a run that finds all done: only times differ. Ratings add a figure."""
+    """Drawn again by a run that finds all done: only times differ."""
     out = shutil.copytree(study, tmp_path / "out")
     for name in ("summary.json", "report.md"):
         (out / name).unlink()
     stamps = {path: path.stat().st_mtime_ns for path in out.glob("*.pt")}
-    (tmp_path / "mine.csv").write_text("text,rating,sense,drawn_from\nlove,2,5,ppo_beta2\n"
-                                       "joy,1,4,ppo_beta2\nsir,0,3,pretrain\nmy,0,3,pretrain\n")
-    assert run_script(sample, "--report", out, "--ratings", tmp_path / "mine.csv") == 0
-    assert (out / "figures" / "readers.png").read_bytes()[:4] == b"\x89PNG"
-    assert "(figures/readers.png)" in (out / "report.md").read_text()
-    monkeypatch.setattr(sample, "draw_figure", lambda *_: None)     # they have been drawn
+    monkeypatch.setattr(sample, "save_figure", lambda *_: None)     # they have been drawn
     assert run_script(train, *argv(texts, out)) == 0
     assert stamps == {path: path.stat().st_mtime_ns for path in out.glob("*.pt")}
     assert (out / "report.md").read_text() == (study / "report.md").read_text()
@@ -509,7 +556,7 @@ def test_a_run_of_another_reward_model_is_left_out(study, tmp_path, command, mon
     out = shutil.copytree(study, tmp_path / "out")
     state = data.load_checkpoint(out / "ppo_beta2.pt")
     state["inputs"]["reward"] = "another"
-    monkeypatch.setattr(sample, "draw_figure", lambda *_: None)     # figures only take time here
+    monkeypatch.setattr(sample, "save_figure", lambda *_: None)     # figures only take time here
     data.save_checkpoint(out / "ppo_beta2.pt", state)
     code, said, _ = command(sample, "--report", out)
     assert code == 0 and "ppo_beta2.pt is of another reward model and is left out" in said, said

@@ -573,8 +573,7 @@ def test_drift_is_measured_over_whole_distributions(study, negative):
     prompts = torch.tensor([[start]])
     # What stands in the place of no token counts for nothing.
     tokens[0, 9:] = gpt.PAD
-    found = train.measure_drift(SimpleNamespace(policy=policy, ref=rho), prompts.expand(5, 1),
-                                tokens)
+    found = train.measure_drift(policy, rho, prompts.expand(5, 1), tokens)
     ratio, kl = torch.zeros(5), torch.zeros(5)
     with torch.no_grad():
         for b, t in itertools.product(range(5), range(16)):

@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 import ppo  # noqa: E402
-import reward  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from gpt import in_chunks, sample_completions  # noqa: E402
@@ -68,7 +68,7 @@ RELATIVE = {"batch", "lr"}
 
 def run_once(args, study, change, beta, seed, iterations):
     """One run: a row of the table, a dict of COLUMNS."""
-    pretrained, rewarded, judged, runs = study
+    pretrained, rewarded, _, rho, runs = study
     settings, patches = CHANGES[change]
     config = ppo.PPOConfig(beta=beta, batch=args.batch, iterations=iterations)
     for name, value in settings.items():
@@ -79,10 +79,9 @@ def run_once(args, study, change, beta, seed, iterations):
         new = patches[name]
         setattr(ppo, name, new if name == "whiten" else functools.partial(new, right=right[name]))
     try:
-        start = args.start
         began = time.process_time()
         torch.manual_seed(seed)
-        run, model = train.make_run(args, config, 1000 + seed, start, pretrained, rewarded)
+        run, model = train.make_run(args, config, 1000 + seed, pretrained, rewarded, rho)
         if not patches.get("warm", True):
             for weight in (run.value.out.weight, run.value.out.bias):
                 torch.nn.init.zeros_(weight)
@@ -93,13 +92,13 @@ def run_once(args, study, change, beta, seed, iterations):
         for name, function in right.items():
             setattr(ppo, name, function)
     generator = torch.Generator().manual_seed(5000 + seed)
-    prompts = run.prompts.expand(1024, -1)
+    prompts = train.repeat(run.prompts, 1024)
     tokens = sample_completions(run.policy, prompts, config.length, generator)
-    scores = reward.score(in_chunks(model, tokens), **rewarded["constants"]["positive"])
-    kl = train.measure_drift(run, tokens)["ref_kl"]
+    scores = sample.scores_of(rho, in_chunks(model, tokens), "positive")
+    kl = train.measure_drift(run.policy, run.ref, prompts, tokens)["ref_kl"]
     objective = (scores - beta * kl).mean().item()
     known = next(r for r in runs if r["inputs"]["beta"] == beta and r["toward"] == "positive")
-    pooled, weights = sample.pool(rewarded, known)
+    pooled, weights = sample.pool(rho, known)
     best = ppo.optimum(pooled, beta, weights)["objective"]
     return dict(zip(COLUMNS, (change, beta, seed, iterations, config.batch, scores.mean().item(),
                               kl.mean().item(), objective, objective / best, seconds)))
@@ -132,19 +131,19 @@ def draw(rows):
     """Fraction of the optimum against completions sampled, and against seconds, of each run."""
     styles = {"default": "o", "half the batch": "v", "twice the batch": "^", "one epoch": "s",
               "no value function (simple)": "x"}
-    panels = []
-    for x, label in (("completions", "completions sampled"), ("seconds", "seconds of one core")):
-        lines = []
-        for i, beta in enumerate(sorted({r["beta"] for r in rows})):
-            for change, style in styles.items():
-                runs = [r for r in rows if r["change"] == change and r["beta"] == beta]
-                counts = [int(r["iterations"]) * int(r["batch"]) for r in runs]
-                seconds = [float(r["seconds"]) for r in runs]
-                lines.append((f"{change}, beta {beta}", f"C{i}{style}",
-                              counts if x == "completions" else seconds,
-                              [float(r["fraction"]) for r in runs]))
-        panels.append(("How far PPO comes", label, "fraction of the optimum", lines))
-    sample.draw_figure(data.HERE / "results" / "figures" / "what_matters.png", panels)
+    figure = Figure(figsize=(10.5, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, beta in enumerate(sorted({r["beta"] for r in rows})):
+        for change, style in styles.items():
+            runs = [r for r in rows if r["change"] == change and r["beta"] == beta]
+            fractions = [float(r["fraction"]) for r in runs]
+            counts = [int(r["iterations"]) * int(r["batch"]) for r in runs]
+            left.plot(counts, fractions, f"C{i}{style}", label=f"{change}, beta {beta}")
+            right.plot([float(r["seconds"]) for r in runs], fractions, f"C{i}{style}")
+    left.set(xlabel="completions sampled", ylabel="fraction of the optimum")
+    right.set(xlabel="seconds of one core", title="How far PPO comes")
+    left.legend(fontsize=8)
+    sample.save_figure(figure, data.HERE / "results" / "figures" / "what_matters.png")
 
 
 def main():
@@ -168,8 +167,6 @@ def main():
     args.device, args.toward = torch.device("cpu"), "positive"
     args.dtype = train.gpt.compute_dtype(args.device)
     study = sample.load_study(args.study)
-    tokenizer = data.load_tokenizer(args.study / "tokenizer.tiktoken", study[0])
-    args.start = tokenizer.encode_ordinary(data.BOUNDARY)[0]
     keys = ("change", "beta", "seed", "iterations", "batch")
     done = {tuple(row[key] for key in keys) for row in kept}
     for seed in range(args.seeds):
