@@ -52,20 +52,9 @@ def logprobs_of(logits, tokens):
     return logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
 
 
-def bigram(probs):
-    """A real GPT, weights set by hand: after token i, token j has probability probs[i][j]."""
-    V = len(probs)
-    model = GPT(GPTConfig(vocab_size=V, block_size=16, n_layer=1, n_head=1, n_embd=8))
-    model.requires_grad_(False).embed.weight.copy_(randn(V, 8, dtype=F32))
-    # The block starts as the identity: hidden states are a function of the last token alone.
-    states = model.hidden(torch.arange(V)[:, None])[:, 0]                           # (V,8)
-    model.lm_head.weight.copy_((torch.linalg.pinv(states) @ torch.tensor(probs).log()).T)
-    return model
-
-
 # ---- the pieces -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("T, S", [(7, 7), (1, 7), (2, 7), (5, 7), (1, 1)])
+@pytest.mark.parametrize("T, S", [(7, 7), (2, 7), (1, 1)])
 @pytest.mark.parametrize("pads", [None, (0, 2)], ids=["full", "padded"])
 def test_attention_is_scaled_dot_product_attention_over_the_past(T, S, pads):
     """softmax(q k' / sqrt(d)) v (Vaswani 2017); the T queries are the last of S positions."""
@@ -354,8 +343,7 @@ def test_cpu_and_gpu_log_probabilities_agree(trained):
                          "CPU and GPU disagree", atol=1e-3, rtol=0)
 
 
-@both_dtypes
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype, padded", [(F32, True), (BF16, False)])
 def test_decoding_and_scoring_never_leave_or_await_the_device(trained, monkeypatch, dtype, padded):
     """On torch's meta device, which refuses tensors of the CPU and has no values to look at.
 
@@ -367,32 +355,27 @@ def test_decoding_and_scoring_never_leave_or_await_the_device(trained, monkeypat
     model = copy_of(trained, dtype).to("meta")
     prompts = torch.zeros(4, 3, dtype=torch.long, device="meta")
     for options in ({}, {"temperature": 0.7, "top_k": 3}, {"temperature": 0}):
-        tokens = generate(model, prompts, 5, **options)
-        assert tokens.shape == (4, 8) and tokens.is_meta, "decoding left the model's device"
+        tokens = generate(model, prompts, 2, **options)
+        assert tokens.shape == (4, 5) and tokens.is_meta, "decoding left the model's device"
     assert len(looks) == 3, "decoding looks at the prompts once"
-    tokens = sample_completions(model, prompts, 5, None, end=0, batch=2)
-    assert tokens.shape == (4, 5) and tokens.is_meta, "sampling left the model's device"
+    tokens = sample_completions(model, prompts, 2, None, end=0, batch=2)
+    assert tokens.shape == (4, 2) and tokens.is_meta, "sampling left the model's device"
     assert scoring(model, prompts, tokens).is_meta, "scoring left the model's device"
 
 
 # ---- sampling ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("temperature", [1, 0.5, 2.0])
-def test_one_step_samples_match_the_softmax(temperature):
-    """100,000 draws of softmax(logits / temperature), by chi-square; 4 tokens never come."""
+@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.5, 5), (1.0, 1), (1.0, 25)])
+def test_samples_match_the_softmax_of_the_k_likeliest_tokens(temperature, top_k):
+    """p_i / (sum of the k largest p), p = softmax(logits / temperature), by chi-square; 4 never come.
+
+    k at or above the size of the vocabulary changes nothing.
+    """
     logits = randn(20, dtype=F32) * 2
     logits[[0, 7, 8, 19]] = -math.inf
-    draws = sample_tokens(logits.expand(100_000, 20), temperature, generator=seeded())
-    assert chi_square_p(draws, (logits / temperature).softmax(-1)) > ALPHA
-
-
-@pytest.mark.parametrize("temperature, top_k", [(1.0, 1), (1.0, 5), (0.5, 5), (1.0, 20), (1.0, 25)])
-def test_top_k_samples_the_k_likeliest_tokens_in_proportion(temperature, top_k):
-    """p_i / (sum of the k largest p) for those k, 0 for others; k at or above V changes nothing."""
-    logits = randn(20, dtype=F32)
     probs = (logits / temperature).softmax(-1)
-    probs[probs.argsort(descending=True)[top_k:]] = 0
-    draws = sample_tokens(logits.expand(20_000, 20), temperature, top_k, generator=seeded())
+    probs[probs.argsort(descending=True)[top_k or 20:]] = 0
+    draws = sample_tokens(logits.expand(50_000, 20), temperature, top_k, generator=seeded())
     assert chi_square_p(draws, probs / probs.sum()) > ALPHA
 
 
@@ -474,7 +457,7 @@ def test_the_same_seed_gives_the_same_samples_and_the_global_stream_is_left_alon
     assert torch.equal(generate(trained, streams(8, 4), 20, generator=other), first)
 
 
-@pytest.mark.parametrize("n", [1, 10, 13])
+@pytest.mark.parametrize("n", [1, 13])
 def test_sample_completions_continues_every_prompt_without_it_up_to_its_end(trained, n):
     """Batches of 5 share one generator: 13 completions are generate's for 5, 5, 3 prompts."""
     prompts, generator = padded_left(streams(n, 4), 2), seeded()
@@ -499,16 +482,6 @@ def test_cut_after_keeps_each_row_up_to_and_with_its_first_end():
     assert torch.equal(cut_after(cut, 0), cut) and torch.equal(cut_after(tokens, None), before)
 
 
-def test_pairs_of_tokens_come_as_often_as_they_are_scored(trained):
-    """20,000 completions of 2 tokens against p(a) p(b | a), by chi-square."""
-    prompt = streams(1, 4)
-    first = trained(prompt)[0, -1].softmax(-1)                                      # (16,)
-    second = trained(torch.cat((prompt.expand(16, 4), torch.arange(16)[:, None]), 1))[:, -1]
-    draws = generate(trained, prompt.expand(20_000, 4), 2, generator=seeded())[:, 4:]
-    expected = (first[:, None] * second.softmax(-1)).flatten()
-    assert chi_square_p(draws[:, 0] * 16 + draws[:, 1], expected) > ALPHA
-
-
 def test_completions_come_from_the_whole_softmax_at_temperature_1():
     """By chi-square: 200 tokens, a long tail, so a top-k or a temperature in the sampler shows."""
     model = GPT(GPTConfig(vocab_size=200, block_size=4, n_layer=1, n_head=1, n_embd=8))
@@ -518,23 +491,7 @@ def test_completions_come_from_the_whole_softmax_at_temperature_1():
     assert chi_square_p(draws[:, 0], model(prompts[:1])[0, -1].softmax(-1)) > ALPHA
 
 
-def test_a_model_that_always_says_the_next_number_counts():
-    """A fake with a known answer: 0 1 2 3 4 0 1 ... from any start, at temperature 1."""
-    table = torch.full((5, 5), 1e-12) + torch.eye(5).roll(1, dims=1)
-    tokens = generate(bigram(table.tolist()), torch.tensor([[0], [3]]), 7, generator=seeded())
-    assert tokens.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [3, 4, 0, 1, 2, 3, 4, 0]]
-
-
 # ---- scoring ----------------------------------------------------------------------------------
-
-def test_token_t_is_scored_by_the_logits_at_t_minus_1():
-    """A bigram model: log p(0 1 2 0 | 0) = log(1/2 * 1/4 * 1/8 * 3/4), by hand from the table."""
-    model = bigram([[1 / 2, 1 / 4, 1 / 4], [1 / 2, 3 / 8, 1 / 8], [3 / 4, 1 / 8, 1 / 8]])
-    prompts, tokens = torch.tensor([[0]]), torch.tensor([[0, 1, 2, 0]])
-    probs = logprobs_of(completion_logits(model, prompts, tokens), tokens).exp()
-    assert_close(probs, torch.tensor([[1 / 2, 1 / 4, 1 / 8, 3 / 4]]),
-                 "scored by the wrong position", atol=1e-4, rtol=0)
-
 
 def test_completions_are_scored_by_what_stands_before_each_token_and_by_no_padding(trained):
     """Completion token t stands at T0 + t: the state at T0 + t - 1 is known before it. PADs to the
@@ -557,15 +514,15 @@ def test_completions_are_scored_by_what_stands_before_each_token_and_by_no_paddi
 @both_dtypes
 def test_log_probabilities_of_the_sampler_equal_teacher_forced_ones(trained, monkeypatch, dtype):
     """log pi(y_t | y_<t) at sampling is what one pass over the text gives: so before the first
-    update the mean of k1 over 4,096 completions is 0, within 4 standard errors.
+    update the mean of k1 over 1,024 completions is 0, within 4 standard errors.
 
     Token by token to 1e-4 in float32. In bfloat16 products of other shapes may round otherwise: to
     0.1, and 0.001 on average.
     """
-    model, prompts, seen = copy_of(trained, dtype), padded_left(streams(4096, 4), 1), []
+    model, prompts, seen = copy_of(trained, dtype), padded_left(streams(1024, 4), 1), []
     monkeypatch.setattr(gpt, "sample_tokens", lambda logits, *rest:
                         seen.append(logits) or sample_tokens(logits, *rest))
-    tokens = sample_completions(model, prompts, 12, seeded(), batch=4096)
+    tokens = sample_completions(model, prompts, 12, seeded(), batch=1024)
     sampled = logprobs_of(torch.stack(seen, dim=1), tokens)
     forced = in_chunks(lambda *rows: logprobs_of(completion_logits(model, *rows), rows[1]),
                        prompts, tokens, size=512)
@@ -573,7 +530,7 @@ def test_log_probabilities_of_the_sampler_equal_teacher_forced_ones(trained, mon
     mean, most = (1e-5, 1e-4) if dtype == F32 else (1e-3, 0.1)
     assert k1.abs().mean() < mean and k1.abs().max() < most, f"a token is {k1.abs().max():.3g} off"
     k1 = k1.sum(1)                                                                  # (B,)
-    assert k1.mean().abs() <= 4 * k1.std() / 64, "ref_kl is not 0 before the first update"
+    assert k1.mean().abs() <= 4 * k1.std() / 32, "ref_kl is not 0 before the first update"
 
 
 def test_every_parameter_has_exactly_one_optimizer_and_a_step_lowers_the_loss(trained):

@@ -8,9 +8,8 @@ import torch
 
 from conftest import assert_close, randn
 from ppo import (AdaptiveKL, best_of_n, entropy, exact_kl, explained_variance, gae, kl_estimates,
-                 kl_penalised_rewards, learning_rate, leave_one_out, masked_mean,
-                 mixture_log_weights, optimum, optimum_bound, pareto_k, policy_loss,
-                 rewards_to_go, token_logprobs, value_loss, whiten)
+                 kl_penalised_rewards, leave_one_out, masked_mean, mixture_log_weights, optimum,
+                 optimum_bound, policy_loss, rewards_to_go, token_logprobs, value_loss, whiten)
 
 B, T = 4, 6
 MASKS = {                                   # which tokens of 4 completions are real
@@ -90,14 +89,6 @@ def sequence_kl(p, q):
     return (p * (p / q).log()).sum()
 
 
-def test_token_logprobs_of_a_completion_sum_to_its_log_probability():
-    """log pi(y) = sum over t of log pi(y_t | y_<t), and the 81 probabilities sum to 1."""
-    logits = language(1)
-    p = token_logprobs(logits, sequences()).sum(1).double().exp()
-    assert_close(p, probabilities(logits), "not the completion's", atol=1e-6, rtol=1e-5)
-    assert_close(p.sum().item(), 1.0, "all completions together", atol=1e-5, rtol=0)
-
-
 def test_ref_kl_is_the_mean_of_the_sum_of_k1_and_of_the_exact_kl_with_less_variance():
     """KL(pi to rho) = E_pi[sum_t k1_t] = E_pi[sum_t KL(pi(.|y_<t) to rho(.|y_<t))], by enumeration.
 
@@ -175,21 +166,6 @@ def test_reward_is_minus_beta_k1_plus_the_score_on_the_last_real_token(mask):
                  "check the sign of k1, and that the score is on the last token but padding")
 
 
-def test_rewards_of_a_row_sum_to_score_minus_beta_times_its_kl():
-    """sum_t r_t = score - beta sum_t k1_t, in numbers: 1 - 0.5 * (1 + 0)."""
-    inputs = torch.tensor([1.0]), torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -2.0]])
-    for beta, expected in ((0.5, [[-0.5, 1.0]]), (0.0, [[0.0, 1.0]])):
-        assert_close(kl_penalised_rewards(*inputs, beta), torch.tensor(expected), f"beta {beta}")
-
-
-@masks
-def test_a_policy_equal_to_the_reference_pays_exactly_nothing(mask):
-    """pi = rho: every penalty is 0, to the last bit, for any beta."""
-    logprobs = randn(B, T, dtype=torch.float32)
-    rewards = kl_penalised_rewards(torch.zeros(B), logprobs, logprobs.clone(), 1e6, mask)
-    assert torch.equal(rewards, torch.zeros(B, T)), "equal policies were charged for KL"
-
-
 def test_no_gradient_flows_through_rewards():
     """The reward is data (Ziegler 2019): a gradient would add -beta grad log pi."""
     inputs = [x.requires_grad_() for x in (randn(B), randn(B, T), randn(B, T, seed=1))]
@@ -207,8 +183,10 @@ def double_sum(rewards, values, gamma, lam):
 
 
 @masks
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (1.0, 0.6), (0.9, 0.0), (1.0, 1.0)])
-def test_gae_is_the_double_sum_over_the_real_tokens(mask, gamma, lam):
+@pytest.mark.parametrize("gamma, lam, options", [(1.0, 0.95, {}),      # Ziegler 2019, section 2.2
+                                                 (0.9, 0.6, {"gamma": 0.9, "lam": 0.6}),
+                                                 (1.0, 1.0, {"lam": 1.0})])
+def test_gae_is_the_double_sum_over_the_real_tokens(mask, gamma, lam, options):
     """A_t = sum_l (gamma lam)^l delta_{t+l} (Schulman 2015, equation 16) without masked ones."""
     rewards, values = randn(B, T), randn(B, T, seed=1)
     expected, baseline, to_go = torch.zeros(3, B, T).double()
@@ -217,7 +195,7 @@ def test_gae_is_the_double_sum_over_the_real_tokens(mask, gamma, lam):
         expected[b, row] = torch.tensor(double_sum(r, v, gamma, lam)).double()
         baseline[b, row] = values[b, row]
         to_go[b, row] = torch.tensor([sum(r[t:]) for t in range(len(r))]).double()
-    advantages, returns = gae(rewards, values, gamma, lam, mask)
+    advantages, returns = gae(rewards, values, mask=mask, **options)
     exact = {"atol": 1e-6, "rtol": 1e-6}
     assert_close(advantages, expected, "advantages differ from the double sum", **exact)
     assert_close(returns, expected + baseline, "returns are advantages + values", **exact)
@@ -236,13 +214,6 @@ def test_gae_by_hand_nothing_follows_the_end(gamma, lam, expected):
     assert_close(advantages, torch.tensor([expected]), "wrong by hand")
 
 
-def test_gae_defaults_are_no_discount_and_lambda_095():
-    """gamma = 1, lambda = 0.95 (Ziegler 2019, section 2.2)."""
-    rewards, values = randn(1, 5), randn(1, 5, seed=1)
-    expected = double_sum(rewards[0].tolist(), values[0].tolist(), 1.0, 0.95)
-    assert_close(gae(rewards, values)[0][0].tolist(), expected, "the defaults of gae changed")
-
-
 @pytest.mark.parametrize("group", [2, 3, 6])
 def test_leave_one_out_compares_with_the_others_of_the_group_at_the_same_place(group):
     """R_b,t - mean of R_c,t over the other rows c of the group (Ahmadian 2024), one by one."""
@@ -252,12 +223,8 @@ def test_leave_one_out_compares_with_the_others_of_the_group_at_the_same_place(g
         others = [returns[c, t].item() for c in range(first, first + group) if c != b]
         expected[b, t] = returns[b, t] - mean(others)
     assert_close(leave_one_out(returns, group), expected, "compared with others than its group")
-
-
-def test_a_completion_alone_has_no_others_to_be_compared_with():
-    """A group of one has no mean of the others."""
     with pytest.raises(ValueError, match="no others"):
-        leave_one_out(torch.zeros(4, T), 1)
+        leave_one_out(returns, 1)
 
 
 def test_a_baseline_of_others_leaves_the_policy_gradient_unbiased():
@@ -270,19 +237,6 @@ def test_a_baseline_of_others_leaves_the_policy_gradient_unbiased():
         advantages = leave_one_out(R[[a, b]][:, None], 2).squeeze(1)
         found += p[a] * p[b] * (advantages[0] * scores[a] + advantages[1] * scores[b]) / 2
     assert_close(found, expected, "the baseline biases the gradient", atol=1e-6, rtol=0)
-
-
-def test_the_advantage_of_a_token_holds_the_kl_of_all_later_tokens():
-    """dA_t / dk1_s = -beta for s >= t, else 0: tokens pay for what they lead to.
-
-    Charging each token its own KL only has another fixed point than pi*.
-    """
-    zeros = torch.zeros(1, T)
-    spent = [kl_penalised_rewards(torch.zeros(1), k1[None], zeros, 0.3) for k1 in torch.eye(T)]
-    expected = -0.3 * torch.ones(T, T).tril()               # (s,t): a nat of k1 at s, seen from t
-    for says, found in (("gae", [gae(r, zeros, 1.0, 1.0)[0][0] for r in spent]),
-                        ("rewards_to_go", [rewards_to_go(r)[0] for r in spent])):
-        assert_close(torch.stack(found), expected, f"{says}: KL is not credited to earlier tokens")
 
 
 @masks
@@ -308,67 +262,46 @@ def test_whitening_without_variance_gives_zeros(x):
 
 # ---- losses ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("advantage, ratio, loss, gradient, says", [
-    (1, 1.5, -1.2, 0, "A > 0: beyond 1 + clip nothing more is to be gained"),
-    (1, 1.1, -1.1, -1.1, "inside the clip range the loss is -ratio A"),
-    (1, 0.5, -0.5, -0.5, "A > 0 and a ratio too small is not clipped: the way back stays open"),
-    (-1, 1.5, 1.5, 1.5, "A < 0 and a ratio too large is not clipped: the way back stays open"),
-    (-1, 0.9, 0.9, 0.9, "inside the clip range the loss is -ratio A"),
-    (-1, 0.5, 0.8, 0, "A < 0: below 1 - clip nothing more is to be gained"),
-    (2, 1.0, -2, -2, "at ratio 1 the gradient is the policy gradient, -A"),
+@pytest.mark.parametrize("advantage, ratio, loss, gradient, outside, says", [
+    (1, 1.21, -1.2, 0, 1, "A > 0: beyond 1 + clip nothing more is to be gained"),
+    (1, 1.19, -1.19, -1.19, 0, "inside the clip range the loss is -ratio A"),
+    (1, 0.5, -0.5, -0.5, 1, "A > 0 and a ratio too small is not clipped: the way back stays open"),
+    (-1, 1.5, 1.5, 1.5, 1, "A < 0 and a ratio too large is not clipped: the way back stays open"),
+    (-1, 0.81, 0.81, 0.81, 0, "inside the clip range the loss is -ratio A"),
+    (-1, 0.79, 0.8, 0, 1, "A < 0: below 1 - clip nothing more is to be gained"),
+    (2, 1.0, -2, -2, 0, "at ratio 1 the gradient is the policy gradient, -A"),
 ])
-def test_the_clipped_surrogate_and_its_gradient(advantage, ratio, loss, gradient, says):
-    """-min(q A, clip(q, 1 - e, 1 + e) A), e = 0.2 (Schulman 2017, equation 7)."""
+def test_the_clipped_surrogate_and_its_gradient(advantage, ratio, loss, gradient, outside, says):
+    """-min(q A, clip(q, 1 - e, 1 + e) A), e = 0.2 (Schulman 2017, equation 7).
+
+    Ratios are clipped, and counted, not their logarithms: log 0.81 = -0.21, log 1.21 = 0.19.
+    """
     logprobs = torch.tensor([[math.log(ratio) - 1]], dtype=torch.float64, requires_grad=True)
     old, A = torch.tensor([[-1.0]]).double(), torch.tensor([[float(advantage)]]).double()
-    value, _ = policy_loss(logprobs, old, A)
+    value, info = policy_loss(logprobs, old, A)
     value.backward()
     assert_close(value.item(), float(loss), says)
     assert_close(logprobs.grad.item(), float(gradient), says)
+    assert info["clipfrac"] == outside, f"is a ratio of {ratio} outside 1 - 0.2 .. 1 + 0.2?"
 
 
 @masks
-@pytest.mark.parametrize("clip", [0.2, 0.05])
-def test_policy_loss_is_minus_the_mean_clipped_surrogate_of_real_tokens(mask, clip):
-    """-mean(min(q A, clip(q, 1 - e, 1 + e) A)) over unmasked tokens, one number at a time."""
+def test_policy_loss_is_minus_the_mean_clipped_surrogate_of_real_tokens(mask, clip=0.05):
+    """-mean(min(q A, clip(q, 1 - e, 1 + e) A)) over unmasked tokens, one number at a time.
+
+    Tokens come from pi_old, so approx_kl is the mean k3 of KL(pi_old to pi).
+    """
     logprobs, old, advantages = 0.2 * randn(B, T), 0.2 * randn(B, T, seed=1), randn(B, T, seed=2)
     ratios = [math.exp(x) for x in real(logprobs - old, mask)]
     surrogate = [min(q * a, min(max(q, 1 - clip), 1 + clip) * a)
                  for q, a in zip(ratios, real(advantages, mask))]
     loss, info = policy_loss(logprobs, old, advantages, clip, mask)
     assert_close(loss, -mean(surrogate), "wrong clipped surrogate")
-    expected = {"approx_kl": [q - 1 - math.log(q) for q in ratios],
+    expected = {"approx_kl": real(kl_estimates(old, logprobs)[2], mask),
                 "clipfrac": [float(abs(q - 1) > clip) for q in ratios], "ratio": ratios}
     for name, numbers in expected.items():
         assert_close(info[name].double(), mean(numbers), f"{name} is not the mean of real tokens",
                      atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("ratio, outside", [(0.79, 1), (0.81, 0), (1.0, 0), (1.19, 0), (1.21, 1)])
-def test_clipfrac_counts_ratios_and_not_their_logarithms(ratio, outside):
-    """|q - 1| > 0.2, which is not |log q| > 0.2: log 0.81 = -0.21 and log 1.21 = 0.19."""
-    _, info = policy_loss(torch.tensor([[math.log(ratio)]]), torch.zeros(1, 1), torch.ones(1, 1))
-    assert info["clipfrac"] == outside, f"is a ratio of {ratio} outside 1 - 0.2 .. 1 + 0.2?"
-
-
-def test_approx_kl_estimates_the_kl_from_the_old_policy_to_the_new():
-    """Tokens in the proportions 1/2 1/4 1/4 of pi_old: their mean k3 is KL(pi_old to pi)."""
-    old = torch.tensor([1 / 2, 1 / 4, 1 / 4]).double()
-    new, drawn = torch.tensor([0.2, 0.3, 0.5]).double(), torch.tensor([[0, 0, 1, 2]])
-    _, info = policy_loss(new.log()[drawn], old.log()[drawn], torch.ones(1, 4))
-    assert_close(info["approx_kl"].item(), sequence_kl(old, new).item(), "not KL(pi_old to pi)")
-
-
-def test_at_the_first_minibatch_the_ratio_is_1_and_the_gradient_is_the_policy_gradient():
-    """pi = pi_old: loss -mean A, gradient -A / N, nothing clipped."""
-    logprobs, advantages = randn(B, T).requires_grad_(), randn(B, T, seed=1)
-    old = logprobs.detach().clone()
-    loss, info = policy_loss(logprobs, old, advantages)
-    loss.backward()
-    assert_close(loss.item(), -advantages.mean().item(), "at ratio 1 the loss is -mean A")
-    assert_close(logprobs.grad, -advantages / (B * T), "at ratio 1 the gradient is -A / N")
-    assert (info["ratio"], info["clipfrac"], info["approx_kl"]) == (1, 0, 0), f"it moved: {info}"
-    assert policy_loss(old, old, old, clip=0.0)[1]["clipfrac"] == 0, "1 was counted as clipped"
 
 
 @pytest.mark.parametrize("value, old, target, loss, gradient, clipfrac, says", [
@@ -390,8 +323,7 @@ def test_the_clipped_value_loss_and_its_gradient(value, old, target, loss, gradi
 
 
 @masks
-@pytest.mark.parametrize("clip", [0.2, 1.0])
-def test_value_loss_is_half_the_mean_of_the_larger_error_of_real_tokens(mask, clip):
+def test_value_loss_is_half_the_mean_of_the_larger_error_of_real_tokens(mask, clip=0.5):
     """0.5 mean(max((v - R)^2, (v_clipped - R)^2)) over unmasked tokens, one number at a time."""
     values, old, returns = randn(B, T), randn(B, T, seed=1), randn(B, T, seed=2)
     numbers = zip(real(values, mask), real(old, mask), real(returns, mask))
@@ -472,7 +404,7 @@ def test_a_mask_of_ones_is_no_mask_whatever_its_type(function):
 
 @functions
 @some_masks
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("garbage", [math.nan, -math.inf, 1e30])
 def test_what_lies_under_the_mask_never_leaks(function, mask, garbage):
     """Masked positions influence no value, come out 0, and get gradient 0."""
     clean = function(*inputs(B, T), mask)
@@ -507,7 +439,7 @@ def test_odd_shapes_work(function, shape):
 
 
 @functions
-@masks
+@pytest.mark.parametrize("mask", [None, MASKS["holes"]], ids=["no mask", "holes"])
 def test_results_stay_on_the_device_of_the_inputs(function, mask):
     """On torch's meta device, which refuses tensors of the CPU, as CUDA would."""
     there = [None if x is None else x.to("meta") for x in (*inputs(B, T), mask)]
@@ -552,12 +484,6 @@ def test_explained_variance_is_1_if_perfect_and_0_if_constant(values, returns, e
     assert_close(explained_variance(values, returns, mask), expected, "wrong", atol=1e-6, rtol=0)
 
 
-def test_the_learning_rate_falls_from_its_peak_to_0():
-    """peak (1 - i / n)^2 at iteration i of n: the peak at 0, and 0 only after the last."""
-    rates = [learning_rate(i, 4, 0.8) for i in range(5)]
-    assert_close(rates, [0.8, 0.45, 0.2, 0.05, 0.0], "not this parabola", atol=1e-12, rtol=0)
-
-
 @pytest.mark.parametrize("ref_kl, beta, says", [
     (6.0, 0.1, "on target beta stays"),
     (6.6, 0.1 * (1 + 0.1 * 0.0256), "10 % above the target, beta grows by 10 % of n / horizon"),
@@ -572,19 +498,9 @@ def test_the_controller_raises_beta_when_kl_is_above_target(ref_kl, beta, says):
     assert controller.beta == controller.update(6.0, n=256), "the new beta is kept as .beta"
 
 
-def test_the_controller_goes_on_where_it_stopped():
-    """beta multiplies up over updates, and survives being saved and loaded."""
-    controller, resumed = AdaptiveKL(0.1, 6.0, 1000), AdaptiveKL(9.0, 6.0, 1000)
-    for _ in range(3):
-        controller.update(100.0, 500)
-    assert_close(controller.beta, 0.1 * 1.1 ** 3, "three updates of +10 % should multiply")
-    resumed.load_state_dict(controller.state_dict())
-    assert resumed.beta == controller.beta, "beta was lost in the checkpoint"
-
-
 # ---- the exact optimum ------------------------------------------------------------------------
 
-BETAS = pytest.mark.parametrize("beta", [0.05, 0.2, 1.0, 10.0])
+BETAS = pytest.mark.parametrize("beta", [0.05, 0.3, 10.0])
 
 
 def world(beta):
@@ -610,11 +526,11 @@ def test_the_optimum_equals_enumeration(beta):
 
 @BETAS
 def test_no_policy_beats_the_optimum_and_the_gap_is_beta_kl_to_it(beta):
-    """J* - J(pi) = beta KL(pi to pi*) >= 0, 0 at pi* only (Korbak 2022): 200 policies."""
+    """J* - J(pi) = beta KL(pi to pi*) >= 0, 0 at pi* only (Korbak 2022): far from it and near."""
     rho, scores, best, _ = world(beta)
     objective = optimum(scores, beta, log_weights=rho.log())["objective"]
-    policies = [rho, best] + [(3 * randn(81, seed=s)).softmax(0) for s in range(100)] \
-        + [(best.log() + 0.1 * randn(81, seed=s)).softmax(0) for s in range(100)]
+    policies = [rho, best, *((best.log() + width * randn(81, seed=seed)).softmax(0)
+                             for width in (0.1, 3.0) for seed in range(30))]
     for pi in policies:
         J = (pi * scores).sum() - beta * sequence_kl(pi, rho)
         assert J <= objective + 1e-9, "a policy beats J*"
@@ -686,8 +602,7 @@ def test_the_standard_error_of_the_optimum_is_calibrated(weighted):
     assert abs(z.mean()) < 4 / 500 ** 0.5 + 0.05, f"off by {z.mean():.2f} standard errors"
 
 
-@pytest.mark.parametrize("n", [3, 30, 300])
-@pytest.mark.parametrize("beta", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("n, beta", [(3, 0.05), (30, 0.05), (30, 0.3), (300, 1.0)])
 def test_the_lower_bound_of_the_optimum_holds_however_heavy_the_tail(n, beta):
     """Of 1,000 repeats at most 50 lie above J*, and four standard errors; it costs beta log k."""
     rho, scores, best, objective = world(beta)
@@ -720,31 +635,6 @@ def test_samples_of_the_reference_alone_have_weight_1(logprobs, counts):
     """log(rho / rho) = 0 where others drew nothing; log-probabilities of -1000 do not underflow."""
     weights = mixture_log_weights(torch.tensor(logprobs), counts)
     assert_close(weights, torch.zeros(2).double(), "rho / rho should be 1")
-
-
-@pytest.mark.parametrize("k", [0.2, 0.5, 0.7, 1.0])
-def test_pareto_k_finds_the_shape_of_a_known_tail(k):
-    """Weights u^-k, u uniform, have a Pareto tail of shape k: within 0.1, whatever their scale."""
-    log_weights = -k * ((torch.arange(20_000) + 0.5) / 20_000).double().log()
-    log_weights = log_weights[torch.randperm(20_000, generator=torch.Generator().manual_seed(0))]
-    for shift in (0, -500, 500):
-        assert abs(pareto_k(log_weights + shift) - k) < 0.1, "k-hat is far from the shape"
-
-
-@pytest.mark.parametrize("weights, expected", [
-    (-(1 - (torch.arange(20_000) + 0.5) / 20_000).double().log(), 0.0),     # exponential: k = 0
-    (1 + (torch.arange(20_000) + 0.5) / 20_000, -1.0),                      # uniform: k = -1
-], ids=["exponential", "bounded"])
-def test_pareto_k_of_light_tails_is_at_most_0(weights, expected):
-    """An exponential tail has shape 0, one that ends abruptly -1: nothing rare is to come."""
-    assert abs(pareto_k(weights.log()) - expected) < 0.1, f"k-hat {pareto_k(weights.log()):.2f}"
-
-
-@pytest.mark.parametrize("log_weights", [torch.zeros(1000), torch.arange(20.0)],
-                         ids=["all alike", "too few"])
-def test_pareto_k_says_nothing_where_there_is_no_tail(log_weights):
-    """No number is made up."""
-    assert math.isnan(pareto_k(log_weights)), "there is no tail to fit"
 
 
 def test_pooling_samples_of_a_policy_reaches_small_beta():

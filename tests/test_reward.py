@@ -186,7 +186,7 @@ def dense_fit(bag, tokens, targets, weights, words, ridge, pair_ridge):
     return dict(zip(names, theta[:-2] + theta[-2] * prior)), theta[-1], theta[-2]
 
 
-@pytest.mark.parametrize("ridge, pair_ridge", [(20.0, 100.0), (0.5, 2.0), (5.0, 0.5)])
+@pytest.mark.parametrize("ridge, pair_ridge", [(20.0, 100.0), (0.5, 2.0)])
 def test_the_fit_is_the_minimum_that_newton_finds(ridge, pair_ridge):
     """The fitted bag has the weights of an independent fit, and the defaults are 20 and 100.
 
@@ -209,45 +209,16 @@ def test_the_fit_is_the_minimum_that_newton_finds(ridge, pair_ridge):
     assert abs(strength) > 0.01 and max(map(abs, expected.values())) > 0.02, "too little to see"
 
 
-def test_ridge_goes_from_repeating_the_targets_to_the_prior():
-    """ridge -> 0 gives back each target; ridge -> infinity lets no passage change a weight.
-
-    Then the rated words alone tell passages apart; without any, the weighted mean target is left.
-    """
+def test_ridge_goes_from_repeating_the_targets_to_their_mean():
+    """ridge -> 0 gives back each target; ridge -> infinity leaves the weighted mean target."""
     tokens = torch.tensor(2 * spell(" my", " Love", ",", " a", " death"))
     targets = torch.tensor(2 * [0.9, 0.6, 0.3, 0.55, 0.1])
     weights = torch.tensor(2 * [1.0, 3.0, 1.0, 2.0, 1.0])
 
-    def fit(words, ridge):
-        return Bag(VOCABULARY).fit(tokens, targets, weights, words, ridge, ridge)
-
-    assert_close(fit({}, 1e-5)(tokens)[:, 0].sigmoid(), targets, "the targets should come back",
-                 atol=0.01, rtol=0)
     mean = (weights * targets).sum() / weights.sum()
-    assert_close(fit({}, 1e4)(tokens)[:, 0].sigmoid(), mean.expand(10), "not the mean", atol=1e-4,
-                 rtol=0)
-    words = {"love": 1.0, "death": -2.0}
-    bag = fit(words, 1e4)
-    _, bias, strength = dense_fit(bag, tokens, targets, weights, words, 1e4, 1e4)
-    expected = {"love": strength, "death": -2 * strength, "my": 0.0, "a": 0.0, ",": 0.0, " my": 0.0}
-    assert_close({name: bag.weight[bag.rows[name]].item() for name in expected}, expected,
-                 "not the prior alone", atol=1e-3, rtol=0)
-    assert_close(bag.bias.item(), bias, "not the bias of two parameters", atol=1e-3, rtol=0)
-
-
-def test_a_weight_of_two_is_two_copies():
-    """So is 0 no passage at all; and the width of the padding does not matter."""
-    tokens, targets, _ = (x.repeat(3, *[1] * (x.dim() - 1)) for x in rated(20))
-    weights = torch.ones(60)
-    weights[3], weights[11], weights[5] = 2, 3, 0
-    copies = torch.repeat_interleave(torch.arange(60), weights.long())
-    wide = torch.nn.functional.pad(tokens[copies], (0, 5), value=PAD)
-    words = {"love": 1.0, "death": -1.0}
-    one = Bag(VOCABULARY).fit(tokens, targets, weights, words, 2.0, 2.0)
-    two = Bag(VOCABULARY).fit(wide, targets[copies], torch.ones(len(copies)), words, 2.0, 2.0)
-    assert one.rows == two.rows, "this should compare the same names"
-    assert_close(two.weight, one.weight, "copies weigh otherwise", atol=1e-3, rtol=0)
-    assert_close(two.bias, one.bias, "copies shift the bias", atol=1e-3, rtol=0)
+    for ridge, expected in ((1e-5, targets), (1e4, mean.expand(10))):
+        bag = Bag(VOCABULARY).fit(tokens, targets, weights, {}, ridge, ridge)
+        assert_close(bag(tokens)[:, 0].sigmoid(), expected, f"ridge {ridge}", atol=0.01, rtol=0)
 
 
 # ---- what the readers read ----------------------------------------------------------------
@@ -260,7 +231,7 @@ def test_every_token_counts_the_last_one_too(model):
     tokens = passages(8)
     for t in range(T):
         changed = 0
-        for k in range(1, V):
+        for k in (1, 6, 11):
             other = tokens.clone()
             other[:, t] = (tokens[:, t] + k) % V
             differs = (model(other) - model(tokens)).abs() > 1e-5
@@ -271,11 +242,11 @@ def test_every_token_counts_the_last_one_too(model):
                 expected = torch.tensor([one != two for one, two in zip(*known)])
             assert differs.tolist() == expected.tolist(), f"token {t} is not read"
             changed += expected.sum().item()
-        assert changed > 60, "most changes should be seen"
+        assert changed > 12, "most changes should be seen"
 
 
 @masks
-@pytest.mark.parametrize("garbage", [PAD, 0, V - 1])
+@pytest.mark.parametrize("garbage", [PAD, V - 1])
 def test_padding_on_any_side_is_not_read(model, mask, garbage):
     """The log-odds of the real tokens alone, whatever lies under the mask; PAD needs no mask."""
     tokens = passages(3)
@@ -283,14 +254,6 @@ def test_padding_on_any_side_is_not_read(model, mask, garbage):
     padded = tokens.masked_fill(mask == 0, garbage)
     for m in [mask, mask.bool(), mask.float()] + [None] * (garbage == PAD):
         assert_close(model(padded, m), alone, "padding is read", atol=1e-4, rtol=1e-4)
-
-
-def test_a_passage_is_read_alike_in_any_company(model):
-    """No row influences another, and chunks of 64 are joined in order."""
-    tokens, _, _ = rated(150)
-    alone = torch.cat([model(torch.tensor([ids])) for ids in real(tokens)])
-    assert_close(in_chunks(model, tokens), alone, "read otherwise among others", atol=1e-4,
-                 rtol=1e-4)
 
 
 def test_a_prefix_is_read_as_the_cut_passage_is(model):
@@ -341,7 +304,7 @@ def test_the_trunk_reads_in_bfloat16_and_answers_in_float32(trained):
 
 # ---- losses, calibration, the score -------------------------------------------------------
 
-@pytest.mark.parametrize("target", [0.0, 0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("target", [0.0, 0.25, 0.5, 1.0])
 def test_the_loss_is_the_cross_entropy_with_gradient_p_minus_target(target):
     """-t log p - (1 - t) log(1 - p); gradient p - t, so a neutral passage at p = 1/2 pulls nowhere.
 
@@ -358,7 +321,7 @@ def test_the_loss_is_the_cross_entropy_with_gradient_p_minus_target(target):
     assert loss.isfinite().all(), "large log-odds overflow"
 
 
-@pytest.mark.parametrize("slope", [0.2, 1.0, 3.0])
+@pytest.mark.parametrize("slope", [0.2, 3.0])
 def test_calibration_finds_the_slope_of_a_known_miscalibration(model, slope):
     """Targets are sigmoid(slope * log-odds): the scale grows by that factor, and all is right."""
     model = copy.deepcopy(model)
@@ -368,19 +331,6 @@ def test_calibration_finds_the_slope_of_a_known_miscalibration(model, slope):
     calibrate(model, tokens, targets)
     assert_close(model.scale.item(), 0.7 * slope, "not the slope", atol=1e-3, rtol=0.02)
     assert_close(model(tokens).sigmoid(), targets, "still miscalibrated", atol=0.01, rtol=0)
-
-
-@pytest.mark.parametrize("a, b", [(1.0, 0.0), (2.0, 0.0), (0.1, -5.0), (30.0, 7.0)])
-@pytest.mark.parametrize("toward", ["positive", "negative"])
-def test_an_affine_change_of_the_raw_reward_leaves_the_score_unchanged(toward, a, b):
-    """r = (log P - mean) / std of a log P + b and its own constants: the same (Ziegler 2019)."""
-    log_odds = 3 * randn(2000)
-    p = log_odds.sigmoid()
-    raw = p.log() if toward == "positive" else (1 - p).log()
-    changed = a * raw + b
-    assert_close(score(log_odds, raw.mean(), raw.std(), toward),
-                 (changed - changed.mean()) / changed.std(), "the score depends on the unit",
-                 atol=1e-9, rtol=1e-9)
 
 
 def test_the_score_uses_the_constants_it_is_given():
@@ -510,23 +460,14 @@ def test_the_measures_are_those_of_their_definitions():
     assert math.isfinite(rating_metrics(P, RATINGS)["log_loss"]), "p = 0 or 1 should stay finite"
 
 
-@pytest.mark.parametrize("p, pearson, auc", [
-    (RATINGS / 4 + 0.5, 1.0, 1.0), (0.5 - RATINGS / 4, -1.0, 0.0),
-    (torch.full((9,), 0.4), 0.0, 0.5)],
-    ids=["right order", "wrong order", "no order"])
-def test_the_ends_of_the_measures_are_reached(p, pearson, auc):
-    """A perfect prediction has 1 and costs less than a constant one, which has 0 and 1/2."""
-    found = rating_metrics(p, RATINGS)
-    assert_close([found["pearson"], found["auc"]], [pearson, auc], "wrong", atol=1e-6, rtol=0)
-    assert (found["log_loss"] < found["constant_log_loss"]) == (pearson == 1)
-
-
-@pytest.mark.parametrize("ratings", [[1.0, 2.0], [-1.0, -1.0], [0.0, 0.0], [1.0]])
-def test_measures_are_defined_without_pairs_to_compare(ratings):
-    """All positive, all negative, all neutral, one passage: auc 1/2, all else a number."""
-    found = rating_metrics(torch.linspace(0.2, 0.7, len(ratings)), torch.tensor(ratings))
+@pytest.mark.parametrize("ratings, last", [
+    ([1.0, 2.0], 0.7), ([-1.0, -1.0], 0.7), ([0.0, 0.0], 0.7), ([1.0], 0.7), ([1.0, -1.0], 0.2)])
+def test_measures_are_defined_where_nothing_is_to_be_compared(ratings, last):
+    """All positive, negative or neutral, one passage, one prediction: auc 1/2, all else a number."""
+    found = rating_metrics(torch.linspace(0.2, last, len(ratings)), torch.tensor(ratings))
     assert found["auc"] == 0.5 and all(map(math.isfinite, found.values())), found
-    assert len(set(ratings)) > 1 or found["pearson"] == 0, "a constant correlates with nothing"
+    constant = len(set(ratings)) == 1 or last == 0.2
+    assert not constant or found["pearson"] == 0, "a constant correlates with nothing"
 
 
 def test_reliability_compares_tenths_of_the_passages():
