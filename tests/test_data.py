@@ -12,7 +12,6 @@ import os
 import pickle
 import random
 import re
-import signal
 import subprocess
 import sys
 import zipfile
@@ -214,10 +213,7 @@ def brute_force_bpe(text, vocab_size):
     ("so fair so foul \u00e9\u00e9\u00e9 \N{EM DASH}\N{EM DASH} " * 5, 270), (None, 264)],
     ids=["until nothing is left", "overlaps", "beyond ASCII", "random words"])
 def test_bpe_makes_the_merges_of_brute_force(text, vocab_size):
-    """Counting only where a merge changes something, the same tokens come in the same order.
-
-    Random: 200 texts over two letters, with ties and pairs that vanish at every merge.
-    """
+    """The same tokens in the same order; random: 200 texts over two letters, with many ties."""
     rng = random.Random(0)
     for text in [text] if text else [" ".join(
             "".join(rng.choices("ab", k=rng.randrange(1, 9))) for _ in range(30)) * 2
@@ -233,8 +229,7 @@ def test_a_text_too_poor_for_the_vocabulary_is_said_so():
 
 
 def test_any_text_comes_back_and_no_token_crosses_pieces(encoding):
-    """Of 10,000 random texts: pieces joined are the text, and tokens decoded; re splits as
-    tiktoken does."""
+    """Of 10,000 random texts, in pieces and in tokens; re splits as tiktoken does."""
     rng = random.Random(1)
     for text in [TEXT, "", *(random_text(rng) for _ in range(10_000))]:
         pieces, ids = re.findall(PIECES, text), encoding.encode_ordinary(text)
@@ -363,7 +358,6 @@ READERS = {"checkpoint": data.load_checkpoint, "tokenizer": data.load_tokenizer,
            "jsonl": lambda path: list(data.read_jsonl(path))}
 CHECKPOINT = saved({"kind": "pretrain", "model": {"w": torch.arange(6.0)}, "inputs": {"seed": 0},
                     "history": [{"loss": 0.5}]})
-NOISE = random.Random(4).randbytes(1000)
 LATIN_1, UTF_16 = "Fran\xe7ais \n".encode("latin-1") * 3000, ("My lord\n" * 3000).encode("utf-16")
 COLUMNS = "line 1: the first line must name the columns play, first_line, last_line, rating"
 FIELDS = "line 3: the row has not as many fields as there are columns"
@@ -377,13 +371,11 @@ BAD = {     # reader: what is wrong, content, a part of what is said
         ("empty", b"", DAMAGED),
         *[(f"cut at {n}", CHECKPOINT[:n], DAMAGED)
           for n in (4, len(CHECKPOINT) // 2, len(CHECKPOINT) - 1)],
-        ("another zip", wheel({"a.txt": "text"}), DAMAGED),
         ("a whole module", saved(torch.nn.Linear(1, 1)), DAMAGED),
         ("a tensor", saved(torch.zeros(3)), FOREIGN),
         ("weights alone", saved({"w": torch.zeros(3)}), FOREIGN)],
     "tokenizer": [
         ("empty", b"", RANKS),
-        ("text", TEXT.encode(), "line 1 is not a token and its rank"),
         ("a line lost", ranks_file(lambda r: r[:200] + r[201:]), RANKS),
         ("a byte lost", ranks_file(lambda r: r[:65] + [(b"AB", 65)] + r[66:]), RANKS),
         ("ranks from 1", ranks_file(lambda r: [(token, rank + 1) for token, rank in r]), RANKS),
@@ -398,11 +390,8 @@ BAD = {     # reader: what is wrong, content, a part of what is said
         ("empty", b"", COLUMNS),
         ("only a header", rated(), "has no passages"),
         ("no header", b"comedies/play-1,1,2,1\n", COLUMNS),
-        ("not UTF-8", b"text,rating\n" + LATIN_1, "is not UTF-8 text (byte 16)"),
-        ("NUL", b"text,rating\na\0b,1\n", "holds NUL bytes"),
         ("too few fields", rated("comedies/play-1,1,2,1", "comedies/play-1,1,2"), FIELDS),
         ("too many fields", row(1, 2, "1,1"), FIELDS),
-        ("a rating too high", row(1, 2, "2.1"), "line 3: rating 2.1 is outside -2 to 2"),
         ("an unknown play", rated("comedies/cats,1,2,1"),
          "line 2: play 'comedies/cats' is not in the corpus"),
         ("no play", rated(",1,2,1"), "line 2: play '' is not in the corpus"),
@@ -411,9 +400,7 @@ BAD = {     # reader: what is wrong, content, a part of what is said
         *[(f"lines {first} to {last}", row(first, last), f"line 3: lines {first} to {last} {says}")
           for first, last, says in [(0, 2, LINES), (5, 7, LINES), (3, 2, LINES), (-1, 2, WHOLE),
                                     ("", 2, WHOLE), (1, "2.5", WHOLE), (1, "\u0662", WHOLE)]],
-        ("a line of 5,000 digits", row(1, "1" * 5000), WHOLE),
         ("an open quote", b'text,rating\nfine,1\n"open,1\n', "line 3: unexpected end of data"),
-        ("a quote inside", b'text,rating\n"a"b,1\n', "line 2: ',' expected after '\"'"),
         ("a field too long", b"text,rating\n" + b"a" * 200_000 + b",1\n",
          "line 2: field larger than field limit")],
     "corpus": [
@@ -421,11 +408,9 @@ BAD = {     # reader: what is wrong, content, a part of what is said
         ("too short", TEXT.encode(), SHORT),
         ("Latin-1", LATIN_1, "is not UTF-8 text (byte 4)"),
         ("UTF-16 without a mark", UTF_16[2:], "holds NUL bytes"),
-        ("a picture", b"\x89PNG\r\n\x1a\n" + NOISE, "is not UTF-8 text (byte 0)"),
         ("one long line", b"word " * 30_000, "line 1 has 150,000 characters. Break it")],
     "jsonl": [
         ("cut", b'{"text": "fine"}\n\n{"text": "cu', OBJECT.replace("1", "3")),
-        ("UTF-16", '{"text": "a"}\n'.encode("utf-16"), OBJECT),
         ("nested too deep", LONG_LIST, OBJECT),
         *[(line.decode()[:40], line + b"\n", OBJECT) for line in [
             b'{"text": "a"} {"text": "b"}', b'["text"]', b"null", b'{"txt": "a"}',
@@ -550,54 +535,33 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
     assert os.listdir(tmp_path) == ["file"], "a temporary file is left"
 
 
-def write_until(line, end, path):
-    """write_file(path, b"new" * 9000), with end() called before that line of it that is run.
-
-    Whether there was such a line.
-    """
-    left = [line]
-
-    def count(frame, event, arg):
-        if event == "line":
-            left[0] -= 1
-            if left[0] == 0:
-                end()
-        return count
-    sys.settrace(lambda frame, *_: count if frame.f_code.co_name == "write_file" else None)
-    try:
-        data.write_file(path, b"new" * 9000)
-    finally:
-        sys.settrace(None)
-    return left[0] <= 0
-
-
-def interrupt():
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("killed", [False, True], ids=["Ctrl-C", "kill"])
-def test_a_file_is_old_or_new_wherever_writing_is_cut_off(tmp_path, killed):
-    """Before each line: no half is ever there, no litter after Ctrl-C, and both contents occur."""
+def test_a_file_is_old_or_new_before_every_line_of_writing(tmp_path):
+    """So a kill at any line leaves no half of it, and Ctrl-C no litter either."""
     path, found, cut, line = tmp_path / "file", [], True, 0
+
+    def trace(frame, event, arg):
+        if event == "line":
+            found.append(path.read_bytes())
+            left.pop()
+            if not left:
+                raise KeyboardInterrupt
+        return trace
+
     while cut:
         line, cut = line + 1, False
         path.write_bytes(b"old")
-        if not killed:
-            try:
-                write_until(line, interrupt, path)
-            except KeyboardInterrupt:
-                cut = True
-            assert os.listdir(tmp_path) == ["file"], f"litter when cut off before line {line}"
-        elif not (child := os.fork()):
-            try:
-                write_until(line, lambda: os.kill(os.getpid(), signal.SIGKILL), path)
-            finally:
-                os._exit(0)
-        else:
-            cut = os.waitpid(child, 0)[1] == signal.SIGKILL
+        left = [None] * line                    # lines to go until Ctrl-C
+        sys.settrace(lambda frame, *_: trace if frame.f_code.co_name == "write_file" else None)
+        try:
+            data.write_file(path, b"new" * 9000)
+        except KeyboardInterrupt:
+            cut = True
+        finally:
+            sys.settrace(None)
+        assert os.listdir(tmp_path) == ["file"], f"litter when cut off before line {line}"
         found.append(path.read_bytes())
-        assert found[-1] in (b"old", b"new" * 9000), f"half a file when cut before line {line}"
-    assert line > 8 and found[0] == b"old" and found[-1] == b"new" * 9000 == found[-2]
+    assert set(found) == {b"old", b"new" * 9000}, "half a file"
+    assert line > 8 and found[-1] == b"new" * 9000, "this should try every line"
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
@@ -725,8 +689,7 @@ def nesting(node, depth=0):
 
 @pytest.mark.parametrize("script", MAY_IMPORT)
 def test_the_scripts_can_be_read_one_after_another(script):
-    """Imports point downwards, lines fit a page, a function holds others one level deep, and
-    examples in docstrings come out as they stand."""
+    """Imports point downwards, lines fit a page, nesting is shallow, examples are right."""
     source = (data.HERE / f"{script}.py").read_text()
     tree, imported = ast.parse(source), set()
     for node in ast.walk(tree):

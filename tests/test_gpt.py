@@ -94,20 +94,6 @@ def test_rotary_positions_turn_each_pair_by_position_times_frequency():
                  "rotary positions are not a rotation by t * theta", atol=1e-4, rtol=0)
 
 
-def test_the_cache_returns_everything_appended_so_far_for_each_layer():
-    """Keys stay keys, values values, layers apart, in the order read; nothing is copied to grow."""
-    config = GPTConfig(vocab_size=4, block_size=8, n_layer=2, n_head=3, n_embd=12)
-    k, v = randn(2, 5, 3, 8, 4), randn(2, 5, 3, 8, 4, seed=1)           # (layer,B,H,T,head)
-    cache = KVCache(config, 5, 8, "cpu", torch.float64)
-    for start, end in ((0, 3), (3, 4), (4, 6)):
-        for layer in range(2):
-            keys, values = cache.append(layer, k[layer, :, :, start:end], v[layer, :, :, start:end])
-            assert_close(keys, k[layer, :, :, :end], "the cache lost or moved keys")
-            assert_close(values, v[layer, :, :, :end], "the cache lost or moved values")
-            assert keys.data_ptr() == cache.k[layer].data_ptr(), "keys were copied"
-        cache.length += end - start
-
-
 def test_a_block_adds_attention_and_then_a_squared_relu():
     """x + proj(attention), then + out(relu(fc)^2) (So 2021); over one token attention is v."""
     config = GPTConfig(vocab_size=4, block_size=8, n_layer=1, n_head=2, n_embd=16)
@@ -165,8 +151,7 @@ PLACES = {"residual stream": (Block, "forward"), "norm": (gpt, "norm"), "angles"
 @both_dtypes
 @pytest.mark.parametrize("name", PASSES)
 def test_every_tensor_has_the_dtype_that_the_docstring_states(trained, monkeypatch, name, dtype):
-    """Weights float32; all from the embedding to the hidden states in the compute dtype; logits
-    float32. Only decoding reads weights cast before, from a copy."""
+    """Weights and logits float32, all between in the compute dtype; only decoding casts weights."""
     model = copy_of(trained, dtype)
     seen, used = defaultdict(set), set()
 
@@ -278,8 +263,7 @@ def test_changing_token_t_plus_1_leaves_logits_up_to_t_unchanged(trained):
 
 
 def test_reading_the_same_text_at_later_positions_changes_nothing(trained):
-    """Queries and keys both turn, values do not: only distances between tokens reach the logits
-    (Su 2021, section 3.2)."""
+    """Queries and keys both turn, values do not: only distances count (Su 2021, section 3.2)."""
     later, tokens = copy.deepcopy(trained), streams(8, 10)
     later.cos, later.sin = trained.cos[7:], trained.sin[7:]
     assert_close(later(tokens), trained(tokens), "logits depend on where the text stands",
@@ -303,11 +287,7 @@ def test_logits_with_the_cache_equal_logits_of_the_whole_sequence(trained, piece
 
 @both_dtypes
 def test_left_padding_changes_nothing_of_the_text_after_it(trained, dtype):
-    """Rows with 0 to 7 PADs before them give the states and logits that they give alone.
-
-    In float32 within rounding. In bfloat16 cos and sin are rounded otherwise at later positions:
-    logits then move as far as bfloat16 moves them anyway.
-    """
+    """Within rounding, for 0 to 7 PADs; in bfloat16 rounding depends on the position."""
     model = copy_of(trained, dtype)
     texts = [streams(1, 20 - pads, seed=pads) for pads in range(8)]
     batch = torch.cat([padded_left(text, 20 - text.size(1)) for text in texts])
@@ -345,10 +325,7 @@ def test_cpu_and_gpu_log_probabilities_agree(trained):
 
 @pytest.mark.parametrize("dtype, padded", [(F32, True), (BF16, False)])
 def test_decoding_and_scoring_never_leave_or_await_the_device(trained, monkeypatch, dtype, padded):
-    """On torch's meta device, which refuses tensors of the CPU and has no values to look at.
-
-    Whether a text is padded is the one thing looked at, once a call: answered here instead.
-    """
+    """On the meta device, which has no values to look at; what padding() looks at is given."""
     looks = []
     monkeypatch.setattr(gpt, "padding", lambda tokens:
                         looks.append(1) or (tokens == PAD if padded else None))
@@ -367,10 +344,7 @@ def test_decoding_and_scoring_never_leave_or_await_the_device(trained, monkeypat
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.5, 5), (1.0, 1), (1.0, 25)])
 def test_samples_match_the_softmax_of_the_k_likeliest_tokens(temperature, top_k):
-    """p_i / (sum of the k largest p), p = softmax(logits / temperature), by chi-square; 4 never come.
-
-    k at or above the size of the vocabulary changes nothing.
-    """
+    """p_i / (sum of the k largest p), p = softmax(logits / temperature); 4 tokens never come."""
     logits = randn(20, dtype=F32) * 2
     logits[[0, 7, 8, 19]] = -math.inf
     probs = (logits / temperature).softmax(-1)
@@ -389,30 +363,20 @@ def test_rows_are_sampled_from_their_own_logits():
 @pytest.mark.parametrize("uniform, token", [(0.0, 1), (0.25, 1), (0.5, 2), (0.75, 2),
                                             (1 - 2 ** -53, 2)])
 def test_no_uniform_number_reaches_a_token_of_probability_0(monkeypatch, uniform, token):
-    """Inverting the cdf (0, 1/2, 1, 1): the first token above u, at both ends of [0, 1) too.
-
-    A sum of 2,048 rounded probabilities may end below 1: no draw falls off its end either.
-    """
+    """Inverting the cdf (0, 1/2, 1, 1), at both ends too; sums of 2,048 may end below 1."""
     monkeypatch.setattr(torch, "rand", lambda *shape, **like:
                         torch.full(shape, uniform, dtype=like["dtype"]))
     assert sample_tokens(torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])).item() == token
     logits = F.pad(randn(100, 2048, dtype=F32), (0, 1), value=-math.inf)
     assert sample_tokens(logits).max() < 2048
-
-
-def test_logits_that_are_not_numbers_give_a_token_that_exists():
-    """NaN reaches no cumulative sum: the draw stays legal, so that check_finite can report it."""
-    tokens = sample_tokens(torch.full((3, 5), math.nan), generator=seeded())
-    assert ((tokens >= 0) & (tokens < 5)).all(), "a draw from NaN is no token"
+    # NaN reaches no cumulative sum: the draw stays legal, so that check_finite can report it.
+    assert 0 <= sample_tokens(torch.full((1, 5), math.nan)) < 5, "a draw from NaN is no token"
 
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.7, None), (1.5, 5)])
 @pytest.mark.parametrize("pads", [0, 3])
 def test_generate_draws_what_a_loop_without_cache_draws(trained, temperature, top_k, pads):
-    """The oracle reads the whole text again for every token, and no padding: slow and plain.
-
-    So the first tokens do not know how many more will follow, and PADs change no sample.
-    """
+    """The oracle reads the whole text again for every token, and no padding: slow and plain."""
     prompt, generator = streams(8, 4), seeded()
     tokens = prompt
     for _ in range(17):
@@ -442,8 +406,7 @@ def test_each_row_continues_its_own_prompt(trained):
 
 
 def test_the_same_seed_gives_the_same_samples_and_the_global_stream_is_left_alone(trained):
-    """Sampling has its own stream, which other randomness neither moves nor is moved by, and
-    whose state goes into checkpoints."""
+    """Sampling has its own stream, which nothing else moves, and whose state can be saved."""
     state = torch.get_rng_state()
     stream = gpt.Generator().manual_seed(1)
     saved = stream.state_dict()
@@ -494,8 +457,7 @@ def test_completions_come_from_the_whole_softmax_at_temperature_1():
 # ---- scoring ----------------------------------------------------------------------------------
 
 def test_completions_are_scored_by_what_stands_before_each_token_and_by_no_padding(trained):
-    """Completion token t stands at T0 + t: the state at T0 + t - 1 is known before it. PADs to the
-    left of prompts and to the right of ended completions change nothing; rows come in order."""
+    """Token t stands at T0 + t: the state at T0 + t - 1 is known before it; PADs change nothing."""
     prompts, tokens = streams(8, 4), cut_after(streams(8, 15, seed=2), 3)
     assert (tokens[:, -1] == PAD).any() and (tokens[:, -1] != PAD).any()
     padded = padded_left(prompts, 3)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import ppo
 from conftest import assert_close, randn
 from gpt import GPT, PAD, GPTConfig, completion_logits, cut_after
-from ppo import PPO, PPOConfig, kl_penalised_rewards, policy_loss, token_logprobs, whiten
+from ppo import PPO, PPOConfig, kl_penalised_rewards, policy_loss, token_logprobs
 
 SEQUENCES = torch.cartesian_prod(*[torch.arange(3)] * 4)                # all completions (81,4)
 END = 2
@@ -41,10 +41,9 @@ def score_fn(tokens):
 
 @functools.cache
 def rho():
-    """A GPT that was taught to tell prompts and prefixes apart, with a random output layer.
+    """A GPT taught to tell prefixes apart, so that its hidden states nearly make a table.
 
-    Its hidden states then nearly make a table, so that PPO is what is tested here, and not how
-    fast a tiny transformer learns: one with random weights needs ten times the iterations.
+    PPO is what is tested here, and not how fast a tiny transformer with random weights learns.
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -82,15 +81,8 @@ def kl(p, q):
 
 
 def best(beta, prompt=PROMPT, tokens=SEQUENCES):
-    """log pi* = log rho + r / beta - log Z, and J* = beta log Z."""
-    tilted = logprobs(rho(), prompt, tokens) + SCORES[place(tokens)] / beta
-    return tilted.log_softmax(0), beta * tilted.logsumexp(0).item()
-
-
-def objective(policy, beta):
-    """J(pi) = E[score] - beta KL(pi to rho)."""
-    p = logprobs(policy)
-    return (p.exp() * SCORES).sum().item() - beta * kl(p, logprobs(rho()))
+    """log pi* = log rho + r / beta - log Z."""
+    return (logprobs(rho(), prompt, tokens) + SCORES[place(tokens)] / beta).log_softmax(0)
 
 
 def new_run(seed=0, score=score_fn, prompts=PROMPT, end=None, **options):
@@ -174,7 +166,7 @@ def test_everything_is_read_off_whole_completions():
                  "the log-probability is not that of the whole completion", atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("row", range(len(ENDED)))
+@pytest.mark.parametrize("row", range(0, len(ENDED), 3))
 def test_padding_changes_nothing_of_a_completion(row):
     """Without padding before its prompt, after its end: the same score, penalty, advantage."""
     run, tokens = new_run(end=END, lam=0.6), ENDED[row:row + 1]
@@ -200,16 +192,6 @@ def test_what_follows_the_end_is_never_read():
     groups = batch["prompts"].view(8, 8, 3)
     assert (groups == groups[:, :1]).all(), "a group has more than one prompt"
     assert len(groups[:, 0].unique(dim=0)) == 2, "some prompt is never drawn"
-
-
-def test_rewards_hold_the_scores_as_they_are_and_the_penalty_at_beta(spy_on):
-    """Not z-scored in each batch, where beta would lose its meaning; and the penalty is here."""
-    seen, run = spy_on(ppo, "kl_penalised_rewards"), new_run(beta=0.7)
-    for i in range(2):
-        run.step(i)
-        names = ("scores", "logprobs", "ref_logprobs")
-        assert same(seen[i][0][:3], [run.batch[name] for name in names]), "changed on the way"
-        assert seen[i][0][3] == 0.7, "the penalty in the rewards has another coefficient than beta"
 
 
 def test_at_the_start_policy_and_reference_are_one():
@@ -248,11 +230,7 @@ def test_training_leaves_the_reference_alone():
 
 @pytest.mark.parametrize("algorithm", ["simple", "rloo", "ppo"])
 def test_the_first_step_is_the_policy_gradient_of_each_completion_by_itself(algorithm, monkeypatch):
-    """grad of -mean over real tokens of A log pi: read one completion at a time, nothing padded.
-
-    What a mask gets wrong shows here: a score on padding, a loss on padding or on the prompt,
-    whitening over padding, groups that mix prompts.
-    """
+    """grad of -mean over real tokens of A log pi: read one completion at a time, nothing padded."""
     run = new_run(prompts=PROMPTS, end=END, algorithm=algorithm, batch=32, minibatch=32, epochs=1,
                   per_prompt=4, lam=0.6, beta=0.7)
     run.policy.lm_head.weight.data += randn(3, 64, dtype=torch.float32) / 8
@@ -374,11 +352,7 @@ def test_adam_has_epsilon_1e_5_and_the_rate_falls_to_0():
 
 @pytest.mark.parametrize("approx_kl, steps", [(0.0099, 9), (0.0101, 2)])
 def test_an_early_stop_takes_no_step_after_it_and_leaves_no_gradient(approx_kl, steps, monkeypatch):
-    """approx_kl above max_update_kl itself, not a multiple of it: the update ends before that step.
-
-    thomfoster/minRLHF carried the gradient into the next update. Of 9 minibatches, the third and
-    those after it are said to start at approx_kl. Metrics are means over the steps taken.
-    """
+    """Of 9 minibatches, those from the third on are said to start at approx_kl; the limit is 0.01."""
     run, taken, infos = new_run(max_update_kl=0.01, minibatch=27, epochs=3), [], []
 
     def loss(*inputs):
@@ -502,14 +476,13 @@ def test_what_goes_wrong_is_said_in_words(changed, says):
 
 @pytest.mark.parametrize("algorithm, beta", [("simple", 1.0), ("rloo", 2.5), ("ppo", 1.0)])
 def test_the_loop_reaches_the_optimum(algorithm, beta):
-    """KL(pi to pi*) < 0.04 nats, pi* = rho exp(r / beta) / Z, and J within 5 percent of J*.
+    """KL(pi to pi*) = (J* - J(pi)) / beta < 0.04 nats, pi* = rho exp(r / beta) / Z (Korbak 2022).
 
-    Over seeds the KL is 0.022 with a deviation of 0.003; the two bugs below end above 0.07.
+    Over seeds it is 0.022 with a deviation of 0.003; the bug below ends above 0.15.
     """
-    policy, (target, J_best) = converged(algorithm, beta)[0].policy, best(beta)
-    gap, J = kl(logprobs(policy), target), objective(policy, beta)
+    policy, target = converged(algorithm, beta)[0].policy, best(beta)
+    gap = kl(logprobs(policy), target)
     assert gap < 0.04, f"{gap:.4f} nats from pi*: is each token credited with the KL of later ones?"
-    assert 0.95 * J_best < J <= J_best + 1e-6, f"J is {J:.4f}, the optimum {J_best:.4f}"
     assert gap < 0.2 * kl(logprobs(rho()), target), "hardly nearer than rho"
 
 
@@ -518,7 +491,7 @@ def test_the_loop_reaches_the_optimum(algorithm, beta):
 def test_with_ends_and_prompts_the_loop_reaches_the_optimum_of_each_prompt(algorithm, prompt):
     """KL(pi to pi*) over the 31 completions of each ends below half of what it was at rho."""
     policy = ended(algorithm)[0].policy
-    target, _ = best(1.0, prompt, ENDED)
+    target = best(1.0, prompt, ENDED)
     p, start = logprobs(policy, prompt, ENDED), logprobs(rho(), prompt, ENDED)
     assert_close(p.exp().sum().item(), 1.0, "these should be all there are", atol=1e-5, rtol=0)
     gap, first = kl(p, target), kl(start, target)
@@ -551,37 +524,11 @@ def own_token_credit(scores, logprobs, ref_logprobs, beta, mask):
     return own - F.pad(own[:, 1:], (0, 1)) + kl_penalised_rewards(scores, logprobs, logprobs, beta)
 
 
-def penalty_in_the_loss(patch):
-    """The reward is the score alone; ratio * beta (log pi - log rho) joins the loss."""
-    seen = {}
-
-    def rewards(scores, logprobs, ref_logprobs, beta, mask):
-        seen.update(ref_logprobs=ref_logprobs, beta=beta)
-        return kl_penalised_rewards(scores, logprobs, logprobs, beta)
-
-    def loss(logprobs, old_logprobs, advantages, clip, mask):
-        surrogate, info = policy_loss(logprobs, old_logprobs, advantages[..., 0], clip)
-        penalty = (logprobs - old_logprobs).exp() * (logprobs - advantages[..., 1])
-        return surrogate + seen["beta"] * penalty.mean(), info
-
-    patch("kl_penalised_rewards", rewards)      # advantages become (B,T,2), to take rho along
-    patch("whiten", lambda x, mask: torch.stack((whiten(x), seen["ref_logprobs"]), -1))
-    patch("policy_loss", loss)
-
-
-@pytest.mark.parametrize("bug", ["own token", "in the loss"])
-def test_two_well_known_bugs_end_elsewhere(bug, monkeypatch):
-    """The tests above must see them: KL credited to its own token only, KL as a term of the loss.
-
-    Both have another fixed point than pi* (ZiyueWang25/RLHF-Shakespeare has both).
-    """
-    patch = functools.partial(monkeypatch.setattr, ppo)
-    if bug == "own token":
-        patch("kl_penalised_rewards", own_token_credit)
-    else:
-        penalty_in_the_loss(patch)
-    gap = kl(logprobs(train(**RLOO, beta=1.0)[0].policy), best(1.0)[0])
-    assert gap > 0.06, f"broken on purpose, yet {gap:.4f} nats from pi*"
+def test_kl_credited_to_its_own_token_alone_ends_elsewhere(monkeypatch):
+    """A well-known bug (ZiyueWang25/RLHF-Shakespeare), which the tests above must see."""
+    monkeypatch.setattr(ppo, "kl_penalised_rewards", own_token_credit)
+    gap = kl(logprobs(train(**RLOO, beta=1.0)[0].policy), best(1.0))
+    assert gap > 0.08, f"broken on purpose, yet {gap:.4f} nats from pi*"
 
 
 def test_an_adaptive_beta_brings_ref_kl_to_its_target():

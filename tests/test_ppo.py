@@ -14,7 +14,6 @@ from ppo import (AdaptiveKL, best_of_n, entropy, exact_kl, explained_variance, g
 B, T = 4, 6
 MASKS = {                                   # which tokens of 4 completions are real
     "no mask": None,
-    "all ones": ["111111"] * 4,
     "right padding": ["111111", "111100", "100000", "110000"],
     "left padding": ["111111", "001111", "000001", "000111"],
     "holes": ["101101", "010010", "110110", "001000"],
@@ -23,7 +22,7 @@ MASKS = {                                   # which tokens of 4 completions are 
 MASKS = {name: rows and torch.tensor([[int(c) for c in row] for row in rows])
          for name, rows in MASKS.items()}
 masks = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-some_masks = pytest.mark.parametrize("mask", list(MASKS.values())[2:], ids=list(MASKS)[2:])
+some_masks = pytest.mark.parametrize("mask", list(MASKS.values())[1:], ids=list(MASKS)[1:])
 shapes = pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 1), (2, 7)], ids=str)
 
 
@@ -90,10 +89,7 @@ def sequence_kl(p, q):
 
 
 def test_ref_kl_is_the_mean_of_the_sum_of_k1_and_of_the_exact_kl_with_less_variance():
-    """KL(pi to rho) = E_pi[sum_t k1_t] = E_pi[sum_t KL(pi(.|y_<t) to rho(.|y_<t))], by enumeration.
-
-    Ziegler 2019, section 2.1, in nats per completion, and the chain rule of KL.
-    """
+    """KL(pi to rho) = E_pi[sum_t k1_t] = E_pi[sum_t KL(pi(.|y_<t) to rho(.|y_<t))]."""
     pi, rho = language(1), language(2)
     p, kl = probabilities(pi), sequence_kl(probabilities(pi), probabilities(rho))
     k1, _, _ = kl_estimates(token_logprobs(pi, sequences()), token_logprobs(rho, sequences()))
@@ -105,10 +101,7 @@ def test_ref_kl_is_the_mean_of_the_sum_of_k1_and_of_the_exact_kl_with_less_varia
 
 
 def test_k1_and_k3_are_unbiased_and_k2_is_half_the_square():
-    """x from pi: E[k1] = E[k3] = KL, k2 = k1^2 / 2 (Schulman, "Approximating KL divergence").
-
-    exp(k1) - 1 - k1, the inverted k3 of several repositories, misses the KL by a half here.
-    """
+    """x from pi: E[k1] = E[k3] = KL, k2 = k1^2 / 2 (Schulman); k3 inverted misses it by half."""
     pi, rho = torch.tensor([0.7, 0.2, 0.1]).double(), torch.tensor([0.2, 0.4, 0.4]).double()
     kl = 0.7 * math.log(3.5) + 0.2 * math.log(0.5) + 0.1 * math.log(0.25)
     k1, k2, k3 = kl_estimates(pi.log(), rho.log())
@@ -250,14 +243,8 @@ def test_whitening_uses_all_unmasked_tokens_of_the_batch(mask):
         assert_close(whiten(x, mask, shift_mean), (expected + shift).masked_fill(zero, 0),
                      f"not mean 0 and deviation 1; shift_mean {shift_mean}", atol=1e-6, rtol=1e-6)
     assert torch.equal(whiten(x, mask), whiten(x, mask, True)), "the mean should go by default"
-
-
-@pytest.mark.parametrize("x", [torch.full((2, 3), 7.0), torch.tensor([[3.0]])],
-                         ids=["constant", "one token"])
-def test_whitening_without_variance_gives_zeros(x):
-    """sigma = 0: nothing stands out, and nothing divides by 0."""
-    assert_close(whiten(x), torch.zeros_like(x), "equal values should whiten to 0")
-    assert_close(whiten(x, shift_mean=False), x, "equal values should keep their mean")
+    alike = torch.full((B, T), 7.0)
+    assert not whiten(alike, mask).any(), "nothing stands out, and nothing divides by 0"
 
 
 # ---- losses ---------------------------------------------------------------------------------
@@ -272,10 +259,7 @@ def test_whitening_without_variance_gives_zeros(x):
     (2, 1.0, -2, -2, 0, "at ratio 1 the gradient is the policy gradient, -A"),
 ])
 def test_the_clipped_surrogate_and_its_gradient(advantage, ratio, loss, gradient, outside, says):
-    """-min(q A, clip(q, 1 - e, 1 + e) A), e = 0.2 (Schulman 2017, equation 7).
-
-    Ratios are clipped, and counted, not their logarithms: log 0.81 = -0.21, log 1.21 = 0.19.
-    """
+    """-min(q A, clip(q, 0.8, 1.2) A) (Schulman 2017); log 0.81 = -0.21, log 1.21 = 0.19."""
     logprobs = torch.tensor([[math.log(ratio) - 1]], dtype=torch.float64, requires_grad=True)
     old, A = torch.tensor([[-1.0]]).double(), torch.tensor([[float(advantage)]]).double()
     value, info = policy_loss(logprobs, old, A)
@@ -287,10 +271,7 @@ def test_the_clipped_surrogate_and_its_gradient(advantage, ratio, loss, gradient
 
 @masks
 def test_policy_loss_is_minus_the_mean_clipped_surrogate_of_real_tokens(mask, clip=0.05):
-    """-mean(min(q A, clip(q, 1 - e, 1 + e) A)) over unmasked tokens, one number at a time.
-
-    Tokens come from pi_old, so approx_kl is the mean k3 of KL(pi_old to pi).
-    """
+    """Over unmasked tokens, one by one; approx_kl is the mean k3 of KL(pi_old to pi)."""
     logprobs, old, advantages = 0.2 * randn(B, T), 0.2 * randn(B, T, seed=1), randn(B, T, seed=2)
     ratios = [math.exp(x) for x in real(logprobs - old, mask)]
     surrogate = [min(q * a, min(max(q, 1 - clip), 1 + clip) * a)
@@ -334,37 +315,26 @@ def test_value_loss_is_half_the_mean_of_the_larger_error_of_real_tokens(mask, cl
                  "value_clipfrac miscounts", atol=1e-6, rtol=0)
 
 
-LEAVES = {policy_loss: ("old_logprobs", "advantages"), value_loss: ("old_values", "returns")}
-
-
-@pytest.mark.parametrize("loss, argument", [(f, i) for f in LEAVES for i in (1, 2)],
-                         ids=[f"{f.__name__}: {name}" for f in LEAVES for name in LEAVES[f]])
-def test_no_gradient_flows_through_what_the_rollout_recorded(loss, argument):
+@pytest.mark.parametrize("loss", [policy_loss, value_loss])
+def test_no_gradient_flows_through_what_the_rollout_recorded(loss):
     """What was recorded is data: only the first argument learns."""
     inputs = [randn(B, T, seed=s).requires_grad_() for s in range(3)]
     value, info = loss(*inputs)
     value.backward()
     assert inputs[0].grad.abs().sum() > 0, "the model gets no gradient"
-    assert inputs[argument].grad is None, "a gradient flows into the rollout: detach it"
+    assert inputs[1].grad is inputs[2].grad is None, "a gradient flows into the rollout: detach it"
     assert not any(x.requires_grad for x in info.values()), "info is for reading: no gradient"
 
 
-@pytest.mark.parametrize("log_ratio", [50.0, -50.0, 200.0])
-@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
-def test_extreme_ratios_stay_finite(log_ratio, advantage):
+@pytest.mark.parametrize("log_ratio, expected", [(50, math.exp(50)), (200, None), (-200, 0.8)])
+def test_extreme_ratios_stay_finite(log_ratio, expected):
     """exp(50) is 5e21, within float32, exp(89) is not: both leave numbers."""
-    logprobs = torch.tensor([[log_ratio]], requires_grad=True)
-    loss, info = policy_loss(logprobs, torch.zeros(1, 1), torch.tensor([[advantage]]))
+    logprobs = torch.tensor([[float(log_ratio)]], requires_grad=True)
+    loss, _ = policy_loss(logprobs, torch.zeros(1, 1), -torch.ones(1, 1))
     loss.backward()
-    if log_ratio > 80:
-        assert loss.isfinite() and logprobs.grad.isfinite(), "the ratio overflows"
-        return
-    ratio, close = math.exp(log_ratio), {"rtol": 1e-5, "atol": 1e-6}
-    slope = 0.0 if log_ratio * advantage > 0 else -ratio * advantage
-    expected = -min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
-    assert_close(loss.item(), expected, "an extreme ratio breaks the loss", **close)
-    assert_close(logprobs.grad.item(), slope, "an extreme ratio breaks the gradient", **close)
-    assert_close(info["approx_kl"].item(), ratio - 1 - log_ratio, "and approx_kl", **close)
+    assert loss.isfinite() and logprobs.grad.isfinite(), "the ratio overflows"
+    if expected:
+        assert_close(loss.item(), expected, "an extreme ratio breaks the loss", rtol=1e-5, atol=0)
 
 
 # ---- masks, types and shapes, for every function that takes (B,T) -----------------------------
@@ -444,15 +414,6 @@ def test_results_stay_on_the_device_of_the_inputs(function, mask):
     """On torch's meta device, which refuses tensors of the CPU, as CUDA would."""
     there = [None if x is None else x.to("meta") for x in (*inputs(B, T), mask)]
     assert all(y.is_meta for y in function(*there)), "something was computed on the CPU"
-
-
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)],
-                         ids=str)
-def test_gae_keeps_the_digits_of_whichever_input_has_more(dtypes):
-    """Rewards and values of two precisions: advantages in the higher one."""
-    rewards, values = randn(B, T).to(dtypes[0]), randn(B, T, seed=1).to(dtypes[1])
-    for found, expected in zip(gae(rewards, values), gae(rewards.double(), values.double())):
-        assert_close(found, expected, "digits were lost on the way")
 
 
 def test_the_mean_over_nothing_is_0():
@@ -542,11 +503,14 @@ LOG2 = math.log(2)
 
 
 @pytest.mark.parametrize("scores, beta, objective, score, ref_kl, ess", [
-    # samples a a b c of rho = (1/2, 1/4, 1/4), r = log (1, 2, 4): Z = 2, pi* = (1/4, 1/4, 1/2)
+    # samples a a b c of rho = (1/2, 1/4, 1/4), r = log (1, 2, 4): Z = 2, pi* = (1/4, 1/4, 1/2);
+    # r = log P(positive given y), beta = 1: J* = log P(positive), pi* = rho(y given positive)
     pytest.param([0, 0, LOG2, 2 * LOG2], 1.0, LOG2, 1.25 * LOG2, 0.25 * LOG2, 64 / 22,
                  id="each sample once"),
     pytest.param([3, -1, 0.5, 2], 1e-3, 3 - 2e-3 * LOG2, 3, 2 * LOG2, 1, id="beta to 0: the best"),
     pytest.param([3, -1, 0.5, 2], 1e6, 1.125, 1.125, 0, 4, id="a huge beta stays at rho"),
+    pytest.param([-LOG2, -2 * LOG2], 1.0, math.log(3 / 8), -4 / 3 * LOG2,
+                 -4 / 3 * LOG2 - math.log(3 / 8), 9 / 5, id="Bayes"),
     pytest.param([-1e4, 1e4], 0.01, 1e4 - 0.01 * LOG2, 1e4, LOG2, 1, id="no overflow"),
 ])
 def test_the_optimum_by_hand(scores, beta, objective, score, ref_kl, ess):
@@ -557,14 +521,6 @@ def test_the_optimum_by_hand(scores, beta, objective, score, ref_kl, ess):
         assert_close({name: found[name] for name in expected},
                      {name: float(x) for name, x in expected.items()}, "wrong", atol=1e-5, rtol=0)
         assert math.isfinite(found["objective_se"]), "every estimate should stay finite"
-
-
-def test_with_score_log_p_and_beta_1_the_optimum_is_bayes():
-    """r = log P(positive given y), beta = 1: J* = log P(positive), pi* = rho(y given positive)."""
-    p = torch.tensor([0.9, 0.5, 0.1]).double()
-    found, score = optimum(p.log(), 1.0), ((p / 1.5) * p.log()).sum().item()
-    assert_close(found["objective"], math.log(0.5), "J* should be log of the mean probability")
-    assert_close(found["score"], score, "score should be the posterior mean")
 
 
 @pytest.mark.parametrize("beta", [0, -0.1])
@@ -627,40 +583,24 @@ def test_mixture_weights_are_rho_over_the_mixture():
         weights = mixture_log_weights(p.log(), counts)
         assert_close(weights, (p[0] / q).log(), "not log(rho / mixture)", atol=1e-12, rtol=0)
     assert_close((q * weights.exp()).sum().item(), 1.0, "weights should average to 1")
-
-
-@pytest.mark.parametrize("logprobs, counts", [([[-3.0, -1000.0]], [7]),
-                                              ([[-3.0, -1000.0], [-1.0, -990.0]], [7, 0])])
-def test_samples_of_the_reference_alone_have_weight_1(logprobs, counts):
-    """log(rho / rho) = 0 where others drew nothing; log-probabilities of -1000 do not underflow."""
-    weights = mixture_log_weights(torch.tensor(logprobs), counts)
-    assert_close(weights, torch.zeros(2).double(), "rho / rho should be 1")
+    alone = mixture_log_weights(torch.tensor([[-3.0, -1000.0], [-1.0, -990.0]]), [7, 0])
+    assert_close(alone, torch.zeros(2).double(), "where rho alone drew, the weight is 1")
 
 
 def test_pooling_samples_of_a_policy_reaches_small_beta():
-    """beta = 0.02: 3,000 samples of rho have ess below 100; with half of them tuned, all is found.
-
-    40 repeats; their mean lies within 4 standard errors of enumeration.
-    """
+    """3,000 samples of rho alone are too few at beta 0.02; with half of them tuned, J* is found."""
     beta, rho = 0.02, probabilities(language(3))
     scores = torch.nn.functional.logsigmoid(2 * randn(81, seed=8))
-    best, tuned = (rho.log() + scores / beta).softmax(0), (rho.log() + scores / 0.1).softmax(0)
-    repeats = []
+    tuned, repeats = (rho.log() + scores / 0.1).softmax(0), []
     for seed in range(40):
         y = torch.cat((draw(rho, 1500, seed), draw(tuned, 1500, 1000 + seed)))
         weights = mixture_log_weights(torch.stack((rho.log(), tuned.log()))[:, y], [1500, 1500])
         repeats.append(optimum(scores[y], beta, weights))
     assert optimum(scores[draw(rho, 3000, 0)], beta)["ess"] < 100, "out of reach of rho alone"
     assert min(found["ess"] for found in repeats) > 200, "pooled samples should be enough"
-    truth = {"objective": beta * (rho * (scores / beta).exp()).sum().log(),
-             "score": (best * scores).sum(), "ref_kl": sequence_kl(best, rho)}
-    for name, expected in truth.items():
-        x = torch.tensor([found[name] for found in repeats]).double()
-        assert abs(x.mean() - expected) < 4 * x.std() / math.sqrt(40), \
-            f"pooled samples give {name} {x.mean():.4f}, enumeration {expected:.4f}"
-    errors = [abs(found["objective"] - truth["objective"]) / found["objective_se"]
-              for found in repeats]
-    assert max(errors) < 5, f"J* is {max(errors):.1f} standard errors off"
+    x = torch.tensor([found["objective"] for found in repeats]).double()
+    truth = optimum(scores, beta, rho.log())["objective"]
+    assert abs(x.mean() - truth) < 4 * x.std() / 40 ** 0.5, f"J* is {x.mean():.4f}, not {truth:.4f}"
 
 
 # ---- best of n ----------------------------------------------------------------------------------
@@ -672,6 +612,8 @@ def test_best_of_n_is_the_mean_of_the_maximum_over_all_subsets(n):
     expected = mean([max(subset) for subset in itertools.combinations(scores, n)]).item()
     for given in (scores, torch.tensor(scores, dtype=torch.float64)):
         assert_close(best_of_n(given, n)[0], expected, f"best of {n}", atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="n must be from 1 to the number of scores, 7"):
+        best_of_n(scores, 8 * (n - 1))                          # 0 or more than there are
 
 
 @pytest.mark.parametrize("n", [1, 2499, 5000])
@@ -690,10 +632,3 @@ def test_the_kl_of_best_of_n_is_at_most_log_n_minus_n_minus_1_over_n(n, bound):
     picked = (share ** n).diff().clamp(min=1e-300)
     kl = sequence_kl(picked, torch.full((20_000,), 1 / 20_000).double())
     assert bound - 0.01 < kl <= bound + 1e-6, f"the true KL is {kl:.4f}, the bound {bound:.4f}"
-
-
-@pytest.mark.parametrize("n", [0, 4])
-def test_best_of_n_needs_n_scores(n):
-    """1 <= n <= N, else there is no subset to take the best of."""
-    with pytest.raises(ValueError, match="n must be from 1 to the number of scores, 3"):
-        best_of_n([1.0, 2.0, 3.0], n)

@@ -145,29 +145,10 @@ def test_the_bag_sums_the_weights_of_what_has_occurred():
     assert unknown > 500 and len(names) > 50, "this should try known and unknown names"
 
 
-def test_repetition_adds_nothing():
-    """A phrase said twice is all there is to say: each further time changes no bit.
-
-    Twice, because the pair of its last and its first token is new the second time.
-    """
-    bag = bag_of({"love": 1.0, "love love": 0.5, "lord": 0.25, "my lord": 2.0, "lord my": 4.0})
-    for phrase, values in ((" Love", [1, 1.5]), (" my| lord", [0, 2.25, 6.25, 6.25])):
-        ids = spell(phrase)[0]
-        read = bag(torch.tensor([6 * ids]))[0]
-        assert read[:len(values)].tolist() == values, "a word counts once, and so does a pair"
-        assert (read[len(values):] == values[-1]).all(), "saying it again pays"
-    # " lord" and "Lord" are one word.
-    assert bag(torch.tensor(spell("Lord|,| lord")))[0].tolist() == [0.25] * 3
-
-
 # ---- its fit ------------------------------------------------------------------------------
 
 def dense_fit(bag, tokens, targets, weights, words, ridge, pair_ridge):
-    """The same objective by Newton's method, dense, float64: ({name: weight}, bias, strength).
-
-    Of change, strength, bias: sum of weights times cross-entropy of X (change + strength prior)
-    + bias, and ridge / 2 times change squared.
-    """
+    """The same objective by Newton's method, dense, float64: ({name: weight}, bias, strength)."""
     found = [said(bag, ids) for ids in real(tokens)]
     short = {word[:7]: [r for w, r in words.items() if w[:7] == word[:7]] for word in words}
     counts = collections.Counter(name for one in found for name in one)
@@ -188,11 +169,7 @@ def dense_fit(bag, tokens, targets, weights, words, ridge, pair_ridge):
 
 @pytest.mark.parametrize("ridge, pair_ridge", [(20.0, 100.0), (0.5, 2.0)])
 def test_the_fit_is_the_minimum_that_newton_finds(ridge, pair_ridge):
-    """The fitted bag has the weights of an independent fit, and the defaults are 20 and 100.
-
-    kindness and kindnesses share a weight whose prior is the mean of their ratings. A word that no
-    passage holds keeps its rating times the strength; what one passage alone holds has no weight.
-    """
+    """Words of 7 equal letters share a weight, and one unheard keeps its prior."""
     words = {"love": 1.5, "kindness": 1.0, "kindnesses": 2.0, "death": -2.0, "unheard": -1.5,
              "lord": 0.0}
     tokens, targets, weights = rated(60)
@@ -224,10 +201,7 @@ def test_ridge_goes_from_repeating_the_targets_to_their_mean():
 # ---- what the readers read ----------------------------------------------------------------
 
 def test_every_token_counts_the_last_one_too(model):
-    """Changing any token changes the log-odds, unless the bag then holds the same known names.
-
-    Some public code never shows the last sampled token to its reward model.
-    """
+    """Changing any token changes the log-odds, unless the bag then holds the same known names."""
     tokens = passages(8)
     for t in range(T):
         changed = 0
@@ -306,10 +280,7 @@ def test_the_trunk_reads_in_bfloat16_and_answers_in_float32(trained):
 
 @pytest.mark.parametrize("target", [0.0, 0.25, 0.5, 1.0])
 def test_the_loss_is_the_cross_entropy_with_gradient_p_minus_target(target):
-    """-t log p - (1 - t) log(1 - p); gradient p - t, so a neutral passage at p = 1/2 pulls nowhere.
-
-    There it costs log 2 nats (the exercise's neutral passages); log-odds of 1000 do not overflow.
-    """
+    """-t log p - (1 - t) log(1 - p); gradient p - t: neutral passages pull nowhere."""
     log_odds = torch.tensor([-1000.0, -3.0, 0.0, 2.0, 1000.0]).double().requires_grad_()
     loss = soft_loss(log_odds, torch.tensor([target]).double())
     loss.sum().backward()
@@ -365,10 +336,7 @@ def test_every_prefix_of_8_tokens_and_more_is_a_training_example(trunk):
 
 @pytest.mark.parametrize("options, noise", [({}, 0.1), ({"noise": 0.5}, 0.5)])
 def test_a_share_of_the_real_tokens_is_replaced_at_random(trunk, monkeypatch, options, noise):
-    """By default a tenth, each token of the vocabulary as likely; never padding.
-
-    The same seed draws the same, from its generator alone, and the passages stay as they are.
-    """
+    """By default a tenth, each token of the vocabulary as likely; never padding; by the seed."""
     seen, old = [], RewardModel.prefixes
     monkeypatch.setattr(RewardModel, "prefixes", lambda self, x: seen.append(x) or old(self, x))
     tokens = torch.full((400, T), 3)
@@ -439,10 +407,7 @@ RATINGS = torch.tensor([2.0, 1.0, -1.0, 0.0, -2.0, 0.5, -0.5, 0.0, 2.0])
 
 
 def test_the_measures_are_those_of_their_definitions():
-    """Pearson against numpy, its error (1 - r^2) / sqrt(n - 1); auc over pairs, ties 1/2; losses.
-
-    Pairs are (rated above 0, below 0), neutral passages in none; losses have soft targets.
-    """
+    """Pearson against numpy, its error (1 - r^2) / sqrt(n - 1); auc over pairs, ties 1/2."""
     p, ratings = P.clamp(0.01, 0.99).tolist(), RATINGS.tolist()
     r = np.corrcoef(p, ratings)[0, 1].item()
     pairs = [(x, y) for x, a in zip(p, ratings) if a > 0 for y, b in zip(p, ratings) if b < 0]
@@ -463,7 +428,7 @@ def test_the_measures_are_those_of_their_definitions():
 @pytest.mark.parametrize("ratings, last", [
     ([1.0, 2.0], 0.7), ([-1.0, -1.0], 0.7), ([0.0, 0.0], 0.7), ([1.0], 0.7), ([1.0, -1.0], 0.2)])
 def test_measures_are_defined_where_nothing_is_to_be_compared(ratings, last):
-    """All positive, negative or neutral, one passage, one prediction: auc 1/2, all else a number."""
+    """All positive, negative or neutral, one passage or prediction: auc 1/2, no nan."""
     found = rating_metrics(torch.linspace(0.2, last, len(ratings)), torch.tensor(ratings))
     assert found["auc"] == 0.5 and all(map(math.isfinite, found.values())), found
     constant = len(set(ratings)) == 1 or last == 0.2
@@ -496,10 +461,7 @@ def checkpoint(model, config, vocabulary, **more):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_checkpoint_alone_rebuilds_the_model(model, trained, tmp_path, dtype):
-    """Words, spelling, weights and scale come back in the dtype asked for; frozen, as PPO needs it.
-
-    Loaded with weights_only: plain values and tensors are all that is in it.
-    """
+    """Words, spelling, weights and scale come back, frozen, in the dtype asked for."""
     torch.save(checkpoint(model, trained.config, VOCABULARY), tmp_path / "reward.pt")
     loaded = reward.load_reward(torch.load(tmp_path / "reward.pt", weights_only=True), dtype=dtype)
     assert_close(dict(loaded.state_dict()), dict(model.state_dict()), "other weights", atol=0,
