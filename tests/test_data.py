@@ -419,7 +419,7 @@ BAD = {     # reader: what is wrong, content, a part of what is said
 }
 BAD_FILES = [pytest.param(reader, content, part, id=f"{reader}: {name}")
              for reader, files in BAD.items() for name, content, part in [
-                 ("missing", MISSING, "No such file"), ("folder", FOLDER, "Is a directory"), *files]]
+                 ("missing", MISSING, "No such file"), ("folder", FOLDER, "a directory"), *files]]
 
 
 @pytest.mark.filterwarnings("error")

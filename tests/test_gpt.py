@@ -228,13 +228,6 @@ def test_the_compute_dtype_is_bfloat16_where_the_cpu_is_fast_at_it(monkeypatch, 
 
 # ---- logits -----------------------------------------------------------------------------------
 
-def test_the_trained_model_knows_its_language(trained):
-    """Guards the other tests: one that stayed uniform (loss log 16 = 2.77) would prove nothing."""
-    tokens = streams(256, 24)
-    loss = F.cross_entropy(trained(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    assert loss < 2.0, f"training does not work: loss {loss:.2f} nats a token"
-
-
 def test_an_untrained_model_is_uniform():
     """Zero output projections: every token has probability 1/V before the first step."""
     model = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16))

@@ -56,19 +56,6 @@ def real(tokens):
     return [[i for i in row if i != PAD] for row in tokens.tolist()]
 
 
-def bag_of(weights, bias=0.0):
-    """A bag with these {name: weight}."""
-    bag = Bag(VOCABULARY, weights)
-    bag.weight[1:] = torch.tensor(list(weights.values()))
-    bag.bias.fill_(bias)
-    return bag
-
-
-def spell(*texts):
-    """Token ids of texts written as tokens with | between them."""
-    return [[VOCABULARY.index(token.encode()) for token in text.split("|")] for text in texts]
-
-
 def said(bag, *passages):
     """The set of names of all that occurs in passages, lists of token ids."""
     return {name for ids in passages for pair in bag.names(ids) for name in pair} - {""}
@@ -135,7 +122,9 @@ def test_the_bag_sums_the_weights_of_what_has_occurred():
     tokens, unknown = passages(20), 0
     names = sorted(said(Bag(VOCABULARY), *tokens.tolist()))[::3]
     weight = dict(zip(names, randn(len(names)).tolist()))
-    bag = bag_of(weight, bias=0.4)
+    bag = Bag(VOCABULARY, names)
+    bag.weight[1:] = torch.tensor(list(weight.values()))
+    bag.bias.fill_(0.4)
     for ids, values in zip(tokens.tolist(), bag(tokens)):
         for t in range(1, T + 1):
             found = said(bag, ids[:t])
@@ -184,18 +173,6 @@ def test_the_fit_is_the_minimum_that_newton_finds(ridge, pair_ridge):
     assert_close(bag.bias.item(), bias, "not the bias of the minimum", atol=2e-3, rtol=0)
     assert_close(found["unheard"], strength * -1.5, "not strength times rating", atol=2e-3, rtol=0)
     assert abs(strength) > 0.01 and max(map(abs, expected.values())) > 0.02, "too little to see"
-
-
-def test_ridge_goes_from_repeating_the_targets_to_their_mean():
-    """ridge -> 0 gives back each target; ridge -> infinity leaves the weighted mean target."""
-    tokens = torch.tensor(2 * spell(" my", " Love", ",", " a", " death"))
-    targets = torch.tensor(2 * [0.9, 0.6, 0.3, 0.55, 0.1])
-    weights = torch.tensor(2 * [1.0, 3.0, 1.0, 2.0, 1.0])
-
-    mean = (weights * targets).sum() / weights.sum()
-    for ridge, expected in ((1e-5, targets), (1e4, mean.expand(10))):
-        bag = Bag(VOCABULARY).fit(tokens, targets, weights, {}, ridge, ridge)
-        assert_close(bag(tokens)[:, 0].sigmoid(), expected, f"ridge {ridge}", atol=0.01, rtol=0)
 
 
 # ---- what the readers read ----------------------------------------------------------------
