@@ -12,7 +12,6 @@ import os
 import pickle
 import random
 import re
-import signal
 import subprocess
 import sys
 import zipfile
@@ -209,39 +208,18 @@ def brute_force_bpe(text, vocab_size):
     return {token: rank for rank, token in enumerate(vocab)}
 
 
-def test_merging_replaces_each_pair_from_the_left():
-    """1,000 random lists over three ids, overlaps (aaa) too; the list given is left alone."""
-    rng = random.Random(6)
-    for _ in range(1000):
-        ids = [rng.randrange(3) for _ in range(rng.randrange(12))]
-        pair, given = (rng.randrange(3), rng.randrange(3)), list(ids)
-        assert data.merge(ids, pair, 9) == naive_merge(ids, pair, 9), f"{pair} in {ids}"
-        assert ids == given, "the list given was changed"
-
-
 @pytest.mark.parametrize("text, vocab_size", [
-    (TEXT, 264), (3 * TEXT, 318), ("aaaaaaaaa aaaa aaaaaaa", 258),
+(3 * TEXT, 318), ("aaaaaaaaa aaaa aaaaaaa", 258),
     ("so fair so foul \u00e9\u00e9\u00e9 \N{EM DASH}\N{EM DASH} " * 5, 270), (None, 264)],
-    ids=["speeches", "until nothing is left", "overlaps", "beyond ASCII", "random words"])
+    ids=["until nothing is left", "overlaps", "beyond ASCII", "random words"])
 def test_bpe_makes_the_merges_of_brute_force(text, vocab_size):
-    """Counting only where a merge changes something, the same tokens come in the same order.
-
-    Random: 200 texts over two letters, with ties and pairs that vanish at every merge.
-    """
+    """The same tokens in the same order; random: 200 texts over two letters, with many ties."""
     rng = random.Random(0)
     for text in [text] if text else [" ".join(
             "".join(rng.choices("ab", k=rng.randrange(1, 9))) for _ in range(30)) * 2
             for _ in range(200)]:
         expected = brute_force_bpe(text, vocab_size)
         assert list(train_bpe(text, vocab_size).items()) == list(expected.items()), text
-
-
-def test_the_order_of_words_does_not_matter_to_bpe():
-    """The result depends on counts alone, and is the same at every call."""
-    words = TEXT.split() * 2
-    ranks = list(train_bpe(" ".join(words), 270))
-    assert ranks == list(train_bpe(" ".join(words), 270)), "two trainings differ"
-    assert ranks == list(train_bpe(" ".join([words[0]] + words[:0:-1]), 270)), "order matters"
 
 
 def test_a_text_too_poor_for_the_vocabulary_is_said_so():
@@ -251,8 +229,7 @@ def test_a_text_too_poor_for_the_vocabulary_is_said_so():
 
 
 def test_any_text_comes_back_and_no_token_crosses_pieces(encoding):
-    """Of 10,000 random texts: pieces joined are the text, and tokens decoded; re splits as
-    tiktoken does."""
+    """Of 10,000 random texts, in pieces and in tokens; re splits as tiktoken does."""
     rng = random.Random(1)
     for text in [TEXT, "", *(random_text(rng) for _ in range(10_000))]:
         pieces, ids = re.findall(PIECES, text), encoding.encode_ordinary(text)
@@ -262,20 +239,16 @@ def test_any_text_comes_back_and_no_token_crosses_pieces(encoding):
         assert ids == apart, f"tiktoken splits this text otherwise than re: {text!r}"
 
 
-def test_tiktoken_merges_as_training_did(encoding):
-    """Each trained token, encoded, is that one token: ranks are the order of the merges."""
-    for token, rank in train_bpe(3 * TEXT, 300).items():
-        assert encoding.encode_single_token(token) == rank
-        if token.isascii():
-            assert encoding.encode_ordinary(token.decode()) == [rank], f"{token} is split"
-
-
 def test_a_tokenizer_file_gives_the_same_tokenizer(tmp_path, encoding):
-    """Written and read: the same ids, also where the last newline is missing."""
-    path = tmp_path / "tokenizer.tiktoken"
-    data.save_tokenizer(path, train_bpe(3 * TEXT, 300))
-    ids = data.load_tokenizer(path).encode_ordinary(TEXT)
-    assert ids == encoding.encode_ordinary(TEXT), "the file changed the tokenizer"
+    """Written and read, each token is encoded as its rank; the last newline may be missing."""
+    path, ranks = tmp_path / "tokenizer.tiktoken", train_bpe(3 * TEXT, 300)
+    data.save_tokenizer(path, ranks)
+    found = data.load_tokenizer(path)
+    assert found.encode_ordinary(TEXT) == encoding.encode_ordinary(TEXT), "another tokenizer"
+    for token, rank in ranks.items():
+        assert found.encode_single_token(token) == rank
+        if token.isascii():
+            assert found.encode_ordinary(token.decode()) == [rank], f"{token} is split"
     path.write_bytes(path.read_bytes()[:-1])
     assert data.load_tokenizer(path).n_vocab == 300, "the last token was lost with the newline"
 
@@ -385,7 +358,6 @@ READERS = {"checkpoint": data.load_checkpoint, "tokenizer": data.load_tokenizer,
            "jsonl": lambda path: list(data.read_jsonl(path))}
 CHECKPOINT = saved({"kind": "pretrain", "model": {"w": torch.arange(6.0)}, "inputs": {"seed": 0},
                     "history": [{"loss": 0.5}]})
-NOISE = random.Random(4).randbytes(1000)
 LATIN_1, UTF_16 = "Fran\xe7ais \n".encode("latin-1") * 3000, ("My lord\n" * 3000).encode("utf-16")
 COLUMNS = "line 1: the first line must name the columns play, first_line, last_line, rating"
 FIELDS = "line 3: the row has not as many fields as there are columns"
@@ -398,28 +370,18 @@ BAD = {     # reader: what is wrong, content, a part of what is said
     "checkpoint": [
         ("empty", b"", DAMAGED),
         *[(f"cut at {n}", CHECKPOINT[:n], DAMAGED)
-          for n in (4, 100, len(CHECKPOINT) // 2, len(CHECKPOINT) - 30, len(CHECKPOINT) - 1)],
-        ("its first half lost", CHECKPOINT[len(CHECKPOINT) // 2:], DAMAGED),
-        ("random bytes", NOISE, DAMAGED),
-        ("text", TEXT.encode(), DAMAGED),
-        ("another zip", wheel({"a.txt": "text"}), DAMAGED),
+          for n in (4, len(CHECKPOINT) // 2, len(CHECKPOINT) - 1)],
         ("a whole module", saved(torch.nn.Linear(1, 1)), DAMAGED),
         ("a tensor", saved(torch.zeros(3)), FOREIGN),
-        ("a list", saved([1, 2]), FOREIGN),
         ("weights alone", saved({"w": torch.zeros(3)}), FOREIGN)],
     "tokenizer": [
         ("empty", b"", RANKS),
-        ("random bytes", NOISE, "is not a token and its rank"),
-        ("text", TEXT.encode(), "line 1 is not a token and its rank"),
         ("a line lost", ranks_file(lambda r: r[:200] + r[201:]), RANKS),
         ("a byte lost", ranks_file(lambda r: r[:65] + [(b"AB", 65)] + r[66:]), RANKS),
-        ("a gap in the ranks", ranks_file(lambda r: r[:-1] + [(b"the", 258)]), RANKS),
         ("ranks from 1", ranks_file(lambda r: [(token, rank + 1) for token, rank in r]), RANKS),
-        ("a negative rank", ranks_file(lambda r: r[:-1] + [(b"the", -1)]), RANKS),
         ("a rank twice", ranks_file(lambda r: r[:-1] + [(b"the", 256)]), RANKS),
         ("a token twice", ranks_file(lambda r: r[:-1] + [(b"th", 257)]), RANKS),
         ("cut in a rank", ranks_file()[:-2], RANKS),
-        ("a blank line", b"\n" + ranks_file(), "line 1 is not a token and its rank"),
         *[(name, ranks_file() + line, ROW) for name, line in [
             ("not base64", b"d*Gg= 258\n"), ("cut in base64", b"dGhl"), ("no rank", b"dGhl\n"),
             ("a rank in words", b"dGhl ten\n"), ("three fields", b"dGhl 258 1\n"),
@@ -428,13 +390,8 @@ BAD = {     # reader: what is wrong, content, a part of what is said
         ("empty", b"", COLUMNS),
         ("only a header", rated(), "has no passages"),
         ("no header", b"comedies/play-1,1,2,1\n", COLUMNS),
-        ("a column missing", b"play,first_line,rating\ncomedies/play-1,1,1\n", COLUMNS),
-        ("semicolons", rated("comedies/play-1,1,2,1").replace(b",", b";"), COLUMNS),
-        ("not UTF-8", b"text,rating\n" + LATIN_1, "is not UTF-8 text (byte 16)"),
-        ("NUL", b"text,rating\na\0b,1\n", "holds NUL bytes"),
         ("too few fields", rated("comedies/play-1,1,2,1", "comedies/play-1,1,2"), FIELDS),
         ("too many fields", row(1, 2, "1,1"), FIELDS),
-        ("a rating too high", row(1, 2, "2.1"), "line 3: rating 2.1 is outside -2 to 2"),
         ("an unknown play", rated("comedies/cats,1,2,1"),
          "line 2: play 'comedies/cats' is not in the corpus"),
         ("no play", rated(",1,2,1"), "line 2: play '' is not in the corpus"),
@@ -442,38 +399,27 @@ BAD = {     # reader: what is wrong, content, a part of what is said
         ("a blank text", b'text,rating\n" ",1\n', "line 2: the passage is empty"),
         *[(f"lines {first} to {last}", row(first, last), f"line 3: lines {first} to {last} {says}")
           for first, last, says in [(0, 2, LINES), (5, 7, LINES), (3, 2, LINES), (-1, 2, WHOLE),
-                                    ("one", 2, WHOLE), (1, "2.5", WHOLE), ("", 2, WHOLE),
-                                    (1, "\xb2", WHOLE), (1, "\u0662", WHOLE)]],
-        ("a line of 5,000 digits", row(1, "1" * 5000), WHOLE),
+                                    ("", 2, WHOLE), (1, "2.5", WHOLE), (1, "\u0662", WHOLE)]],
         ("an open quote", b'text,rating\nfine,1\n"open,1\n', "line 3: unexpected end of data"),
-        ("a quote inside", b'text,rating\n"a"b,1\n', "line 2: ',' expected after '\"'"),
         ("a field too long", b"text,rating\n" + b"a" * 200_000 + b",1\n",
          "line 2: field larger than field limit")],
     "corpus": [
         ("empty", b"", "has 0 characters, " + SHORT),
         ("too short", TEXT.encode(), SHORT),
-        ("only blank lines", b"\n" * 50_000, "has 0 characters, " + SHORT),
         ("Latin-1", LATIN_1, "is not UTF-8 text (byte 4)"),
-        ("UTF-16", UTF_16, "is not UTF-8 text (byte 0)"),
         ("UTF-16 without a mark", UTF_16[2:], "holds NUL bytes"),
-        ("NUL", (TEXT * 300).encode() + b"\0", "holds NUL bytes"),
-        ("a picture", b"\x89PNG\r\n\x1a\n" + NOISE, "is not UTF-8 text (byte 0)"),
         ("one long line", b"word " * 30_000, "line 1 has 150,000 characters. Break it")],
     "jsonl": [
         ("cut", b'{"text": "fine"}\n\n{"text": "cu', OBJECT.replace("1", "3")),
-        ("UTF-16", '{"text": "a"}\n'.encode("utf-16"), OBJECT),
-        ("Latin-1", '{"text": "Fran\xe7ais"}\n'.encode("latin-1"), OBJECT),
         ("nested too deep", LONG_LIST, OBJECT),
-        ("random bytes", NOISE, OBJECT),
         *[(line.decode()[:40], line + b"\n", OBJECT) for line in [
-            b"{text: 1}", b'{"text": "a"} {"text": "b"}', b'["text"]', b'"text"', b"null",
-            b'{"txt": "a"}', b'{"text": 1}', b'{"text": null}', b'{"text": ["a"]}',
-            b'{"text": "a\0b"}', b'{"text": "\\ud800"}',
+            b'{"text": "a"} {"text": "b"}', b'["text"]', b"null", b'{"txt": "a"}',
+            b'{"text": null}', b'{"text": "a\0b"}', b'{"text": "\\ud800"}',
             b'{"text": "a", "x": ' + b"1" * 5000 + b"}"]]],
 }
 BAD_FILES = [pytest.param(reader, content, part, id=f"{reader}: {name}")
              for reader, files in BAD.items() for name, content, part in [
-                 ("missing", MISSING, "No such file"), ("folder", FOLDER, "Is a directory"), *files]]
+                 ("missing", MISSING, "No such file"), ("folder", FOLDER, "a directory"), *files]]
 
 
 @pytest.mark.filterwarnings("error")
@@ -531,9 +477,9 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path, kinds, taken):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("reader, content, trials", [
-    ("labels", rated("comedies/play-1,1,2,1", "comedies/play-2,5,6,-0.5"), 5000),
-    ("labels", b'text,rating\n"Good, my lord",1\nAlas,-2\n', 5000),
-    ("checkpoint", CHECKPOINT, 5000), ("tokenizer", ranks_file(), 1000)],
+    ("labels", rated("comedies/play-1,1,2,1", "comedies/play-2,5,6,-0.5"), 2000),
+    ("labels", b'text,rating\n"Good, my lord",1\nAlas,-2\n', 2000),
+    ("checkpoint", CHECKPOINT, 3000), ("tokenizer", ranks_file(), 500)],
     ids=["labels", "rated texts", "checkpoint", "tokenizer"])
 def test_damage_of_any_kind_ends_in_a_message_or_in_nothing(monkeypatch, reader, content, trials):
     """Random bytes, and bytes changed, lost or added: no error but UserError, no warning."""
@@ -583,64 +529,39 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch,
     monkeypatch.setattr(data.os, where, fail)
     with pytest.raises(UserError, match="cannot write .*file: No space left on device. Free some"):
         data.write_file(tmp_path / "file", b"new")
+    with pytest.raises(UserError, match="cannot write .*No such file or directory"):
+        data.write_file(tmp_path / "none" / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old", "the old file is damaged"
     assert os.listdir(tmp_path) == ["file"], "a temporary file is left"
 
 
-def write_until(line, end, path):
-    """write_file(path, b"new" * 9000), with end() called before that line of it that is run.
-
-    Whether there was such a line.
-    """
-    left = [line]
-
-    def count(frame, event, arg):
-        if event == "line":
-            left[0] -= 1
-            if left[0] == 0:
-                end()
-        return count
-    sys.settrace(lambda frame, *_: count if frame.f_code.co_name == "write_file" else None)
-    try:
-        data.write_file(path, b"new" * 9000)
-    finally:
-        sys.settrace(None)
-    return left[0] <= 0
-
-
-def interrupt():
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("killed", [False, True], ids=["Ctrl-C", "kill"])
-def test_a_file_is_old_or_new_wherever_writing_is_cut_off(tmp_path, killed):
-    """Before each line: no half is ever there, no litter after Ctrl-C, and both contents occur."""
+def test_a_file_is_old_or_new_before_every_line_of_writing(tmp_path):
+    """So a kill at any line leaves no half of it, and Ctrl-C no litter either."""
     path, found, cut, line = tmp_path / "file", [], True, 0
+
+    def trace(frame, event, arg):
+        if event == "line":
+            found.append(path.read_bytes())
+            left.pop()
+            if not left:
+                raise KeyboardInterrupt
+        return trace
+
     while cut:
         line, cut = line + 1, False
         path.write_bytes(b"old")
-        if not killed:
-            try:
-                write_until(line, interrupt, path)
-            except KeyboardInterrupt:
-                cut = True
-            assert os.listdir(tmp_path) == ["file"], f"litter when cut off before line {line}"
-        elif not (child := os.fork()):
-            try:
-                write_until(line, lambda: os.kill(os.getpid(), signal.SIGKILL), path)
-            finally:
-                os._exit(0)
-        else:
-            cut = os.waitpid(child, 0)[1] == signal.SIGKILL
+        left = [None] * line                    # lines to go until Ctrl-C
+        sys.settrace(lambda frame, *_: trace if frame.f_code.co_name == "write_file" else None)
+        try:
+            data.write_file(path, b"new" * 9000)
+        except KeyboardInterrupt:
+            cut = True
+        finally:
+            sys.settrace(None)
+        assert os.listdir(tmp_path) == ["file"], f"litter when cut off before line {line}"
         found.append(path.read_bytes())
-        assert found[-1] in (b"old", b"new" * 9000), f"half a file when cut before line {line}"
-    assert line > 8 and found[0] == b"old" and found[-1] == b"new" * 9000 == found[-2]
-
-
-def test_a_folder_that_is_not_there_is_said_so(tmp_path):
-    """Nothing can be written into it."""
-    with pytest.raises(UserError, match="cannot write .*No such file or directory"):
-        data.write_file(tmp_path / "none" / "file", b"new")
+    assert set(found) == {b"old", b"new" * 9000}, "half a file"
+    assert line > 8 and found[-1] == b"new" * 9000, "this should try every line"
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
@@ -719,10 +640,10 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 
 
 @pytest.mark.parametrize("option, value, result", [
-    ("--n", "3", 3), ("--n", "0", "0 is not from 1 to 9"), ("--n", "10", "10 is not from 1 to 9"),
-    ("--n", "1.5", "invalid int value: '1.5'"), ("--x", "0.5", 0.5), ("--x", "0", 0.0),
-    ("--x", "1e10", "1e10 is not from 0 to 1000000000"), ("--x", "nan", "nan is not from 0 to"),
-    ("--x", "one", "invalid float value: 'one'"), ("--y", "1", "unrecognized arguments: --y 1")])
+    ("--n", "9", 9), ("--n", "0", "0 is not from 1 to 9"), ("--x", "0", 0.0),
+    ("--n", "1.5", "invalid int value: '1.5'"), ("--x", "nan", "nan is not from 0 to"),
+    ("--x", "1e10", "1e10 is not from 0 to 1000000000"),
+    ("--y", "1", "unrecognized arguments: --y 1")])
 def test_numbers_out_of_bounds_are_refused_in_one_line(option, value, result):
     """Bounds belong to the numbers; nan is in none. Not argparse's usage and exit."""
     parser = data.Parser(prog="train.py")
@@ -768,8 +689,7 @@ def nesting(node, depth=0):
 
 @pytest.mark.parametrize("script", MAY_IMPORT)
 def test_the_scripts_can_be_read_one_after_another(script):
-    """Imports point downwards, lines fit a page, a function holds others one level deep, and
-    examples in docstrings come out as they stand."""
+    """Imports point downwards, lines fit a page, nesting is shallow, examples are right."""
     source = (data.HERE / f"{script}.py").read_text()
     tree, imported = ast.parse(source), set()
     for node in ast.walk(tree):

@@ -52,20 +52,9 @@ def logprobs_of(logits, tokens):
     return logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
 
 
-def bigram(probs):
-    """A real GPT, weights set by hand: after token i, token j has probability probs[i][j]."""
-    V = len(probs)
-    model = GPT(GPTConfig(vocab_size=V, block_size=16, n_layer=1, n_head=1, n_embd=8))
-    model.requires_grad_(False).embed.weight.copy_(randn(V, 8, dtype=F32))
-    # The block starts as the identity: hidden states are a function of the last token alone.
-    states = model.hidden(torch.arange(V)[:, None])[:, 0]                           # (V,8)
-    model.lm_head.weight.copy_((torch.linalg.pinv(states) @ torch.tensor(probs).log()).T)
-    return model
-
-
 # ---- the pieces -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("T, S", [(7, 7), (1, 7), (2, 7), (5, 7), (1, 1)])
+@pytest.mark.parametrize("T, S", [(7, 7), (2, 7), (1, 1)])
 @pytest.mark.parametrize("pads", [None, (0, 2)], ids=["full", "padded"])
 def test_attention_is_scaled_dot_product_attention_over_the_past(T, S, pads):
     """softmax(q k' / sqrt(d)) v (Vaswani 2017); the T queries are the last of S positions."""
@@ -103,20 +92,6 @@ def test_rotary_positions_turn_each_pair_by_position_times_frequency():
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle)
     assert_close(rotate(x, model.cos, model.sin), torch.cat((turned.real, turned.imag), -1),
                  "rotary positions are not a rotation by t * theta", atol=1e-4, rtol=0)
-
-
-def test_the_cache_returns_everything_appended_so_far_for_each_layer():
-    """Keys stay keys, values values, layers apart, in the order read; nothing is copied to grow."""
-    config = GPTConfig(vocab_size=4, block_size=8, n_layer=2, n_head=3, n_embd=12)
-    k, v = randn(2, 5, 3, 8, 4), randn(2, 5, 3, 8, 4, seed=1)           # (layer,B,H,T,head)
-    cache = KVCache(config, 5, 8, "cpu", torch.float64)
-    for start, end in ((0, 3), (3, 4), (4, 6)):
-        for layer in range(2):
-            keys, values = cache.append(layer, k[layer, :, :, start:end], v[layer, :, :, start:end])
-            assert_close(keys, k[layer, :, :, :end], "the cache lost or moved keys")
-            assert_close(values, v[layer, :, :, :end], "the cache lost or moved values")
-            assert keys.data_ptr() == cache.k[layer].data_ptr(), "keys were copied"
-        cache.length += end - start
 
 
 def test_a_block_adds_attention_and_then_a_squared_relu():
@@ -176,8 +151,7 @@ PLACES = {"residual stream": (Block, "forward"), "norm": (gpt, "norm"), "angles"
 @both_dtypes
 @pytest.mark.parametrize("name", PASSES)
 def test_every_tensor_has_the_dtype_that_the_docstring_states(trained, monkeypatch, name, dtype):
-    """Weights float32; all from the embedding to the hidden states in the compute dtype; logits
-    float32. Only decoding reads weights cast before, from a copy."""
+    """Weights and logits float32, all between in the compute dtype; only decoding casts weights."""
     model = copy_of(trained, dtype)
     seen, used = defaultdict(set), set()
 
@@ -254,13 +228,6 @@ def test_the_compute_dtype_is_bfloat16_where_the_cpu_is_fast_at_it(monkeypatch, 
 
 # ---- logits -----------------------------------------------------------------------------------
 
-def test_the_trained_model_knows_its_language(trained):
-    """Guards the other tests: one that stayed uniform (loss log 16 = 2.77) would prove nothing."""
-    tokens = streams(256, 24)
-    loss = F.cross_entropy(trained(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    assert loss < 2.0, f"training does not work: loss {loss:.2f} nats a token"
-
-
 def test_an_untrained_model_is_uniform():
     """Zero output projections: every token has probability 1/V before the first step."""
     model = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=16))
@@ -289,8 +256,7 @@ def test_changing_token_t_plus_1_leaves_logits_up_to_t_unchanged(trained):
 
 
 def test_reading_the_same_text_at_later_positions_changes_nothing(trained):
-    """Queries and keys both turn, values do not: only distances between tokens reach the logits
-    (Su 2021, section 3.2)."""
+    """Queries and keys both turn, values do not: only distances count (Su 2021, section 3.2)."""
     later, tokens = copy.deepcopy(trained), streams(8, 10)
     later.cos, later.sin = trained.cos[7:], trained.sin[7:]
     assert_close(later(tokens), trained(tokens), "logits depend on where the text stands",
@@ -314,11 +280,7 @@ def test_logits_with_the_cache_equal_logits_of_the_whole_sequence(trained, piece
 
 @both_dtypes
 def test_left_padding_changes_nothing_of_the_text_after_it(trained, dtype):
-    """Rows with 0 to 7 PADs before them give the states and logits that they give alone.
-
-    In float32 within rounding. In bfloat16 cos and sin are rounded otherwise at later positions:
-    logits then move as far as bfloat16 moves them anyway.
-    """
+    """Within rounding, for 0 to 7 PADs; in bfloat16 rounding depends on the position."""
     model = copy_of(trained, dtype)
     texts = [streams(1, 20 - pads, seed=pads) for pads in range(8)]
     batch = torch.cat([padded_left(text, 20 - text.size(1)) for text in texts])
@@ -354,45 +316,33 @@ def test_cpu_and_gpu_log_probabilities_agree(trained):
                          "CPU and GPU disagree", atol=1e-3, rtol=0)
 
 
-@both_dtypes
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype, padded", [(F32, True), (BF16, False)])
 def test_decoding_and_scoring_never_leave_or_await_the_device(trained, monkeypatch, dtype, padded):
-    """On torch's meta device, which refuses tensors of the CPU and has no values to look at.
-
-    Whether a text is padded is the one thing looked at, once a call: answered here instead.
-    """
+    """On the meta device, which has no values to look at; what padding() looks at is given."""
     looks = []
     monkeypatch.setattr(gpt, "padding", lambda tokens:
                         looks.append(1) or (tokens == PAD if padded else None))
     model = copy_of(trained, dtype).to("meta")
     prompts = torch.zeros(4, 3, dtype=torch.long, device="meta")
     for options in ({}, {"temperature": 0.7, "top_k": 3}, {"temperature": 0}):
-        tokens = generate(model, prompts, 5, **options)
-        assert tokens.shape == (4, 8) and tokens.is_meta, "decoding left the model's device"
+        tokens = generate(model, prompts, 2, **options)
+        assert tokens.shape == (4, 5) and tokens.is_meta, "decoding left the model's device"
     assert len(looks) == 3, "decoding looks at the prompts once"
-    tokens = sample_completions(model, prompts, 5, None, end=0, batch=2)
-    assert tokens.shape == (4, 5) and tokens.is_meta, "sampling left the model's device"
+    tokens = sample_completions(model, prompts, 2, None, end=0, batch=2)
+    assert tokens.shape == (4, 2) and tokens.is_meta, "sampling left the model's device"
     assert scoring(model, prompts, tokens).is_meta, "scoring left the model's device"
 
 
 # ---- sampling ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("temperature", [1, 0.5, 2.0])
-def test_one_step_samples_match_the_softmax(temperature):
-    """100,000 draws of softmax(logits / temperature), by chi-square; 4 tokens never come."""
+@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.5, 5), (1.0, 1), (1.0, 25)])
+def test_samples_match_the_softmax_of_the_k_likeliest_tokens(temperature, top_k):
+    """p_i / (sum of the k largest p), p = softmax(logits / temperature); 4 tokens never come."""
     logits = randn(20, dtype=F32) * 2
     logits[[0, 7, 8, 19]] = -math.inf
-    draws = sample_tokens(logits.expand(100_000, 20), temperature, generator=seeded())
-    assert chi_square_p(draws, (logits / temperature).softmax(-1)) > ALPHA
-
-
-@pytest.mark.parametrize("temperature, top_k", [(1.0, 1), (1.0, 5), (0.5, 5), (1.0, 20), (1.0, 25)])
-def test_top_k_samples_the_k_likeliest_tokens_in_proportion(temperature, top_k):
-    """p_i / (sum of the k largest p) for those k, 0 for others; k at or above V changes nothing."""
-    logits = randn(20, dtype=F32)
     probs = (logits / temperature).softmax(-1)
-    probs[probs.argsort(descending=True)[top_k:]] = 0
-    draws = sample_tokens(logits.expand(20_000, 20), temperature, top_k, generator=seeded())
+    probs[probs.argsort(descending=True)[top_k or 20:]] = 0
+    draws = sample_tokens(logits.expand(50_000, 20), temperature, top_k, generator=seeded())
     assert chi_square_p(draws, probs / probs.sum()) > ALPHA
 
 
@@ -406,30 +356,20 @@ def test_rows_are_sampled_from_their_own_logits():
 @pytest.mark.parametrize("uniform, token", [(0.0, 1), (0.25, 1), (0.5, 2), (0.75, 2),
                                             (1 - 2 ** -53, 2)])
 def test_no_uniform_number_reaches_a_token_of_probability_0(monkeypatch, uniform, token):
-    """Inverting the cdf (0, 1/2, 1, 1): the first token above u, at both ends of [0, 1) too.
-
-    A sum of 2,048 rounded probabilities may end below 1: no draw falls off its end either.
-    """
+    """Inverting the cdf (0, 1/2, 1, 1), at both ends too; sums of 2,048 may end below 1."""
     monkeypatch.setattr(torch, "rand", lambda *shape, **like:
                         torch.full(shape, uniform, dtype=like["dtype"]))
     assert sample_tokens(torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])).item() == token
     logits = F.pad(randn(100, 2048, dtype=F32), (0, 1), value=-math.inf)
     assert sample_tokens(logits).max() < 2048
-
-
-def test_logits_that_are_not_numbers_give_a_token_that_exists():
-    """NaN reaches no cumulative sum: the draw stays legal, so that check_finite can report it."""
-    tokens = sample_tokens(torch.full((3, 5), math.nan), generator=seeded())
-    assert ((tokens >= 0) & (tokens < 5)).all(), "a draw from NaN is no token"
+    # NaN reaches no cumulative sum: the draw stays legal, so that check_finite can report it.
+    assert 0 <= sample_tokens(torch.full((1, 5), math.nan)) < 5, "a draw from NaN is no token"
 
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.7, None), (1.5, 5)])
 @pytest.mark.parametrize("pads", [0, 3])
 def test_generate_draws_what_a_loop_without_cache_draws(trained, temperature, top_k, pads):
-    """The oracle reads the whole text again for every token, and no padding: slow and plain.
-
-    So the first tokens do not know how many more will follow, and PADs change no sample.
-    """
+    """The oracle reads the whole text again for every token, and no padding: slow and plain."""
     prompt, generator = streams(8, 4), seeded()
     tokens = prompt
     for _ in range(17):
@@ -459,8 +399,7 @@ def test_each_row_continues_its_own_prompt(trained):
 
 
 def test_the_same_seed_gives_the_same_samples_and_the_global_stream_is_left_alone(trained):
-    """Sampling has its own stream, which other randomness neither moves nor is moved by, and
-    whose state goes into checkpoints."""
+    """Sampling has its own stream, which nothing else moves, and whose state can be saved."""
     state = torch.get_rng_state()
     stream = gpt.Generator().manual_seed(1)
     saved = stream.state_dict()
@@ -474,7 +413,7 @@ def test_the_same_seed_gives_the_same_samples_and_the_global_stream_is_left_alon
     assert torch.equal(generate(trained, streams(8, 4), 20, generator=other), first)
 
 
-@pytest.mark.parametrize("n", [1, 10, 13])
+@pytest.mark.parametrize("n", [1, 13])
 def test_sample_completions_continues_every_prompt_without_it_up_to_its_end(trained, n):
     """Batches of 5 share one generator: 13 completions are generate's for 5, 5, 3 prompts."""
     prompts, generator = padded_left(streams(n, 4), 2), seeded()
@@ -499,16 +438,6 @@ def test_cut_after_keeps_each_row_up_to_and_with_its_first_end():
     assert torch.equal(cut_after(cut, 0), cut) and torch.equal(cut_after(tokens, None), before)
 
 
-def test_pairs_of_tokens_come_as_often_as_they_are_scored(trained):
-    """20,000 completions of 2 tokens against p(a) p(b | a), by chi-square."""
-    prompt = streams(1, 4)
-    first = trained(prompt)[0, -1].softmax(-1)                                      # (16,)
-    second = trained(torch.cat((prompt.expand(16, 4), torch.arange(16)[:, None]), 1))[:, -1]
-    draws = generate(trained, prompt.expand(20_000, 4), 2, generator=seeded())[:, 4:]
-    expected = (first[:, None] * second.softmax(-1)).flatten()
-    assert chi_square_p(draws[:, 0] * 16 + draws[:, 1], expected) > ALPHA
-
-
 def test_completions_come_from_the_whole_softmax_at_temperature_1():
     """By chi-square: 200 tokens, a long tail, so a top-k or a temperature in the sampler shows."""
     model = GPT(GPTConfig(vocab_size=200, block_size=4, n_layer=1, n_head=1, n_embd=8))
@@ -518,27 +447,10 @@ def test_completions_come_from_the_whole_softmax_at_temperature_1():
     assert chi_square_p(draws[:, 0], model(prompts[:1])[0, -1].softmax(-1)) > ALPHA
 
 
-def test_a_model_that_always_says_the_next_number_counts():
-    """A fake with a known answer: 0 1 2 3 4 0 1 ... from any start, at temperature 1."""
-    table = torch.full((5, 5), 1e-12) + torch.eye(5).roll(1, dims=1)
-    tokens = generate(bigram(table.tolist()), torch.tensor([[0], [3]]), 7, generator=seeded())
-    assert tokens.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [3, 4, 0, 1, 2, 3, 4, 0]]
-
-
 # ---- scoring ----------------------------------------------------------------------------------
 
-def test_token_t_is_scored_by_the_logits_at_t_minus_1():
-    """A bigram model: log p(0 1 2 0 | 0) = log(1/2 * 1/4 * 1/8 * 3/4), by hand from the table."""
-    model = bigram([[1 / 2, 1 / 4, 1 / 4], [1 / 2, 3 / 8, 1 / 8], [3 / 4, 1 / 8, 1 / 8]])
-    prompts, tokens = torch.tensor([[0]]), torch.tensor([[0, 1, 2, 0]])
-    probs = logprobs_of(completion_logits(model, prompts, tokens), tokens).exp()
-    assert_close(probs, torch.tensor([[1 / 2, 1 / 4, 1 / 8, 3 / 4]]),
-                 "scored by the wrong position", atol=1e-4, rtol=0)
-
-
 def test_completions_are_scored_by_what_stands_before_each_token_and_by_no_padding(trained):
-    """Completion token t stands at T0 + t: the state at T0 + t - 1 is known before it. PADs to the
-    left of prompts and to the right of ended completions change nothing; rows come in order."""
+    """Token t stands at T0 + t: the state at T0 + t - 1 is known before it; PADs change nothing."""
     prompts, tokens = streams(8, 4), cut_after(streams(8, 15, seed=2), 3)
     assert (tokens[:, -1] == PAD).any() and (tokens[:, -1] != PAD).any()
     padded = padded_left(prompts, 3)
@@ -557,15 +469,15 @@ def test_completions_are_scored_by_what_stands_before_each_token_and_by_no_paddi
 @both_dtypes
 def test_log_probabilities_of_the_sampler_equal_teacher_forced_ones(trained, monkeypatch, dtype):
     """log pi(y_t | y_<t) at sampling is what one pass over the text gives: so before the first
-    update the mean of k1 over 4,096 completions is 0, within 4 standard errors.
+    update the mean of k1 over 1,024 completions is 0, within 4 standard errors.
 
     Token by token to 1e-4 in float32. In bfloat16 products of other shapes may round otherwise: to
     0.1, and 0.001 on average.
     """
-    model, prompts, seen = copy_of(trained, dtype), padded_left(streams(4096, 4), 1), []
+    model, prompts, seen = copy_of(trained, dtype), padded_left(streams(1024, 4), 1), []
     monkeypatch.setattr(gpt, "sample_tokens", lambda logits, *rest:
                         seen.append(logits) or sample_tokens(logits, *rest))
-    tokens = sample_completions(model, prompts, 12, seeded(), batch=4096)
+    tokens = sample_completions(model, prompts, 12, seeded(), batch=1024)
     sampled = logprobs_of(torch.stack(seen, dim=1), tokens)
     forced = in_chunks(lambda *rows: logprobs_of(completion_logits(model, *rows), rows[1]),
                        prompts, tokens, size=512)
@@ -573,7 +485,7 @@ def test_log_probabilities_of_the_sampler_equal_teacher_forced_ones(trained, mon
     mean, most = (1e-5, 1e-4) if dtype == F32 else (1e-3, 0.1)
     assert k1.abs().mean() < mean and k1.abs().max() < most, f"a token is {k1.abs().max():.3g} off"
     k1 = k1.sum(1)                                                                  # (B,)
-    assert k1.mean().abs() <= 4 * k1.std() / 64, "ref_kl is not 0 before the first update"
+    assert k1.mean().abs() <= 4 * k1.std() / 32, "ref_kl is not 0 before the first update"
 
 
 def test_every_parameter_has_exactly_one_optimizer_and_a_step_lowers_the_loss(trained):

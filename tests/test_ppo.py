@@ -8,14 +8,12 @@ import torch
 
 from conftest import assert_close, randn
 from ppo import (AdaptiveKL, best_of_n, entropy, exact_kl, explained_variance, gae, kl_estimates,
-                 kl_penalised_rewards, learning_rate, leave_one_out, masked_mean,
-                 mixture_log_weights, optimum, optimum_bound, policy_loss, rewards_to_go,
-                 token_logprobs, value_loss, whiten)
+                 kl_penalised_rewards, leave_one_out, masked_mean, mixture_log_weights, optimum,
+                 optimum_bound, policy_loss, rewards_to_go, token_logprobs, value_loss, whiten)
 
 B, T = 4, 6
 MASKS = {                                   # which tokens of 4 completions are real
     "no mask": None,
-    "all ones": ["111111"] * 4,
     "right padding": ["111111", "111100", "100000", "110000"],
     "left padding": ["111111", "001111", "000001", "000111"],
     "holes": ["101101", "010010", "110110", "001000"],
@@ -24,7 +22,7 @@ MASKS = {                                   # which tokens of 4 completions are 
 MASKS = {name: rows and torch.tensor([[int(c) for c in row] for row in rows])
          for name, rows in MASKS.items()}
 masks = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-some_masks = pytest.mark.parametrize("mask", list(MASKS.values())[2:], ids=list(MASKS)[2:])
+some_masks = pytest.mark.parametrize("mask", list(MASKS.values())[1:], ids=list(MASKS)[1:])
 shapes = pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 1), (2, 7)], ids=str)
 
 
@@ -90,19 +88,8 @@ def sequence_kl(p, q):
     return (p * (p / q).log()).sum()
 
 
-def test_token_logprobs_of_a_completion_sum_to_its_log_probability():
-    """log pi(y) = sum over t of log pi(y_t | y_<t), and the 81 probabilities sum to 1."""
-    logits = language(1)
-    p = token_logprobs(logits, sequences()).sum(1).double().exp()
-    assert_close(p, probabilities(logits), "not the completion's", atol=1e-6, rtol=1e-5)
-    assert_close(p.sum().item(), 1.0, "all completions together", atol=1e-5, rtol=0)
-
-
 def test_ref_kl_is_the_mean_of_the_sum_of_k1_and_of_the_exact_kl_with_less_variance():
-    """KL(pi to rho) = E_pi[sum_t k1_t] = E_pi[sum_t KL(pi(.|y_<t) to rho(.|y_<t))], by enumeration.
-
-    Ziegler 2019, section 2.1, in nats per completion, and the chain rule of KL.
-    """
+    """KL(pi to rho) = E_pi[sum_t k1_t] = E_pi[sum_t KL(pi(.|y_<t) to rho(.|y_<t))]."""
     pi, rho = language(1), language(2)
     p, kl = probabilities(pi), sequence_kl(probabilities(pi), probabilities(rho))
     k1, _, _ = kl_estimates(token_logprobs(pi, sequences()), token_logprobs(rho, sequences()))
@@ -114,10 +101,7 @@ def test_ref_kl_is_the_mean_of_the_sum_of_k1_and_of_the_exact_kl_with_less_varia
 
 
 def test_k1_and_k3_are_unbiased_and_k2_is_half_the_square():
-    """x from pi: E[k1] = E[k3] = KL, k2 = k1^2 / 2 (Schulman, "Approximating KL divergence").
-
-    exp(k1) - 1 - k1, the inverted k3 of several repositories, misses the KL by a half here.
-    """
+    """x from pi: E[k1] = E[k3] = KL, k2 = k1^2 / 2 (Schulman); k3 inverted misses it by half."""
     pi, rho = torch.tensor([0.7, 0.2, 0.1]).double(), torch.tensor([0.2, 0.4, 0.4]).double()
     kl = 0.7 * math.log(3.5) + 0.2 * math.log(0.5) + 0.1 * math.log(0.25)
     k1, k2, k3 = kl_estimates(pi.log(), rho.log())
@@ -175,21 +159,6 @@ def test_reward_is_minus_beta_k1_plus_the_score_on_the_last_real_token(mask):
                  "check the sign of k1, and that the score is on the last token but padding")
 
 
-def test_rewards_of_a_row_sum_to_score_minus_beta_times_its_kl():
-    """sum_t r_t = score - beta sum_t k1_t, in numbers: 1 - 0.5 * (1 + 0)."""
-    inputs = torch.tensor([1.0]), torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -2.0]])
-    for beta, expected in ((0.5, [[-0.5, 1.0]]), (0.0, [[0.0, 1.0]])):
-        assert_close(kl_penalised_rewards(*inputs, beta), torch.tensor(expected), f"beta {beta}")
-
-
-@masks
-def test_a_policy_equal_to_the_reference_pays_exactly_nothing(mask):
-    """pi = rho: every penalty is 0, to the last bit, for any beta."""
-    logprobs = randn(B, T, dtype=torch.float32)
-    rewards = kl_penalised_rewards(torch.zeros(B), logprobs, logprobs.clone(), 1e6, mask)
-    assert torch.equal(rewards, torch.zeros(B, T)), "equal policies were charged for KL"
-
-
 def test_no_gradient_flows_through_rewards():
     """The reward is data (Ziegler 2019): a gradient would add -beta grad log pi."""
     inputs = [x.requires_grad_() for x in (randn(B), randn(B, T), randn(B, T, seed=1))]
@@ -207,8 +176,10 @@ def double_sum(rewards, values, gamma, lam):
 
 
 @masks
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (1.0, 0.6), (0.9, 0.0), (1.0, 1.0)])
-def test_gae_is_the_double_sum_over_the_real_tokens(mask, gamma, lam):
+@pytest.mark.parametrize("gamma, lam, options", [(1.0, 0.95, {}),      # Ziegler 2019, section 2.2
+                                                 (0.9, 0.6, {"gamma": 0.9, "lam": 0.6}),
+                                                 (1.0, 1.0, {"lam": 1.0})])
+def test_gae_is_the_double_sum_over_the_real_tokens(mask, gamma, lam, options):
     """A_t = sum_l (gamma lam)^l delta_{t+l} (Schulman 2015, equation 16) without masked ones."""
     rewards, values = randn(B, T), randn(B, T, seed=1)
     expected, baseline, to_go = torch.zeros(3, B, T).double()
@@ -217,7 +188,7 @@ def test_gae_is_the_double_sum_over_the_real_tokens(mask, gamma, lam):
         expected[b, row] = torch.tensor(double_sum(r, v, gamma, lam)).double()
         baseline[b, row] = values[b, row]
         to_go[b, row] = torch.tensor([sum(r[t:]) for t in range(len(r))]).double()
-    advantages, returns = gae(rewards, values, gamma, lam, mask)
+    advantages, returns = gae(rewards, values, mask=mask, **options)
     exact = {"atol": 1e-6, "rtol": 1e-6}
     assert_close(advantages, expected, "advantages differ from the double sum", **exact)
     assert_close(returns, expected + baseline, "returns are advantages + values", **exact)
@@ -236,13 +207,6 @@ def test_gae_by_hand_nothing_follows_the_end(gamma, lam, expected):
     assert_close(advantages, torch.tensor([expected]), "wrong by hand")
 
 
-def test_gae_defaults_are_no_discount_and_lambda_095():
-    """gamma = 1, lambda = 0.95 (Ziegler 2019, section 2.2)."""
-    rewards, values = randn(1, 5), randn(1, 5, seed=1)
-    expected = double_sum(rewards[0].tolist(), values[0].tolist(), 1.0, 0.95)
-    assert_close(gae(rewards, values)[0][0].tolist(), expected, "the defaults of gae changed")
-
-
 @pytest.mark.parametrize("group", [2, 3, 6])
 def test_leave_one_out_compares_with_the_others_of_the_group_at_the_same_place(group):
     """R_b,t - mean of R_c,t over the other rows c of the group (Ahmadian 2024), one by one."""
@@ -252,12 +216,8 @@ def test_leave_one_out_compares_with_the_others_of_the_group_at_the_same_place(g
         others = [returns[c, t].item() for c in range(first, first + group) if c != b]
         expected[b, t] = returns[b, t] - mean(others)
     assert_close(leave_one_out(returns, group), expected, "compared with others than its group")
-
-
-def test_a_completion_alone_has_no_others_to_be_compared_with():
-    """A group of one has no mean of the others."""
     with pytest.raises(ValueError, match="no others"):
-        leave_one_out(torch.zeros(4, T), 1)
+        leave_one_out(returns, 1)
 
 
 def test_a_baseline_of_others_leaves_the_policy_gradient_unbiased():
@@ -272,19 +232,6 @@ def test_a_baseline_of_others_leaves_the_policy_gradient_unbiased():
     assert_close(found, expected, "the baseline biases the gradient", atol=1e-6, rtol=0)
 
 
-def test_the_advantage_of_a_token_holds_the_kl_of_all_later_tokens():
-    """dA_t / dk1_s = -beta for s >= t, else 0: tokens pay for what they lead to.
-
-    Charging each token its own KL only has another fixed point than pi*.
-    """
-    zeros = torch.zeros(1, T)
-    spent = [kl_penalised_rewards(torch.zeros(1), k1[None], zeros, 0.3) for k1 in torch.eye(T)]
-    expected = -0.3 * torch.ones(T, T).tril()               # (s,t): a nat of k1 at s, seen from t
-    for says, found in (("gae", [gae(r, zeros, 1.0, 1.0)[0][0] for r in spent]),
-                        ("rewards_to_go", [rewards_to_go(r)[0] for r in spent])):
-        assert_close(torch.stack(found), expected, f"{says}: KL is not credited to earlier tokens")
-
-
 @masks
 def test_whitening_uses_all_unmasked_tokens_of_the_batch(mask):
     """(x - mean) / sigma, population deviation, over the batch: not by row, not padding."""
@@ -296,79 +243,46 @@ def test_whitening_uses_all_unmasked_tokens_of_the_batch(mask):
         assert_close(whiten(x, mask, shift_mean), (expected + shift).masked_fill(zero, 0),
                      f"not mean 0 and deviation 1; shift_mean {shift_mean}", atol=1e-6, rtol=1e-6)
     assert torch.equal(whiten(x, mask), whiten(x, mask, True)), "the mean should go by default"
-
-
-@pytest.mark.parametrize("x", [torch.full((2, 3), 7.0), torch.tensor([[3.0]])],
-                         ids=["constant", "one token"])
-def test_whitening_without_variance_gives_zeros(x):
-    """sigma = 0: nothing stands out, and nothing divides by 0."""
-    assert_close(whiten(x), torch.zeros_like(x), "equal values should whiten to 0")
-    assert_close(whiten(x, shift_mean=False), x, "equal values should keep their mean")
+    alike = torch.full((B, T), 7.0)
+    assert not whiten(alike, mask).any(), "nothing stands out, and nothing divides by 0"
 
 
 # ---- losses ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("advantage, ratio, loss, gradient, says", [
-    (1, 1.5, -1.2, 0, "A > 0: beyond 1 + clip nothing more is to be gained"),
-    (1, 1.1, -1.1, -1.1, "inside the clip range the loss is -ratio A"),
-    (1, 0.5, -0.5, -0.5, "A > 0 and a ratio too small is not clipped: the way back stays open"),
-    (-1, 1.5, 1.5, 1.5, "A < 0 and a ratio too large is not clipped: the way back stays open"),
-    (-1, 0.9, 0.9, 0.9, "inside the clip range the loss is -ratio A"),
-    (-1, 0.5, 0.8, 0, "A < 0: below 1 - clip nothing more is to be gained"),
-    (2, 1.0, -2, -2, "at ratio 1 the gradient is the policy gradient, -A"),
+@pytest.mark.parametrize("advantage, ratio, loss, gradient, outside, says", [
+    (1, 1.21, -1.2, 0, 1, "A > 0: beyond 1 + clip nothing more is to be gained"),
+    (1, 1.19, -1.19, -1.19, 0, "inside the clip range the loss is -ratio A"),
+    (1, 0.5, -0.5, -0.5, 1, "A > 0 and a ratio too small is not clipped: the way back stays open"),
+    (-1, 1.5, 1.5, 1.5, 1, "A < 0 and a ratio too large is not clipped: the way back stays open"),
+    (-1, 0.81, 0.81, 0.81, 0, "inside the clip range the loss is -ratio A"),
+    (-1, 0.79, 0.8, 0, 1, "A < 0: below 1 - clip nothing more is to be gained"),
+    (2, 1.0, -2, -2, 0, "at ratio 1 the gradient is the policy gradient, -A"),
 ])
-def test_the_clipped_surrogate_and_its_gradient(advantage, ratio, loss, gradient, says):
-    """-min(q A, clip(q, 1 - e, 1 + e) A), e = 0.2 (Schulman 2017, equation 7)."""
+def test_the_clipped_surrogate_and_its_gradient(advantage, ratio, loss, gradient, outside, says):
+    """-min(q A, clip(q, 0.8, 1.2) A) (Schulman 2017); log 0.81 = -0.21, log 1.21 = 0.19."""
     logprobs = torch.tensor([[math.log(ratio) - 1]], dtype=torch.float64, requires_grad=True)
     old, A = torch.tensor([[-1.0]]).double(), torch.tensor([[float(advantage)]]).double()
-    value, _ = policy_loss(logprobs, old, A)
+    value, info = policy_loss(logprobs, old, A)
     value.backward()
     assert_close(value.item(), float(loss), says)
     assert_close(logprobs.grad.item(), float(gradient), says)
+    assert info["clipfrac"] == outside, f"is a ratio of {ratio} outside 1 - 0.2 .. 1 + 0.2?"
 
 
 @masks
-@pytest.mark.parametrize("clip", [0.2, 0.05])
-def test_policy_loss_is_minus_the_mean_clipped_surrogate_of_real_tokens(mask, clip):
-    """-mean(min(q A, clip(q, 1 - e, 1 + e) A)) over unmasked tokens, one number at a time."""
+def test_policy_loss_is_minus_the_mean_clipped_surrogate_of_real_tokens(mask, clip=0.05):
+    """Over unmasked tokens, one by one; approx_kl is the mean k3 of KL(pi_old to pi)."""
     logprobs, old, advantages = 0.2 * randn(B, T), 0.2 * randn(B, T, seed=1), randn(B, T, seed=2)
     ratios = [math.exp(x) for x in real(logprobs - old, mask)]
     surrogate = [min(q * a, min(max(q, 1 - clip), 1 + clip) * a)
                  for q, a in zip(ratios, real(advantages, mask))]
     loss, info = policy_loss(logprobs, old, advantages, clip, mask)
     assert_close(loss, -mean(surrogate), "wrong clipped surrogate")
-    expected = {"approx_kl": [q - 1 - math.log(q) for q in ratios],
+    expected = {"approx_kl": real(kl_estimates(old, logprobs)[2], mask),
                 "clipfrac": [float(abs(q - 1) > clip) for q in ratios], "ratio": ratios}
     for name, numbers in expected.items():
         assert_close(info[name].double(), mean(numbers), f"{name} is not the mean of real tokens",
                      atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("ratio, outside", [(0.79, 1), (0.81, 0), (1.0, 0), (1.19, 0), (1.21, 1)])
-def test_clipfrac_counts_ratios_and_not_their_logarithms(ratio, outside):
-    """|q - 1| > 0.2, which is not |log q| > 0.2: log 0.81 = -0.21 and log 1.21 = 0.19."""
-    _, info = policy_loss(torch.tensor([[math.log(ratio)]]), torch.zeros(1, 1), torch.ones(1, 1))
-    assert info["clipfrac"] == outside, f"is a ratio of {ratio} outside 1 - 0.2 .. 1 + 0.2?"
-
-
-def test_approx_kl_estimates_the_kl_from_the_old_policy_to_the_new():
-    """Tokens in the proportions 1/2 1/4 1/4 of pi_old: their mean k3 is KL(pi_old to pi)."""
-    old = torch.tensor([1 / 2, 1 / 4, 1 / 4]).double()
-    new, drawn = torch.tensor([0.2, 0.3, 0.5]).double(), torch.tensor([[0, 0, 1, 2]])
-    _, info = policy_loss(new.log()[drawn], old.log()[drawn], torch.ones(1, 4))
-    assert_close(info["approx_kl"].item(), sequence_kl(old, new).item(), "not KL(pi_old to pi)")
-
-
-def test_at_the_first_minibatch_the_ratio_is_1_and_the_gradient_is_the_policy_gradient():
-    """pi = pi_old: loss -mean A, gradient -A / N, nothing clipped."""
-    logprobs, advantages = randn(B, T).requires_grad_(), randn(B, T, seed=1)
-    old = logprobs.detach().clone()
-    loss, info = policy_loss(logprobs, old, advantages)
-    loss.backward()
-    assert_close(loss.item(), -advantages.mean().item(), "at ratio 1 the loss is -mean A")
-    assert_close(logprobs.grad, -advantages / (B * T), "at ratio 1 the gradient is -A / N")
-    assert (info["ratio"], info["clipfrac"], info["approx_kl"]) == (1, 0, 0), f"it moved: {info}"
-    assert policy_loss(old, old, old, clip=0.0)[1]["clipfrac"] == 0, "1 was counted as clipped"
 
 
 @pytest.mark.parametrize("value, old, target, loss, gradient, clipfrac, says", [
@@ -390,8 +304,7 @@ def test_the_clipped_value_loss_and_its_gradient(value, old, target, loss, gradi
 
 
 @masks
-@pytest.mark.parametrize("clip", [0.2, 1.0])
-def test_value_loss_is_half_the_mean_of_the_larger_error_of_real_tokens(mask, clip):
+def test_value_loss_is_half_the_mean_of_the_larger_error_of_real_tokens(mask, clip=0.5):
     """0.5 mean(max((v - R)^2, (v_clipped - R)^2)) over unmasked tokens, one number at a time."""
     values, old, returns = randn(B, T), randn(B, T, seed=1), randn(B, T, seed=2)
     numbers = zip(real(values, mask), real(old, mask), real(returns, mask))
@@ -402,37 +315,26 @@ def test_value_loss_is_half_the_mean_of_the_larger_error_of_real_tokens(mask, cl
                  "value_clipfrac miscounts", atol=1e-6, rtol=0)
 
 
-LEAVES = {policy_loss: ("old_logprobs", "advantages"), value_loss: ("old_values", "returns")}
-
-
-@pytest.mark.parametrize("loss, argument", [(f, i) for f in LEAVES for i in (1, 2)],
-                         ids=[f"{f.__name__}: {name}" for f in LEAVES for name in LEAVES[f]])
-def test_no_gradient_flows_through_what_the_rollout_recorded(loss, argument):
+@pytest.mark.parametrize("loss", [policy_loss, value_loss])
+def test_no_gradient_flows_through_what_the_rollout_recorded(loss):
     """What was recorded is data: only the first argument learns."""
     inputs = [randn(B, T, seed=s).requires_grad_() for s in range(3)]
     value, info = loss(*inputs)
     value.backward()
     assert inputs[0].grad.abs().sum() > 0, "the model gets no gradient"
-    assert inputs[argument].grad is None, "a gradient flows into the rollout: detach it"
+    assert inputs[1].grad is inputs[2].grad is None, "a gradient flows into the rollout: detach it"
     assert not any(x.requires_grad for x in info.values()), "info is for reading: no gradient"
 
 
-@pytest.mark.parametrize("log_ratio", [50.0, -50.0, 200.0])
-@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
-def test_extreme_ratios_stay_finite(log_ratio, advantage):
+@pytest.mark.parametrize("log_ratio, expected", [(50, math.exp(50)), (200, None), (-200, 0.8)])
+def test_extreme_ratios_stay_finite(log_ratio, expected):
     """exp(50) is 5e21, within float32, exp(89) is not: both leave numbers."""
-    logprobs = torch.tensor([[log_ratio]], requires_grad=True)
-    loss, info = policy_loss(logprobs, torch.zeros(1, 1), torch.tensor([[advantage]]))
+    logprobs = torch.tensor([[float(log_ratio)]], requires_grad=True)
+    loss, _ = policy_loss(logprobs, torch.zeros(1, 1), -torch.ones(1, 1))
     loss.backward()
-    if log_ratio > 80:
-        assert loss.isfinite() and logprobs.grad.isfinite(), "the ratio overflows"
-        return
-    ratio, close = math.exp(log_ratio), {"rtol": 1e-5, "atol": 1e-6}
-    slope = 0.0 if log_ratio * advantage > 0 else -ratio * advantage
-    expected = -min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
-    assert_close(loss.item(), expected, "an extreme ratio breaks the loss", **close)
-    assert_close(logprobs.grad.item(), slope, "an extreme ratio breaks the gradient", **close)
-    assert_close(info["approx_kl"].item(), ratio - 1 - log_ratio, "and approx_kl", **close)
+    assert loss.isfinite() and logprobs.grad.isfinite(), "the ratio overflows"
+    if expected:
+        assert_close(loss.item(), expected, "an extreme ratio breaks the loss", rtol=1e-5, atol=0)
 
 
 # ---- masks, types and shapes, for every function that takes (B,T) -----------------------------
@@ -472,7 +374,7 @@ def test_a_mask_of_ones_is_no_mask_whatever_its_type(function):
 
 @functions
 @some_masks
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
+@pytest.mark.parametrize("garbage", [math.nan, -math.inf, 1e30])
 def test_what_lies_under_the_mask_never_leaks(function, mask, garbage):
     """Masked positions influence no value, come out 0, and get gradient 0."""
     clean = function(*inputs(B, T), mask)
@@ -507,20 +409,11 @@ def test_odd_shapes_work(function, shape):
 
 
 @functions
-@masks
+@pytest.mark.parametrize("mask", [None, MASKS["holes"]], ids=["no mask", "holes"])
 def test_results_stay_on_the_device_of_the_inputs(function, mask):
     """On torch's meta device, which refuses tensors of the CPU, as CUDA would."""
     there = [None if x is None else x.to("meta") for x in (*inputs(B, T), mask)]
     assert all(y.is_meta for y in function(*there)), "something was computed on the CPU"
-
-
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)],
-                         ids=str)
-def test_gae_keeps_the_digits_of_whichever_input_has_more(dtypes):
-    """Rewards and values of two precisions: advantages in the higher one."""
-    rewards, values = randn(B, T).to(dtypes[0]), randn(B, T, seed=1).to(dtypes[1])
-    for found, expected in zip(gae(rewards, values), gae(rewards.double(), values.double())):
-        assert_close(found, expected, "digits were lost on the way")
 
 
 def test_the_mean_over_nothing_is_0():
@@ -552,12 +445,6 @@ def test_explained_variance_is_1_if_perfect_and_0_if_constant(values, returns, e
     assert_close(explained_variance(values, returns, mask), expected, "wrong", atol=1e-6, rtol=0)
 
 
-def test_the_learning_rate_falls_from_its_peak_to_0():
-    """peak (1 - i / n)^2 at iteration i of n: the peak at 0, and 0 only after the last."""
-    rates = [learning_rate(i, 4, 0.8) for i in range(5)]
-    assert_close(rates, [0.8, 0.45, 0.2, 0.05, 0.0], "not this parabola", atol=1e-12, rtol=0)
-
-
 @pytest.mark.parametrize("ref_kl, beta, says", [
     (6.0, 0.1, "on target beta stays"),
     (6.6, 0.1 * (1 + 0.1 * 0.0256), "10 % above the target, beta grows by 10 % of n / horizon"),
@@ -572,19 +459,9 @@ def test_the_controller_raises_beta_when_kl_is_above_target(ref_kl, beta, says):
     assert controller.beta == controller.update(6.0, n=256), "the new beta is kept as .beta"
 
 
-def test_the_controller_goes_on_where_it_stopped():
-    """beta multiplies up over updates, and survives being saved and loaded."""
-    controller, resumed = AdaptiveKL(0.1, 6.0, 1000), AdaptiveKL(9.0, 6.0, 1000)
-    for _ in range(3):
-        controller.update(100.0, 500)
-    assert_close(controller.beta, 0.1 * 1.1 ** 3, "three updates of +10 % should multiply")
-    resumed.load_state_dict(controller.state_dict())
-    assert resumed.beta == controller.beta, "beta was lost in the checkpoint"
-
-
 # ---- the exact optimum ------------------------------------------------------------------------
 
-BETAS = pytest.mark.parametrize("beta", [0.05, 0.2, 1.0, 10.0])
+BETAS = pytest.mark.parametrize("beta", [0.05, 0.3, 10.0])
 
 
 def world(beta):
@@ -610,11 +487,11 @@ def test_the_optimum_equals_enumeration(beta):
 
 @BETAS
 def test_no_policy_beats_the_optimum_and_the_gap_is_beta_kl_to_it(beta):
-    """J* - J(pi) = beta KL(pi to pi*) >= 0, 0 at pi* only (Korbak 2022): 200 policies."""
+    """J* - J(pi) = beta KL(pi to pi*) >= 0, 0 at pi* only (Korbak 2022): far from it and near."""
     rho, scores, best, _ = world(beta)
     objective = optimum(scores, beta, log_weights=rho.log())["objective"]
-    policies = [rho, best] + [(3 * randn(81, seed=s)).softmax(0) for s in range(100)] \
-        + [(best.log() + 0.1 * randn(81, seed=s)).softmax(0) for s in range(100)]
+    policies = [rho, best, *((best.log() + width * randn(81, seed=seed)).softmax(0)
+                             for width in (0.1, 3.0) for seed in range(30))]
     for pi in policies:
         J = (pi * scores).sum() - beta * sequence_kl(pi, rho)
         assert J <= objective + 1e-9, "a policy beats J*"
@@ -626,11 +503,14 @@ LOG2 = math.log(2)
 
 
 @pytest.mark.parametrize("scores, beta, objective, score, ref_kl, ess", [
-    # samples a a b c of rho = (1/2, 1/4, 1/4), r = log (1, 2, 4): Z = 2, pi* = (1/4, 1/4, 1/2)
+    # samples a a b c of rho = (1/2, 1/4, 1/4), r = log (1, 2, 4): Z = 2, pi* = (1/4, 1/4, 1/2);
+    # r = log P(positive given y), beta = 1: J* = log P(positive), pi* = rho(y given positive)
     pytest.param([0, 0, LOG2, 2 * LOG2], 1.0, LOG2, 1.25 * LOG2, 0.25 * LOG2, 64 / 22,
                  id="each sample once"),
     pytest.param([3, -1, 0.5, 2], 1e-3, 3 - 2e-3 * LOG2, 3, 2 * LOG2, 1, id="beta to 0: the best"),
     pytest.param([3, -1, 0.5, 2], 1e6, 1.125, 1.125, 0, 4, id="a huge beta stays at rho"),
+    pytest.param([-LOG2, -2 * LOG2], 1.0, math.log(3 / 8), -4 / 3 * LOG2,
+                 -4 / 3 * LOG2 - math.log(3 / 8), 9 / 5, id="Bayes"),
     pytest.param([-1e4, 1e4], 0.01, 1e4 - 0.01 * LOG2, 1e4, LOG2, 1, id="no overflow"),
 ])
 def test_the_optimum_by_hand(scores, beta, objective, score, ref_kl, ess):
@@ -641,14 +521,6 @@ def test_the_optimum_by_hand(scores, beta, objective, score, ref_kl, ess):
         assert_close({name: found[name] for name in expected},
                      {name: float(x) for name, x in expected.items()}, "wrong", atol=1e-5, rtol=0)
         assert math.isfinite(found["objective_se"]), "every estimate should stay finite"
-
-
-def test_with_score_log_p_and_beta_1_the_optimum_is_bayes():
-    """r = log P(positive given y), beta = 1: J* = log P(positive), pi* = rho(y given positive)."""
-    p = torch.tensor([0.9, 0.5, 0.1]).double()
-    found, score = optimum(p.log(), 1.0), ((p / 1.5) * p.log()).sum().item()
-    assert_close(found["objective"], math.log(0.5), "J* should be log of the mean probability")
-    assert_close(found["score"], score, "score should be the posterior mean")
 
 
 @pytest.mark.parametrize("beta", [0, -0.1])
@@ -686,8 +558,7 @@ def test_the_standard_error_of_the_optimum_is_calibrated(weighted):
     assert abs(z.mean()) < 4 / 500 ** 0.5 + 0.05, f"off by {z.mean():.2f} standard errors"
 
 
-@pytest.mark.parametrize("n", [3, 30, 300])
-@pytest.mark.parametrize("beta", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("n, beta", [(3, 0.05), (30, 0.05), (30, 0.3), (300, 1.0)])
 def test_the_lower_bound_of_the_optimum_holds_however_heavy_the_tail(n, beta):
     """Of 1,000 repeats at most 50 lie above J*, and four standard errors; it costs beta log k."""
     rho, scores, best, objective = world(beta)
@@ -712,40 +583,24 @@ def test_mixture_weights_are_rho_over_the_mixture():
         weights = mixture_log_weights(p.log(), counts)
         assert_close(weights, (p[0] / q).log(), "not log(rho / mixture)", atol=1e-12, rtol=0)
     assert_close((q * weights.exp()).sum().item(), 1.0, "weights should average to 1")
-
-
-@pytest.mark.parametrize("logprobs, counts", [([[-3.0, -1000.0]], [7]),
-                                              ([[-3.0, -1000.0], [-1.0, -990.0]], [7, 0])])
-def test_samples_of_the_reference_alone_have_weight_1(logprobs, counts):
-    """log(rho / rho) = 0 where others drew nothing; log-probabilities of -1000 do not underflow."""
-    weights = mixture_log_weights(torch.tensor(logprobs), counts)
-    assert_close(weights, torch.zeros(2).double(), "rho / rho should be 1")
+    alone = mixture_log_weights(torch.tensor([[-3.0, -1000.0], [-1.0, -990.0]]), [7, 0])
+    assert_close(alone, torch.zeros(2).double(), "where rho alone drew, the weight is 1")
 
 
 def test_pooling_samples_of_a_policy_reaches_small_beta():
-    """beta = 0.02: 3,000 samples of rho have ess below 100; with half of them tuned, all is found.
-
-    40 repeats; their mean lies within 4 standard errors of enumeration.
-    """
+    """3,000 samples of rho alone are too few at beta 0.02; with half of them tuned, J* is found."""
     beta, rho = 0.02, probabilities(language(3))
     scores = torch.nn.functional.logsigmoid(2 * randn(81, seed=8))
-    best, tuned = (rho.log() + scores / beta).softmax(0), (rho.log() + scores / 0.1).softmax(0)
-    repeats = []
+    tuned, repeats = (rho.log() + scores / 0.1).softmax(0), []
     for seed in range(40):
         y = torch.cat((draw(rho, 1500, seed), draw(tuned, 1500, 1000 + seed)))
         weights = mixture_log_weights(torch.stack((rho.log(), tuned.log()))[:, y], [1500, 1500])
         repeats.append(optimum(scores[y], beta, weights))
     assert optimum(scores[draw(rho, 3000, 0)], beta)["ess"] < 100, "out of reach of rho alone"
     assert min(found["ess"] for found in repeats) > 200, "pooled samples should be enough"
-    truth = {"objective": beta * (rho * (scores / beta).exp()).sum().log(),
-             "score": (best * scores).sum(), "ref_kl": sequence_kl(best, rho)}
-    for name, expected in truth.items():
-        x = torch.tensor([found[name] for found in repeats]).double()
-        assert abs(x.mean() - expected) < 4 * x.std() / math.sqrt(40), \
-            f"pooled samples give {name} {x.mean():.4f}, enumeration {expected:.4f}"
-    errors = [abs(found["objective"] - truth["objective"]) / found["objective_se"]
-              for found in repeats]
-    assert max(errors) < 5, f"J* is {max(errors):.1f} standard errors off"
+    x = torch.tensor([found["objective"] for found in repeats]).double()
+    truth = optimum(scores, beta, rho.log())["objective"]
+    assert abs(x.mean() - truth) < 4 * x.std() / 40 ** 0.5, f"J* is {x.mean():.4f}, not {truth:.4f}"
 
 
 # ---- best of n ----------------------------------------------------------------------------------
@@ -757,6 +612,8 @@ def test_best_of_n_is_the_mean_of_the_maximum_over_all_subsets(n):
     expected = mean([max(subset) for subset in itertools.combinations(scores, n)]).item()
     for given in (scores, torch.tensor(scores, dtype=torch.float64)):
         assert_close(best_of_n(given, n)[0], expected, f"best of {n}", atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="n must be from 1 to the number of scores, 7"):
+        best_of_n(scores, 8 * (n - 1))                          # 0 or more than there are
 
 
 @pytest.mark.parametrize("n", [1, 2499, 5000])
@@ -775,10 +632,3 @@ def test_the_kl_of_best_of_n_is_at_most_log_n_minus_n_minus_1_over_n(n, bound):
     picked = (share ** n).diff().clamp(min=1e-300)
     kl = sequence_kl(picked, torch.full((20_000,), 1 / 20_000).double())
     assert bound - 0.01 < kl <= bound + 1e-6, f"the true KL is {kl:.4f}, the bound {bound:.4f}"
-
-
-@pytest.mark.parametrize("n", [0, 4])
-def test_best_of_n_needs_n_scores(n):
-    """1 <= n <= N, else there is no subset to take the best of."""
-    with pytest.raises(ValueError, match="n must be from 1 to the number of scores, 3"):
-        best_of_n([1.0, 2.0, 3.0], n)

@@ -56,19 +56,6 @@ def real(tokens):
     return [[i for i in row if i != PAD] for row in tokens.tolist()]
 
 
-def bag_of(weights, bias=0.0):
-    """A bag with these {name: weight}."""
-    bag = Bag(VOCABULARY, weights)
-    bag.weight[1:] = torch.tensor(list(weights.values()))
-    bag.bias.fill_(bias)
-    return bag
-
-
-def spell(*texts):
-    """Token ids of texts written as tokens with | between them."""
-    return [[VOCABULARY.index(token.encode()) for token in text.split("|")] for text in texts]
-
-
 def said(bag, *passages):
     """The set of names of all that occurs in passages, lists of token ids."""
     return {name for ids in passages for pair in bag.names(ids) for name in pair} - {""}
@@ -135,7 +122,9 @@ def test_the_bag_sums_the_weights_of_what_has_occurred():
     tokens, unknown = passages(20), 0
     names = sorted(said(Bag(VOCABULARY), *tokens.tolist()))[::3]
     weight = dict(zip(names, randn(len(names)).tolist()))
-    bag = bag_of(weight, bias=0.4)
+    bag = Bag(VOCABULARY, names)
+    bag.weight[1:] = torch.tensor(list(weight.values()))
+    bag.bias.fill_(0.4)
     for ids, values in zip(tokens.tolist(), bag(tokens)):
         for t in range(1, T + 1):
             found = said(bag, ids[:t])
@@ -145,29 +134,10 @@ def test_the_bag_sums_the_weights_of_what_has_occurred():
     assert unknown > 500 and len(names) > 50, "this should try known and unknown names"
 
 
-def test_repetition_adds_nothing():
-    """A phrase said twice is all there is to say: each further time changes no bit.
-
-    Twice, because the pair of its last and its first token is new the second time.
-    """
-    bag = bag_of({"love": 1.0, "love love": 0.5, "lord": 0.25, "my lord": 2.0, "lord my": 4.0})
-    for phrase, values in ((" Love", [1, 1.5]), (" my| lord", [0, 2.25, 6.25, 6.25])):
-        ids = spell(phrase)[0]
-        read = bag(torch.tensor([6 * ids]))[0]
-        assert read[:len(values)].tolist() == values, "a word counts once, and so does a pair"
-        assert (read[len(values):] == values[-1]).all(), "saying it again pays"
-    # " lord" and "Lord" are one word.
-    assert bag(torch.tensor(spell("Lord|,| lord")))[0].tolist() == [0.25] * 3
-
-
 # ---- its fit ------------------------------------------------------------------------------
 
 def dense_fit(bag, tokens, targets, weights, words, ridge, pair_ridge):
-    """The same objective by Newton's method, dense, float64: ({name: weight}, bias, strength).
-
-    Of change, strength, bias: sum of weights times cross-entropy of X (change + strength prior)
-    + bias, and ridge / 2 times change squared.
-    """
+    """The same objective by Newton's method, dense, float64: ({name: weight}, bias, strength)."""
     found = [said(bag, ids) for ids in real(tokens)]
     short = {word[:7]: [r for w, r in words.items() if w[:7] == word[:7]] for word in words}
     counts = collections.Counter(name for one in found for name in one)
@@ -186,13 +156,9 @@ def dense_fit(bag, tokens, targets, weights, words, ridge, pair_ridge):
     return dict(zip(names, theta[:-2] + theta[-2] * prior)), theta[-1], theta[-2]
 
 
-@pytest.mark.parametrize("ridge, pair_ridge", [(20.0, 100.0), (0.5, 2.0), (5.0, 0.5)])
+@pytest.mark.parametrize("ridge, pair_ridge", [(20.0, 100.0), (0.5, 2.0)])
 def test_the_fit_is_the_minimum_that_newton_finds(ridge, pair_ridge):
-    """The fitted bag has the weights of an independent fit, and the defaults are 20 and 100.
-
-    kindness and kindnesses share a weight whose prior is the mean of their ratings. A word that no
-    passage holds keeps its rating times the strength; what one passage alone holds has no weight.
-    """
+    """Words of 7 equal letters share a weight, and one unheard keeps its prior."""
     words = {"love": 1.5, "kindness": 1.0, "kindnesses": 2.0, "death": -2.0, "unheard": -1.5,
              "lord": 0.0}
     tokens, targets, weights = rated(60)
@@ -209,58 +175,14 @@ def test_the_fit_is_the_minimum_that_newton_finds(ridge, pair_ridge):
     assert abs(strength) > 0.01 and max(map(abs, expected.values())) > 0.02, "too little to see"
 
 
-def test_ridge_goes_from_repeating_the_targets_to_the_prior():
-    """ridge -> 0 gives back each target; ridge -> infinity lets no passage change a weight.
-
-    Then the rated words alone tell passages apart; without any, the weighted mean target is left.
-    """
-    tokens = torch.tensor(2 * spell(" my", " Love", ",", " a", " death"))
-    targets = torch.tensor(2 * [0.9, 0.6, 0.3, 0.55, 0.1])
-    weights = torch.tensor(2 * [1.0, 3.0, 1.0, 2.0, 1.0])
-
-    def fit(words, ridge):
-        return Bag(VOCABULARY).fit(tokens, targets, weights, words, ridge, ridge)
-
-    assert_close(fit({}, 1e-5)(tokens)[:, 0].sigmoid(), targets, "the targets should come back",
-                 atol=0.01, rtol=0)
-    mean = (weights * targets).sum() / weights.sum()
-    assert_close(fit({}, 1e4)(tokens)[:, 0].sigmoid(), mean.expand(10), "not the mean", atol=1e-4,
-                 rtol=0)
-    words = {"love": 1.0, "death": -2.0}
-    bag = fit(words, 1e4)
-    _, bias, strength = dense_fit(bag, tokens, targets, weights, words, 1e4, 1e4)
-    expected = {"love": strength, "death": -2 * strength, "my": 0.0, "a": 0.0, ",": 0.0, " my": 0.0}
-    assert_close({name: bag.weight[bag.rows[name]].item() for name in expected}, expected,
-                 "not the prior alone", atol=1e-3, rtol=0)
-    assert_close(bag.bias.item(), bias, "not the bias of two parameters", atol=1e-3, rtol=0)
-
-
-def test_a_weight_of_two_is_two_copies():
-    """So is 0 no passage at all; and the width of the padding does not matter."""
-    tokens, targets, _ = (x.repeat(3, *[1] * (x.dim() - 1)) for x in rated(20))
-    weights = torch.ones(60)
-    weights[3], weights[11], weights[5] = 2, 3, 0
-    copies = torch.repeat_interleave(torch.arange(60), weights.long())
-    wide = torch.nn.functional.pad(tokens[copies], (0, 5), value=PAD)
-    words = {"love": 1.0, "death": -1.0}
-    one = Bag(VOCABULARY).fit(tokens, targets, weights, words, 2.0, 2.0)
-    two = Bag(VOCABULARY).fit(wide, targets[copies], torch.ones(len(copies)), words, 2.0, 2.0)
-    assert one.rows == two.rows, "this should compare the same names"
-    assert_close(two.weight, one.weight, "copies weigh otherwise", atol=1e-3, rtol=0)
-    assert_close(two.bias, one.bias, "copies shift the bias", atol=1e-3, rtol=0)
-
-
 # ---- what the readers read ----------------------------------------------------------------
 
 def test_every_token_counts_the_last_one_too(model):
-    """Changing any token changes the log-odds, unless the bag then holds the same known names.
-
-    Some public code never shows the last sampled token to its reward model.
-    """
+    """Changing any token changes the log-odds, unless the bag then holds the same known names."""
     tokens = passages(8)
     for t in range(T):
         changed = 0
-        for k in range(1, V):
+        for k in (1, 6, 11):
             other = tokens.clone()
             other[:, t] = (tokens[:, t] + k) % V
             differs = (model(other) - model(tokens)).abs() > 1e-5
@@ -271,11 +193,11 @@ def test_every_token_counts_the_last_one_too(model):
                 expected = torch.tensor([one != two for one, two in zip(*known)])
             assert differs.tolist() == expected.tolist(), f"token {t} is not read"
             changed += expected.sum().item()
-        assert changed > 60, "most changes should be seen"
+        assert changed > 12, "most changes should be seen"
 
 
 @masks
-@pytest.mark.parametrize("garbage", [PAD, 0, V - 1])
+@pytest.mark.parametrize("garbage", [PAD, V - 1])
 def test_padding_on_any_side_is_not_read(model, mask, garbage):
     """The log-odds of the real tokens alone, whatever lies under the mask; PAD needs no mask."""
     tokens = passages(3)
@@ -283,14 +205,6 @@ def test_padding_on_any_side_is_not_read(model, mask, garbage):
     padded = tokens.masked_fill(mask == 0, garbage)
     for m in [mask, mask.bool(), mask.float()] + [None] * (garbage == PAD):
         assert_close(model(padded, m), alone, "padding is read", atol=1e-4, rtol=1e-4)
-
-
-def test_a_passage_is_read_alike_in_any_company(model):
-    """No row influences another, and chunks of 64 are joined in order."""
-    tokens, _, _ = rated(150)
-    alone = torch.cat([model(torch.tensor([ids])) for ids in real(tokens)])
-    assert_close(in_chunks(model, tokens), alone, "read otherwise among others", atol=1e-4,
-                 rtol=1e-4)
 
 
 def test_a_prefix_is_read_as_the_cut_passage_is(model):
@@ -341,12 +255,9 @@ def test_the_trunk_reads_in_bfloat16_and_answers_in_float32(trained):
 
 # ---- losses, calibration, the score -------------------------------------------------------
 
-@pytest.mark.parametrize("target", [0.0, 0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("target", [0.0, 0.25, 0.5, 1.0])
 def test_the_loss_is_the_cross_entropy_with_gradient_p_minus_target(target):
-    """-t log p - (1 - t) log(1 - p); gradient p - t, so a neutral passage at p = 1/2 pulls nowhere.
-
-    There it costs log 2 nats (the exercise's neutral passages); log-odds of 1000 do not overflow.
-    """
+    """-t log p - (1 - t) log(1 - p); gradient p - t: neutral passages pull nowhere."""
     log_odds = torch.tensor([-1000.0, -3.0, 0.0, 2.0, 1000.0]).double().requires_grad_()
     loss = soft_loss(log_odds, torch.tensor([target]).double())
     loss.sum().backward()
@@ -358,7 +269,7 @@ def test_the_loss_is_the_cross_entropy_with_gradient_p_minus_target(target):
     assert loss.isfinite().all(), "large log-odds overflow"
 
 
-@pytest.mark.parametrize("slope", [0.2, 1.0, 3.0])
+@pytest.mark.parametrize("slope", [0.2, 3.0])
 def test_calibration_finds_the_slope_of_a_known_miscalibration(model, slope):
     """Targets are sigmoid(slope * log-odds): the scale grows by that factor, and all is right."""
     model = copy.deepcopy(model)
@@ -368,19 +279,6 @@ def test_calibration_finds_the_slope_of_a_known_miscalibration(model, slope):
     calibrate(model, tokens, targets)
     assert_close(model.scale.item(), 0.7 * slope, "not the slope", atol=1e-3, rtol=0.02)
     assert_close(model(tokens).sigmoid(), targets, "still miscalibrated", atol=0.01, rtol=0)
-
-
-@pytest.mark.parametrize("a, b", [(1.0, 0.0), (2.0, 0.0), (0.1, -5.0), (30.0, 7.0)])
-@pytest.mark.parametrize("toward", ["positive", "negative"])
-def test_an_affine_change_of_the_raw_reward_leaves_the_score_unchanged(toward, a, b):
-    """r = (log P - mean) / std of a log P + b and its own constants: the same (Ziegler 2019)."""
-    log_odds = 3 * randn(2000)
-    p = log_odds.sigmoid()
-    raw = p.log() if toward == "positive" else (1 - p).log()
-    changed = a * raw + b
-    assert_close(score(log_odds, raw.mean(), raw.std(), toward),
-                 (changed - changed.mean()) / changed.std(), "the score depends on the unit",
-                 atol=1e-9, rtol=1e-9)
 
 
 def test_the_score_uses_the_constants_it_is_given():
@@ -415,10 +313,7 @@ def test_every_prefix_of_8_tokens_and_more_is_a_training_example(trunk):
 
 @pytest.mark.parametrize("options, noise", [({}, 0.1), ({"noise": 0.5}, 0.5)])
 def test_a_share_of_the_real_tokens_is_replaced_at_random(trunk, monkeypatch, options, noise):
-    """By default a tenth, each token of the vocabulary as likely; never padding.
-
-    The same seed draws the same, from its generator alone, and the passages stay as they are.
-    """
+    """By default a tenth, each token of the vocabulary as likely; never padding; by the seed."""
     seen, old = [], RewardModel.prefixes
     monkeypatch.setattr(RewardModel, "prefixes", lambda self, x: seen.append(x) or old(self, x))
     tokens = torch.full((400, T), 3)
@@ -489,10 +384,7 @@ RATINGS = torch.tensor([2.0, 1.0, -1.0, 0.0, -2.0, 0.5, -0.5, 0.0, 2.0])
 
 
 def test_the_measures_are_those_of_their_definitions():
-    """Pearson against numpy, its error (1 - r^2) / sqrt(n - 1); auc over pairs, ties 1/2; losses.
-
-    Pairs are (rated above 0, below 0), neutral passages in none; losses have soft targets.
-    """
+    """Pearson against numpy, its error (1 - r^2) / sqrt(n - 1); auc over pairs, ties 1/2."""
     p, ratings = P.clamp(0.01, 0.99).tolist(), RATINGS.tolist()
     r = np.corrcoef(p, ratings)[0, 1].item()
     pairs = [(x, y) for x, a in zip(p, ratings) if a > 0 for y, b in zip(p, ratings) if b < 0]
@@ -510,23 +402,14 @@ def test_the_measures_are_those_of_their_definitions():
     assert math.isfinite(rating_metrics(P, RATINGS)["log_loss"]), "p = 0 or 1 should stay finite"
 
 
-@pytest.mark.parametrize("p, pearson, auc", [
-    (RATINGS / 4 + 0.5, 1.0, 1.0), (0.5 - RATINGS / 4, -1.0, 0.0),
-    (torch.full((9,), 0.4), 0.0, 0.5)],
-    ids=["right order", "wrong order", "no order"])
-def test_the_ends_of_the_measures_are_reached(p, pearson, auc):
-    """A perfect prediction has 1 and costs less than a constant one, which has 0 and 1/2."""
-    found = rating_metrics(p, RATINGS)
-    assert_close([found["pearson"], found["auc"]], [pearson, auc], "wrong", atol=1e-6, rtol=0)
-    assert (found["log_loss"] < found["constant_log_loss"]) == (pearson == 1)
-
-
-@pytest.mark.parametrize("ratings", [[1.0, 2.0], [-1.0, -1.0], [0.0, 0.0], [1.0]])
-def test_measures_are_defined_without_pairs_to_compare(ratings):
-    """All positive, all negative, all neutral, one passage: auc 1/2, all else a number."""
-    found = rating_metrics(torch.linspace(0.2, 0.7, len(ratings)), torch.tensor(ratings))
+@pytest.mark.parametrize("ratings, last", [
+    ([1.0, 2.0], 0.7), ([-1.0, -1.0], 0.7), ([0.0, 0.0], 0.7), ([1.0], 0.7), ([1.0, -1.0], 0.2)])
+def test_measures_are_defined_where_nothing_is_to_be_compared(ratings, last):
+    """All positive, negative or neutral, one passage or prediction: auc 1/2, no nan."""
+    found = rating_metrics(torch.linspace(0.2, last, len(ratings)), torch.tensor(ratings))
     assert found["auc"] == 0.5 and all(map(math.isfinite, found.values())), found
-    assert len(set(ratings)) > 1 or found["pearson"] == 0, "a constant correlates with nothing"
+    constant = len(set(ratings)) == 1 or last == 0.2
+    assert not constant or found["pearson"] == 0, "a constant correlates with nothing"
 
 
 def test_reliability_compares_tenths_of_the_passages():
@@ -555,10 +438,7 @@ def checkpoint(model, config, vocabulary, **more):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_checkpoint_alone_rebuilds_the_model(model, trained, tmp_path, dtype):
-    """Words, spelling, weights and scale come back in the dtype asked for; frozen, as PPO needs it.
-
-    Loaded with weights_only: plain values and tensors are all that is in it.
-    """
+    """Words, spelling, weights and scale come back, frozen, in the dtype asked for."""
     torch.save(checkpoint(model, trained.config, VOCABULARY), tmp_path / "reward.pt")
     loaded = reward.load_reward(torch.load(tmp_path / "reward.pt", weights_only=True), dtype=dtype)
     assert_close(dict(loaded.state_dict()), dict(model.state_dict()), "other weights", atol=0,
