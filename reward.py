@@ -345,7 +345,7 @@ def rating_metrics(p, ratings):
             "pearson_se": (1 - pearson ** 2) / max(len(p) - 1, 1) ** 0.5,
             "auc": wins[opposite].mean().nan_to_num(0.5).item(),
             "pair_accuracy": wins[is_better].mean().nan_to_num(0.5).item(),
-            "slope": calibration_slope(p.logit(), targets).item(),
+            "slope": calibration_slope(p.logit(eps=1e-6), targets).item(),
             "log_loss": F.binary_cross_entropy(p, targets).item(),
             "constant_log_loss": F.binary_cross_entropy(constant, targets).item()}
 

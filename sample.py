@@ -67,12 +67,13 @@ def draw(path, args, num):
     prompts = state.get("prompts", torch.tensor([tokenizer.encode_ordinary(data.BOUNDARY)[:1]]))
     if args.prompt:
         prompts = torch.tensor([tokenizer.encode_ordinary(args.prompt)])
-    if prompts.size(1) + args.length > policy.config.block_size:
+    length = args.length or state["inputs"].get("length", 64)
+    if prompts.size(1) + length > policy.config.block_size:
         raise data.UserError("--prompt and --length do not fit the model's context. "
                              "Shorten either.")
     generator = torch.Generator().manual_seed(args.seed)
     prompts = prompts[torch.randint(len(prompts), (num,), generator=generator)]
-    tokens = generate(policy, prompts, args.length, args.temperature, args.top_k, generator)
+    tokens = generate(policy, prompts, length, args.temperature, args.top_k, generator)
     completions = cut_after(tokens[:, prompts.size(1):], state.get("end"))
     positive, ref_kl = [None] * num, [0.0] * num
     # After train.py --until pretrain there is no reward model yet.
@@ -162,7 +163,7 @@ def passages_of_plays(args):
     plays = data.load_corpus()[0]
     generator = random.Random(args.seed)
     # In characters: a token has more than two.
-    length = int(2.5 * args.length)
+    length = int(2.5 * (args.length or 64))
     texts = []
     for _ in range(args.num):
         anywhere = generator.randrange(len(plays) - 8 * length)
@@ -708,7 +709,7 @@ def parse():
     add("--kl", type=float, choices=train.KL_MARKS,
         help="the policy when its drift first passed so many nats a completion")
     add("--num", type=count, default=20, help="how many samples, of each checkpoint (default 20)")
-    add("--length", type=count, default=64, help="tokens of each (default 64)")
+    add("--length", type=count, help="tokens of each (default: as in training, else 64)")
     add("--prompt", default="", help="text to continue (default: what the run was given)")
     add("--temperature", type=data.number(float, 0), default=1.0,
         help="below 1 plays safe, 0 always takes the likeliest token (default 1)")

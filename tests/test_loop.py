@@ -138,7 +138,9 @@ def same(a, b):
 
 def all_once(run):
     """A rollout that holds each of the 81 completions once, and random advantages for it."""
-    return run.read(PROMPT.expand(81, -1), SEQUENCES), randn(81, 4, dtype=torch.float32)
+    prompts = PROMPT.expand(81, -1)
+    batch = {"prompts": prompts, "tokens": SEQUENCES, "mask": torch.ones(81, 4, dtype=torch.bool)}
+    return batch | run.read(prompts, SEQUENCES), randn(81, 4, dtype=torch.float32)
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def test_samples_are_printed_with_their_probability(study, command):
 
 @pytest.mark.parametrize("prompt", ["", "VIOLA.\nMy love"], ids=["no prompt", "a prompt"])
 def test_a_sample_is_what_its_line_says(study, monkeypatch, prompt):
-    """positive by the reward model of the text, ref_kl = log pi - log rho of the tokens drawn."""
+    """positive by the reward model, ref_kl = log pi - log rho, of the tokens drawn."""
     generate, drawn = sample.generate, []
 
     def spy(*args):
@@ -86,8 +86,8 @@ def test_a_sample_is_what_its_line_says(study, monkeypatch, prompt):
     assert tokens.size(1) == len(before) + 16 and len(tokens.unique(dim=0)) == 4
     text = tokens if prompt else tokens[:, 1:]          # the blank line before is not read
     assert [row["text"] for row in rows] == [encoding.decode(ids) for ids in text.tolist()]
-    assert_close([row["positive"] for row in rows], judge(text).sigmoid().tolist(), "P(positive)",
-                 atol=1e-5, rtol=0)
+    assert_close([row["positive"] for row in rows],
+                 judge(tokens[:, len(before):]).sigmoid().tolist(), "P(positive)", atol=1e-5, rtol=0)
     with torch.no_grad():
         logp, ref = (model(tokens)[:, len(before) - 1:-1].log_softmax(-1).gather(
             2, tokens[:, len(before):, None]).sum((1, 2)) for model in (policy, rho))
@@ -131,7 +131,9 @@ def test_a_policy_of_the_drift_is_drawn_from_at_its_mark(drifted, drawn, command
     kept = drifted / f"{NEGATIVE}_kl0.5.pt"
     assert found == drawn(checkpoint=kept) != drawn(checkpoint=drifted / f"{NEGATIVE}.pt")
     explains(command(sample, "--checkpoint", drifted / f"{NEGATIVE}.pt", "--kl", 3),
-             f"{NEGATIVE}_kl3.pt: No such file or directory")
+             "--kl: invalid choice: 3.0 (choose from 0.5, 1, 2")
+    explains(command(sample, "--checkpoint", drifted / "ppo_beta2.pt", "--kl", 32),
+             "ppo_beta2_kl32.pt: No such file or directory")
 
 
 @pytest.mark.parametrize("options, says", [
@@ -411,7 +413,7 @@ def test_the_report_is_what_was_promised(study, drifted):
         return {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
 
     runs, figures = ["ppo_beta0.5", "ppo_beta2"], ("frontier", "judge", "ppo", "reward")
-    stages = ["data", "pretrain", "reward", "judge", *runs]
+    stages = ["data", "pretrain", "reward", "judge", "rho", *runs]
     wanted = {"tokenizer.tiktoken", "report.md", "summary.json", ".lock",
               *(f"{name}.pt" for name in stages),
               *(f"{name}.metrics.jsonl" for name in ("pretrain", "judge", *runs)),
@@ -445,7 +447,7 @@ def test_the_summary_has_the_keys_that_others_read(study):
     seconds = summary["seconds"]
     assert list(seconds["ppo"]) == ["0.5", "2"]
     assert_close(seconds["total"], sum(seconds["ppo"].values()) + sum(
-        seconds[x] for x in ("data", "pretrain", "reward", "judge")), "the total")
+        seconds[x] for x in ("data", "pretrain", "reward", "judge", "rho")), "the total")
     for row in summary["ppo"]:
         assert set("beta iterations score positive ref_kl objective reference_objective optimum "
                    "fraction_of_optimum seconds_per_iteration judge toward".split()) <= set(row)
@@ -488,9 +490,9 @@ def test_the_numbers_of_the_summary_hang_together(drifted):
 
 def test_the_pool_weighs_by_the_right_policys_probabilities(drifted):
     """log(rho/q) of rho's and pi's samples, q their mixture: by forward passes of both models."""
-    run, pretrained, rewarded = (data.load_checkpoint(drifted / f"{name}.pt")
-                                 for name in (NEGATIVE, "pretrain", "reward"))
-    tokens = torch.cat((rewarded["rho"]["tokens"], run["fresh"]["tokens"])).long()
+    run, pretrained, rewarded, samples = (data.load_checkpoint(drifted / f"{name}.pt")
+                                          for name in (NEGATIVE, "pretrain", "reward", "rho"))
+    tokens = torch.cat((samples["tokens"], run["fresh"]["tokens"])).long()
     start = data.load_tokenizer(drifted / "tokenizer.tiktoken").encode_ordinary("\n\n")[0]
     whole = torch.cat((torch.full((len(tokens), 1), start), tokens), 1)
     with torch.no_grad():
@@ -498,7 +500,7 @@ def test_the_pool_weighs_by_the_right_policys_probabilities(drifted):
             2, tokens[..., None]).sum((1, 2)).double() for state in (run, pretrained))
     n = torch.tensor([512, 128]) / 640
     log_q = torch.stack((rho + n[0].log(), pi + n[1].log())).logsumexp(0)
-    scores, weights = sample.pool(rewarded, run)
+    scores, weights = (x.squeeze(0) for x in sample.pool(samples, run))
     # The run's numbers were made in the device's own precision, these in float32.
     assert_close(weights, rho - log_q, "log(rho/q)", atol=0.15, rtol=0)
     assert (weights[:512].mean() - weights[512:].mean()) > 1, "the two should differ much"
@@ -559,7 +561,7 @@ def test_a_run_of_another_reward_model_is_left_out(study, tmp_path, command, mon
     monkeypatch.setattr(sample, "save_figure", lambda *_: None)     # figures only take time here
     data.save_checkpoint(out / "ppo_beta2.pt", state)
     code, said, _ = command(sample, "--report", out)
-    assert code == 0 and "ppo_beta2.pt is of another reward model and is left out" in said, said
+    assert code == 0 and "ppo_beta2.pt is of another task or reward model and is left out" in said, said
     assert [row["beta"] for row in summary_of(out)["ppo"]] == [0.5]
     (out / "ppo_beta0.5.pt").unlink()
     explains(command(sample, "--report", out), "has no finished PPO run")
