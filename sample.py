@@ -549,17 +549,22 @@ def draw_reward(rewarded, judged, pretrained):
     return figure
 
 
-def draw_readers(rows):
+def draw_readers(rows, runs):
     """What readers and both models say of the same texts along the drift, all from 0 to 1."""
+    ends = {}
+    for run in runs:
+        name = train.run_name(run["toward"], run["inputs"]["beta"])
+        ends[name] = run["fresh"]["ref_kl"].mean().item()
     figure, axis = drift_axis("Where the models and readers part", "from 0 to 1")
     scales = {"rating": ("readers' feeling", -2, 4), "sense": ("readers' sense", 1, 4),
               "positive": ("P(positive)", 0, 1), "judge": ("the judge's P(positive)", 0, 1)}
-    # How far the policy at the end of a run is, its name does not say.
-    runs = {row["drawn_from"].split("_kl")[0] for row in rows if "_kl" in row["drawn_from"]}
+    along = {row["drawn_from"].split("_kl")[0] for row in rows if "_kl" in row["drawn_from"]}
     styles = itertools.cycle(("o-", "s--", "^:", "v-."))
-    for run, style in zip(sorted(runs), styles):
-        # Every run begins as rho.
+    for run, style in zip(sorted(along), styles):
+        # Every run begins as rho. Where it ends may lie nearer than where it has been.
         names = {0: "pretrain", **{mark: f"{run}_kl{mark:g}" for mark in train.KL_MARKS}}
+        if run in ends:
+            names[ends[run]] = run
         kls = [kl for kl in names if rated(rows, names[kl], "rating")]
         for i, (key, (what, low, width)) in enumerate(scales.items()):
             found = [mean_se(rated(rows, names[kl], key)) for kl in kls]
@@ -676,7 +681,7 @@ def write_report(args):
                "ppo": draw_ppo(runs),
                "reward": draw_reward(rewarded, judged, pretrained)}
     if any("_kl" in row["drawn_from"] for row in ratings):
-        figures["readers"] = draw_readers(with_positive(out, ratings))
+        figures["readers"] = draw_readers(with_positive(out, ratings), runs)
     for name, figure in figures.items():
         save_figure(figure, out / f"figures/{name}.png")
         lines.append(f"![{name}](figures/{name}.png)\n")

@@ -55,12 +55,14 @@ BUGS = [
     Bug("temperature in the sampler, not in the scorer", "ARENA, no-magic",
         "Completions come from a sharper distribution than the one whose KL is computed.",
         "gpt loop", "gpt.py",
-        [("length, generator=generator)\n", "length, temperature=0.7, generator=generator)\n")]),
+        [("length, uniform=uniform[:, rows])",
+          "length, temperature=0.7, uniform=uniform[:, rows])")]),
     Bug("top-k in the sampler, full softmax in the scorer", "nanochat, ttumiel/minRLHF",
         "Tokens outside the top k are never drawn but share the probability, so KL estimates are "
         "biased and can be negative.",
         "gpt loop", "gpt.py",
-        [("length, generator=generator)\n", "length, top_k=50, generator=generator)\n")]),
+        [("length, uniform=uniform[:, rows])",
+          "length, top_k=50, uniform=uniform[:, rows])")]),
     Bug("positions counted otherwise in sampling than in scoring", "trlx #509, OpenRLHF #217",
         "With the cache every token is read as if it stood at position 0, and the ratio is not 1 "
         "before the first step.",
@@ -287,6 +289,34 @@ BUGS = [
           "        self.policy.register_load_state_dict_post_hook(\n"
           "            lambda *_: self.ref.load_state_dict(self.policy.state_dict()))\n"
           '        names = ("policy", "value"')]),
+
+    # ---- prompts, comparisons, several processes
+    Bug("the optimum of prompts pooled as if they were one", "made up for this list",
+        "Samples of easy prompts outweigh those of hard ones, which no policy can do: each prompt "
+        "must be answered.",
+        "tasks", "ppo.py",
+        [("    objective = beta * (tilted.logsumexp(-1)",
+          "    tilted, base, scores = tilted.flatten(), base.flatten(), scores.flatten()\n"
+          "    objective = beta * (tilted.logsumexp(-1)")]),
+    Bug("the worse one preferred", "made up for this list",
+        "The reward model learns what readers like least.",
+        "tasks", "reward.py",
+        [("better = (targets - targets[other]).sign()",
+          "better = (targets[other] - targets).sign()")]),
+    Bug("every process draws the same completions", "made up for this list",
+        "A batch holds each completion as often as there are processes, so it is noisier than it "
+        "looks.",
+        "tasks", "gpt.py",
+        [("uniform=uniform[:, rows])", "uniform=uniform[:, :rows.stop - rows.start])")]),
+    Bug("gradients averaged over processes, not over tokens", "made up for this list",
+        "A process with few tokens in its share counts as much as one with many.",
+        "tasks", "ppo.py",
+        [('weight = mask.sum() / batch["mask"][everyones].sum()',
+          "weight = len(rows) / len(everyones)")]),
+    Bug("gradients of processes added up", "made up for this list",
+        "With N processes the gradient is N times too large; clipping hides it.",
+        "tasks", "gpt.py",
+        [("add_up(x.mul_(weight))", "add_up(x)")]),
 ]
 
 

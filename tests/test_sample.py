@@ -529,14 +529,15 @@ def test_ratings_add_a_figure_and_the_readers_sense(drifted, tmp_path, monkeypat
     assert "(figures/readers.png)" in report
     lines = {line.get_label(): line.lines[0] for line in figures["readers"].axes[0].containers}
     # In the unit 0 to 1: feeling (0 + 1) / 2 and (2 + 1) / 2 from -2 to 2; sense from 1 to 5.
-    expected = {"readers' feeling": [0.625, 0.875], "readers' sense": [0.5, 0.625]}
+    expected = {"readers' feeling": [0.625, 0.875, 0.0], "readers' sense": [0.5, 0.625, 0.0]}
     for name, file in (("P(positive)", "reward.pt"), ("the judge's P(positive)", "judge.pt")):
-        p = positive_of(out / file, ["sir", "my", "love", "joy"])
-        expected[name] = [(p[0] + p[1]) / 2, (p[2] + p[3]) / 2]
+        p = positive_of(out / file, ["sir", "my", "love", "joy", "death"])
+        expected[name] = [(p[0] + p[1]) / 2, (p[2] + p[3]) / 2, p[4]]
     assert set(lines) == {f"{name}, {NEGATIVE}" for name in expected}
     for name, ys in expected.items():
         x, y = lines[f"{name}, {NEGATIVE}"].get_data()
-        assert_close(list(map(float, x)), [0.0, mark], "rho is at 0")
+        end = data.load_checkpoint(out / f"{NEGATIVE}.pt")["fresh"]["ref_kl"].mean().item()
+        assert_close(list(map(float, x)), [0.0, mark, end], "rho is at 0, the end where it ended")
         assert_close(list(map(float, y)), ys, name, atol=1e-5, rtol=0)
 
 

@@ -234,7 +234,7 @@ needs_fork = pytest.mark.skipif("forkserver" not in multiprocessing.get_all_star
 def test_two_processes_do_what_one_does(study, texts, tmp_path):
     """The same samples, losses and gradients within rounding: only sums are made in another order.
 
-    Pretraining from the start, and PPO on what the study has. Process 0 alone speaks.
+    Pretraining from the start, and PPO of texts that end. Process 0 alone speaks.
     """
     arguments = argv(texts, tmp_path / "new", "--until", "pretrain", "--fp32")
     assert together(arguments, tmp_path / "a") == ([0, 0], ["", ""])
@@ -246,7 +246,7 @@ def test_two_processes_do_what_one_does(study, texts, tmp_path):
                  rtol=0)
     assert (tmp_path / "a" / "log1.out").read_text() == ""
 
-    one = ["--until", "ppo", "--fp32", "--beta", 0.5, "--iterations", 2]
+    one = ["--until", "ppo", "--fp32", "--beta", 0.5, "--iterations", 2, "--task", "continue"]
     shutil.copytree(tmp_path / "alone", tmp_path / "both")
     assert run_script(train, *argv(texts, tmp_path / "alone", *one)) == 0
     for name in ("reward", "judge", "rho"):
