@@ -72,7 +72,8 @@ def comparison_loss(log_odds, targets, rounds=8):
     """
     loss = torch.zeros_like(log_odds)
     for seed in range(rounds):
-        other = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        other = torch.randperm(len(targets), generator=generator)
         better = (targets - targets[other]).sign()          # 1, -1, or 0: a tie
         gap = better * (log_odds - log_odds[other])
         loss = loss - better.abs() * F.logsigmoid(gap) / rounds
@@ -351,17 +352,18 @@ def rating_metrics(p, ratings):
 
 
 def reliability(p, ratings, bins=10):
-    """Is P(positive) what it says? Of tenths of the passages by p: lists of four numbers each.
+    """Is P(positive) what it says? Of tenths of the passages by p: lists of three numbers each.
 
-    Mean p, mean soft target, its standard error, number of passages. In a calibrated model the
-    first two agree within a few of the third.
+    Mean p, mean soft target, its standard error. In a calibrated model the first two agree within
+    a few of the third.
     """
-    targets, found = (ratings + 2) / 4, []
+    targets = (ratings + 2) / 4
+    found = []
     for rows in p.argsort().chunk(bins):
         if len(rows) > 1:
-            se = targets[rows].std() / len(rows) ** 0.5
-            found.append([p[rows].mean().item(), targets[rows].mean().item(), se.item(),
-                          len(rows)])
+            means = [p[rows].mean().item(), targets[rows].mean().item()]
+            error = targets[rows].std().item() / len(rows) ** 0.5
+            found.append([*means, error])
     return found
 
 

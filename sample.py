@@ -236,7 +236,10 @@ def rate(args):
 def mean_se(values):
     """(mean, standard error) of numbers; NaN where they are too few."""
     x = torch.as_tensor(values, dtype=torch.float64)
-    return x.mean().item(), x.std().item() / len(x) ** 0.5 if len(x) > 1 else math.nan
+    mean = x.mean().item()
+    if len(x) < 2:
+        return mean, math.nan
+    return mean, x.std().item() / len(x) ** 0.5
 
 
 def permutation_interval(a, b):
@@ -258,12 +261,15 @@ def quadratic_kappa(a, b):
     a, b = torch.tensor([a, b], dtype=torch.float64)
     # What the mean squared difference would be if the readers knew nothing of each other.
     expected = (a[:, None] - b).square().mean()
-    return 1.0 if expected == 0 else float(1 - (a - b).square().mean() / expected)
+    if expected == 0:
+        return 1.0
+    return float(1 - (a - b).square().mean() / expected)
 
 
 def rated(rows, name, key):
     """What the rows drawn from one model have at key, where they have something."""
-    return [row[key] for row in rows if row["drawn_from"] == name and row.get(key) is not None]
+    known = [row for row in rows if row["drawn_from"] == name]
+    return [row[key] for row in known if row.get(key) is not None]
 
 
 def with_positive(folder, rows):
@@ -302,11 +308,16 @@ def print_ratings(args):
         pairs = torch.tensor([(row["rating"], row["positive"]) for row in rows])
         print(f"feeling and P(positive) correlate {torch.corrcoef(pairs.T)[0, 1]:.2f}")
     other = {row["text"]: row["rating"] for row in files[-1]}
-    both = [(row["rating"], other[row["text"]]) for row in files[0] if row["text"] in other]
+    both = []
+    for row in files[0]:
+        if row["text"] in other:
+            both.append((row["rating"], other[row["text"]]))
     if len(files) == 2 and len(both) > 1:
         a, b = zip(*both)
-        print(f"two readers of {len(both)} passages: quadratic kappa {quadratic_kappa(a, b):.2f}, "
-              f"Pearson {torch.corrcoef(torch.tensor([a, b]))[0, 1]:.2f}")
+        kappa = quadratic_kappa(a, b)
+        pearson = torch.corrcoef(torch.tensor([a, b]))[0, 1]
+        print(f"two readers of {len(both)} passages: quadratic kappa {kappa:.2f}, "
+              f"Pearson {pearson:.2f}")
 
 
 def cell(x):
@@ -320,7 +331,7 @@ def cell(x):
     # NaN, the mean of nothing, is the one value that differs from itself.
     if x is None or x != x:
         return ""
-    return f"{x:.3g}" if isinstance(x, float) else str(x)
+    return f"{round(x, 5):.3g}" if isinstance(x, float) else str(x)
 
 
 def table(columns, rows):
@@ -507,10 +518,12 @@ def draw_judge(rho, runs):
     for i, run in enumerate(runs):
         kls, scores = points(run["history"], "exact_kl", "score")
         # If the two correlate c on rho, a gain of s by one is c s by the other without cheating.
-        both = [rho_scores(rho, run["toward"], name).flatten() for name in ("reward", "judge")]
+        one, two = (rho_scores(rho, run["toward"], name).flatten()
+                    for name in ("reward", "judge"))
+        c = np.corrcoef(one, two)[0, 1]
         axis.plot(kls, scores, f"C{i}", label=label(run))
         axis.plot(*points(run["history"], "exact_kl", "judge"), f"C{i}--")
-        axis.plot(kls, np.corrcoef(both)[0, 1] * np.array(scores), f"C{i}:")
+        axis.plot(kls, c * np.array(scores), f"C{i}:")
     figure.legend(loc="outside right upper", title="beta")
     return figure
 
@@ -523,7 +536,8 @@ def draw_ppo(runs):
     axes = figure.subplots(3, 3).flatten()
     for i, run in enumerate(runs):
         for axis, key in zip(axes, keys):
-            axis.plot(*points(run["history"], "step", key), f"C{i}", label=f"beta {label(run)}")
+            x, y = points(run["history"], "step", key)
+            axis.plot(x, y, f"C{i}", label=f"beta {label(run)}")
             axis.set(title=key, xlabel="iteration")
         axes[0].plot(*points(run["history"], "step", "best"), f"C{i}:")
     axes[0].set_title("objective J; dotted: J* from rho's samples")
@@ -541,7 +555,7 @@ def draw_reward(rewarded, judged, pretrained):
     left.plot([0.2, 0.8], [0.2, 0.8], "k:", label="perfect")
     for state in (rewarded, judged):
         for kind, found in state["report"].items():
-            p, target, error, _ = zip(*found["reliability"])
+            p, target, error = zip(*found["reliability"])
             left.errorbar(p, target, error, fmt="o-", label=f"{state['kind']} model, {kind}")
     left.legend()
     right.plot(*points(pretrained["history"], "step", "loss"))

@@ -1,10 +1,11 @@
 """What is each part of the reward model worth, and what fools it? Tables, on a finished study.
 
-    python tests/ablation.py --study out        3 minutes on 2 cores; trains into out/ablation
+    python tests/ablation.py --study out        trains into out/ablation, as long as the judge
 
 Readers are trained on the same passages, the part "reward" of the labels, and measured on the part
 "report", which nothing was tuned on. "both" adds the log-odds of bag and trunk, each times a number
-fitted on the part "choose". The second table shows passages spoilt in ways that no reader was
+fitted on the part "choose". "pairs" is how often the higher-rated of two passages pleases more; the
+bag is also fitted to comparisons alone (--reward comparisons). The second table shows passages spoilt in ways that no reader was
 trained against: a reward model that is not fooled likes each less than the text as written.
 """
 
@@ -31,13 +32,13 @@ def stack(columns, targets):
 
 
 def measures(log_odds, rated):
-    """Pearson, AUC, log loss on the passages and on the samples of the part report."""
+    """Pearson, AUC, pairs in order, on the passages and on the samples of the part report."""
     rows, p = rated["rows"]["report"], log_odds.sigmoid()
     ratings, is_sample = rated["ratings"][rows], rated["is_sample"][rows]
     found = []
     for chosen in (~is_sample, is_sample):
         m = reward.rating_metrics(p[chosen], ratings[chosen])
-        found += [f"{m['pearson']:.3f} ± {m['pearson_se']:.3f}", m["auc"], m["log_loss"]]
+        found += [f"{m['pearson']:.3f} ± {m['pearson_se']:.3f}", m["auc"], m["pair_accuracy"]]
     return found
 
 
@@ -69,28 +70,29 @@ def main():
     parser = data.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--study", default="out", type=Path, help="folder of a finished study")
     options = parser.parse_args()
-    pretrained, rewarded, judged, runs = sample.load_study(options.study)
+    pretrained, rewarded, _, rho, runs = sample.load_study(options.study)
     args = train.parse(["--size", pretrained["args"]["size"], "--out",
                         str(options.study / "ablation")])
     args.out.mkdir(exist_ok=True)
     tokenizer = data.load_tokenizer(options.study / "tokenizer.tiktoken", pretrained)
-    start = tokenizer.encode_ordinary(data.BOUNDARY)[0]
     rated = train.rated_passages(args, tokenizer)
     rows = rated["rows"]
     tokens, targets = rated["tokens"], (rated["ratings"] + 2) / 4
     words, log_odds, seconds = reward.read_words(), {}, {}
     zero = reward.RewardModel(reward.GPTConfig(**pretrained["config"]), "trunk")
     log_odds["trunk, step 0"], seconds["trunk, step 0"] = zero, 0
-    state = train.reward_stage(args, "reward", "trunk", pretrained, rated, tokenizer, start)
+    state = train.reward_stage(args, "reward", "trunk", pretrained, rated, tokenizer)
     log_odds["trunk"], seconds["trunk"] = reward.load_reward(state), state["seconds"]
-    for name, rated_words, ridge in (("rated words alone", words, 1e9),
-                                     ("bag, no rated words", {}, 20.0),
-                                     ("bag (shipped)", words, 20.0)):
+    bags = {"rated words alone": (words, 1e9, reward.soft_loss),
+            "bag, no rated words": ({}, 20.0, reward.soft_loss),
+            "bag, comparisons": (words, 20.0, reward.comparison_loss),
+            "bag (shipped)": (words, 20.0, reward.soft_loss)}
+    for name, (rated_words, ridge, loss) in bags.items():
         model = reward.RewardModel(reward.GPTConfig(), "bag", vocabulary=rewarded["vocabulary"])
         began = time.monotonic()
         fitted = rows["reward"]
         model.bag.fit(tokens[fitted], targets[fitted], rated["weights"][fitted], rated_words,
-                      ridge, 5 * ridge)
+                      ridge, 5 * ridge, loss)
         reward.calibrate(model, tokens[rows["choose"]], targets[rows["choose"]])
         log_odds[name], seconds[name] = model, time.monotonic() - began
     read = {name: {part: in_chunks(model, tokens[rows[part]]) for part in ("choose", "report")}
@@ -102,24 +104,24 @@ def main():
     seconds["both"] = seconds["trunk"] + seconds["bag (shipped)"]
     print(f"both = {weights[0]:.2f} + {weights[1]:.2f} bag + {weights[2]:.2f} trunk\n")
     print(*sample.table(
-        ["reader", "passages: Pearson", "AUC", "log loss", "samples: Pearson", "AUC", "log loss",
+        ["reader", "passages: Pearson", "AUC", "pairs", "samples: Pearson", "AUC", "pairs",
          "seconds"], [(name, *measures(x["report"], rated), round(seconds[name]))
                       for name, x in read.items()]), sep="\n")
     model = log_odds["bag (shipped)"]
     whole = tokens[rows["report"]][~rated["is_sample"][rows["report"]]]
 
     def texts(pool):
-        return [tokenizer.decode(row.tolist()) for row in pool["tokens"][:500]]
+        return [data.decode(tokenizer, row.tolist()) for row in pool["tokens"][:500]]
 
     tuned = {f"samples of PPO, beta {sample.label(run)}": texts(run["fresh"]) for run in runs}
-    kinds = spoilt(whole, tokenizer, model.bag, texts(rewarded["rho"]), tuned)
+    kinds = spoilt(whole, tokenizer, model.bag, texts(rho), tuned)
     lines = []
     for name, group in kinds.items():
         ids = reward.pad([tokenizer.encode_ordinary(text) for text in group], rewarded["length"])
         p = in_chunks(model, ids).sigmoid()
         lines.append((name, len(group), p.mean().item(), p.quantile(0.99).item()))
     print(*sample.table(["text", "n", "mean P(positive)", "99 % quantile"], lines), sep="\n")
-    log_p = reward.log_p(rewarded["rho"]["log_odds"])
+    log_p = reward.log_p(rho["log_odds"]["reward"])
     quantiles = log_p.quantile(torch.tensor([0.001, 0.01, 0.1, 0.5, 0.9, 0.99]))
     print("quantiles of log P(positive), samples of rho (0.1, 1, 10, 50, 90, 99 %): "
           + ", ".join(f"{q:.2f}" for q in quantiles))

@@ -414,14 +414,14 @@ def test_measures_are_defined_where_nothing_is_to_be_compared(ratings, last):
 
 
 def test_reliability_compares_tenths_of_the_passages():
-    """Mean p, mean soft target, its standard error and number, of passages sorted by p."""
+    """Mean p, mean soft target, its standard error, of passages sorted by p."""
     p = torch.rand(200, generator=seeded())
     ratings = torch.randint(-2, 3, (200,), generator=seeded(1)).float()
     order = np.argsort(p.numpy())
-    expected = [[p.numpy()[rows].mean().item(), t.mean().item(), t.std(ddof=1).item() / 20 ** 0.5,
-                 20] for rows in order.reshape(10, 20) for t in [(ratings.numpy()[rows] + 2) / 4]]
+    expected = [[p.numpy()[rows].mean().item(), t.mean().item(), t.std(ddof=1).item() / 20 ** 0.5]
+                for rows in order.reshape(10, 20) for t in [(ratings.numpy()[rows] + 2) / 4]]
     assert_close(reliability(p, ratings), expected, "wrong tenths", atol=1e-5, rtol=0)
-    assert [row[3] for row in reliability(p[:9], ratings[:9], bins=3)] == [3, 3, 3]
+    assert len(reliability(p[:9], ratings[:9], bins=3)) == 3
     assert reliability(p[:4], ratings[:4]) == [], "one passage has no standard error"
 
 
