@@ -528,21 +528,21 @@ def draw_judge(rho, runs):
     return figure
 
 
-def draw_ppo(runs):
-    """What PPO logs, against iteration; with the objective J also J* from rho's samples, dotted."""
+def draw_ppo(runs, summary):
+    """What PPO logs, against iteration; with the objective J also J*, dotted, where it is known."""
     keys = ("objective", "exact_kl", "policy_loss", "clipfrac", "explained_variance", "entropy",
             "distinct_2", "ref_logprob", "positive")
     figure = Figure(figsize=(13, 9), layout="constrained")
     axes = figure.subplots(3, 3).flatten()
-    for i, run in enumerate(runs):
+    for i, (run, row) in enumerate(zip(runs, summary["ppo"])):
         for axis, key in zip(axes, keys):
-            x, y = points(run["history"], "step", key)
-            axis.plot(x, y, f"C{i}", label=f"beta {label(run)}")
+            axis.plot(*points(run["history"], "step", key), f"C{i}")
             axis.set(title=key, xlabel="iteration")
-        axes[0].plot(*points(run["history"], "step", "best"), f"C{i}:")
-    axes[0].set_title("objective J; dotted: J* from rho's samples")
-    # There is room in this one.
-    axes[1].legend()
+        axes[0].get_lines()[-1].set_label(f"beta {label(run)}")
+        if row["optimum"]["objective"] is not None:
+            axes[0].axhline(row["optimum"]["objective"], color=f"C{i}", linestyle=":")
+    axes[0].set_title("objective J; dotted: J*")
+    figure.legend(loc="outside upper center", ncols=len(runs))
     return figure
 
 
@@ -692,7 +692,7 @@ def write_report(args):
 
     figures = {"frontier": draw_frontier(rho, runs, summary),
                "judge": draw_judge(rho, runs),
-               "ppo": draw_ppo(runs),
+               "ppo": draw_ppo(runs, summary),
                "reward": draw_reward(rewarded, judged, pretrained)}
     if any("_kl" in row["drawn_from"] for row in ratings):
         figures["readers"] = draw_readers(with_positive(out, ratings), runs)

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-FAST = ["ppo", "gpt", "loop", "reward", "data", "train"]    # tests/test_*.py that a bug is shown to
+# The tests/test_*.py that a bug is shown to.
+FAST = ["ppo", "gpt", "loop", "reward", "data", "train", "tasks"]
 
 
 class Bug(NamedTuple):

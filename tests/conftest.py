@@ -1,7 +1,8 @@
 """What the test files share: the import path, comparisons that explain themselves, a trained GPT.
 
 Read the tests in this order: test_ppo (the equations), test_loop, test_gpt, test_reward, test_data,
-test_train, test_sample; then bug_hunt.py (are the tests strong?) and benchmark.py (is it fast?).
+test_train, test_tasks, test_sample; then bug_hunt.py (are the tests strong?) and benchmark.py
+(is it fast?).
 """
 
 import csv
