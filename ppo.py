@@ -248,8 +248,9 @@ def optimum(scores, beta, log_weights=None):
     log_weights: log(rho/q) of each sample where it was drawn from q instead; the estimate is
     self-normalised. Returns a dict: objective J* = beta log E_rho[exp(r/beta)], score = E_pi*[r],
     ref_kl = (score - objective) / beta in nats per completion, ess, the effective number of
-    samples in all, and objective_se, the standard error of J* (delta method). Below an ess of
-    100 the numbers mean little. (Korbak 2022: RL with KL penalties is Bayesian inference.)
+    samples (of the prompt that has fewest), and objective_se, the standard error of J* (delta
+    method). Below an ess of 100 the numbers mean little: the logarithm of a mean of few is too
+    low, for every prompt. (Korbak 2022: RL with KL penalties is Bayesian inference.)
     """
     if beta <= 0:
         raise ValueError(f"beta must be positive for an optimum to exist, not {beta}")
@@ -268,7 +269,7 @@ def optimum(scores, beta, log_weights=None):
     found = {"objective": objective.mean(),
              "score": score.mean(),
              "ref_kl": (score - objective).mean() / beta,
-             "ess": (1 / weights.square().sum(-1)).sum(),
+             "ess": (1 / weights.square().sum(-1)).min(),
              "objective_se": beta * variance.sum().sqrt() / variance.numel()}
     return {name: x.item() for name, x in found.items()}
 

@@ -48,7 +48,7 @@ def load_beside(path, state, kind):
     file = path.with_name(f"{kind}.pt")
     found = data.load_checkpoint(file, kind)
     # The later stage has the digest of the earlier one's model among its inputs.
-    later, earlier = (state, found) if state["kind"] == "ppo" else (found, state)
+    later, earlier = (found, state) if state["kind"] == "pretrain" else (state, found)
     if later["inputs"][earlier["kind"]] != data.digest(earlier["model"]):
         raise data.UserError(f"{file} and {path} are not of the same study. Run train.py again.")
     return found
@@ -63,18 +63,21 @@ def draw(path, args, num):
     state = data.load_checkpoint(path, "pretrain", "ppo")
     tokenizer = data.load_tokenizer(path.with_name("tokenizer.tiktoken"), state)
     policy = load_gpt(state)
-    # What the run was given; rho, and runs without prompts, begin after the boundary of speeches.
-    prompts = state.get("prompts", torch.tensor([tokenizer.encode_ordinary(data.BOUNDARY)[:1]]))
+    # What the run was given. Of rho: what its runs were given, so that they can be compared.
+    given = state
+    if state["kind"] == "pretrain" and path.with_name("rho.pt").exists():
+        given = load_beside(path, state, "rho")
+    prompts = given.get("prompts", torch.tensor([tokenizer.encode_ordinary(data.BOUNDARY)[:1]]))
     if args.prompt:
         prompts = torch.tensor([tokenizer.encode_ordinary(args.prompt)])
-    length = args.length or state["inputs"].get("length", 64)
+    length = args.length or given["inputs"].get("length", 64)
     if prompts.size(1) + length > policy.config.block_size:
         raise data.UserError("--prompt and --length do not fit the model's context. "
                              "Shorten either.")
     generator = torch.Generator().manual_seed(args.seed)
     prompts = prompts[torch.randint(len(prompts), (num,), generator=generator)]
     tokens = generate(policy, prompts, length, args.temperature, args.top_k, generator)
-    completions = cut_after(tokens[:, prompts.size(1):], state.get("end"))
+    completions = cut_after(tokens[:, prompts.size(1):], given.get("end"))
     positive, ref_kl = [None] * num, [0.0] * num
     # After train.py --until pretrain there is no reward model yet.
     if path.with_name("reward.pt").exists():
@@ -117,6 +120,8 @@ def print_samples(args):
         beta = path.stem.split("beta")[-1]
         # In this order negative comes last.
         twins = sorted(path.parent.glob(f"ppo_*beta{beta}.pt"))
+        if not twins:
+            raise data.UserError("--compare needs the --checkpoint of a policy, ppo_*.pt.")
         paths = [path.with_name("pretrain.pt"), *twins]
     drawn = [draw(path, args, args.num) for path in paths]
     for turn in zip(*drawn):
@@ -138,7 +143,10 @@ def read_ratings(path):
         if next(reader, COLUMNS) != COLUMNS:
             raise ValueError(f"the columns must be {', '.join(COLUMNS)}")
         # A blank line is an empty row.
-        for text, rating, sense, drawn_from in filter(None, reader):
+        for row in filter(None, reader):
+            if len(row) != len(COLUMNS):
+                raise ValueError("the row has not as many fields as there are columns")
+            text, rating, sense, drawn_from = row
             rating = data.parse_rating(rating)
             # A label for training has none.
             sense = data.parse_rating(sense, 1, 5) if sense else None
@@ -176,6 +184,8 @@ def passages_of_plays(args):
 def passages_to_rate(args):
     """Passages of all that --rate names, shuffled: dicts of text and drawn_from."""
     passages = []
+    if len({Path(name).stem for name in args.rate}) < len(args.rate):
+        raise data.UserError("--rate tells checkpoints apart by their file names. Rename a copy.")
     for name in args.rate:
         if name == "plays":
             texts = passages_of_plays(args)
@@ -209,6 +219,8 @@ def rate(args):
     """
     path, blind = args.ratings[0], len(args.rate) > 1
     rows = read_ratings(path) if path.exists() else []
+    # A file that cannot be written is told before the first rating.
+    write_ratings(path, rows)
     # By text and model, for two models that are close may have written the same.
     done = {(row["text"], row["drawn_from"]) for row in rows}
     left = [row for row in passages_to_rate(args) if (row["text"], row["drawn_from"]) not in done]
@@ -346,6 +358,10 @@ def load_study(out):
     """(pretrained, rewarded, judged, rho, runs) of a folder; runs of these samples of rho only."""
     pretrained, rewarded, judged, rho = (data.load_checkpoint(out / f"{kind}.pt", kind)
                                          for kind in ("pretrain", "reward", "judge", "rho"))
+    for state in (pretrained, rewarded, judged):
+        if rho["inputs"][state["kind"]] != data.digest(state["model"]):
+            raise data.UserError(f"{state['kind']}.pt is newer than rho.pt in {out}. "
+                                 "Run train.py again.")
     runs = []
     for path in out.glob("ppo_*beta*.pt"):
         # What a run kept on its way is not its end.
@@ -424,6 +440,7 @@ def summarise_run(rho, run):
             "optimum": best,
             "fraction_of_optimum": fraction,
             "fraction_se": math.hypot(se, fraction * best["objective_se"]) / way,
+            "fraction_at_most": (objective - start) / (best["at_least"] - start),
             "kl_to_optimum": (best["objective"] - objective) / (beta or math.nan),
             "seconds_per_iteration": run["seconds"] / max(iterations, 1)}
 
@@ -555,7 +572,8 @@ def draw_reward(rewarded, judged, pretrained):
     left.plot([0.2, 0.8], [0.2, 0.8], "k:", label="perfect")
     for state in (rewarded, judged):
         for kind, found in state["report"].items():
-            p, target, error = zip(*found["reliability"])
+            # Few ratings have no tenths.
+            p, target, error = np.reshape(found["reliability"], (-1, 3)).T
             left.errorbar(p, target, error, fmt="o-", label=f"{state['kind']} model, {kind}")
     left.legend()
     right.plot(*points(pretrained["history"], "step", "loss"))
@@ -580,6 +598,8 @@ def draw_readers(rows, runs):
         if run in ends:
             names[ends[run]] = run
         kls = [kl for kl in names if rated(rows, names[kl], "rating")]
+        if not kls:
+            continue
         for i, (key, (what, low, width)) in enumerate(scales.items()):
             found = [mean_se(rated(rows, names[kl], key)) for kl in kls]
             means, errors = np.transpose(found)
@@ -596,6 +616,10 @@ def results_table(runs, summary):
     lines = []
     for run, row in zip(runs, summary["ppo"]):
         best = row["optimum"]
+        fraction = (row["fraction_of_optimum"], row["fraction_se"])
+        # Where J* is not known, what it is at least may say something.
+        if row["fraction_of_optimum"] is None and (best["at_least"] or 0) > row["objective"]:
+            fraction = f"at most {row['fraction_at_most']:.2f}"
         lines.append([
             label(run),
             row["score"],
@@ -606,7 +630,7 @@ def results_table(runs, summary):
             (best["objective"], best["objective_se"]),
             best["at_least"],
             round(best["ess"]),
-            (row["fraction_of_optimum"], row["fraction_se"]),
+            fraction,
             row["kl_to_optimum"]])
     return table(["beta", "score", "judge", "P(positive)", "ref_kl", "J", "J*", "J* at least",
                   "ESS", "fraction of optimum", "KL(pi to pi*)"], lines)
@@ -661,7 +685,10 @@ def table_along_kl(kept, run, args, ratings):
     """
     rows = []
     for mark, path in kept.items():
-        step = next(row for row in run["history"] if row["exact_kl"] >= mark)
+        step = next((row for row in run["history"] if row["exact_kl"] >= mark), None)
+        # Of a run that was resumed on another machine, say.
+        if step is None:
+            continue
         sense, _ = mean_se(rated(ratings, path.stem, "sense"))
         # A newline or a bar would end the cell.
         text = draw(path, args, 1)[0]["text"].replace("\n", " / ").replace("|", "")
@@ -728,7 +755,8 @@ def parse():
     add("--kl", type=float, choices=train.KL_MARKS,
         help="the policy when its drift first passed so many nats a completion")
     add("--num", type=count, default=20, help="how many samples, of each checkpoint (default 20)")
-    add("--length", type=count, help="tokens of each (default: as in training, else 64)")
+    add("--length", type=data.number(int, 1, 1000),
+        help="tokens of each (default: as in training, else 64)")
     add("--prompt", default="", help="text to continue (default: what the run was given)")
     add("--temperature", type=data.number(float, 0), default=1.0,
         help="below 1 plays safe, 0 always takes the likeliest token (default 1)")
@@ -744,7 +772,10 @@ def parse():
         help="the file of your ratings; without --rate, what one or two files say")
     add("--report", type=Path, metavar="DIR",
         help="draw figures, report.md and summary.json of a study again")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.checkpoint.name:
+        parser.error("--checkpoint must be a file")
+    return args
 
 
 def main():

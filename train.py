@@ -22,6 +22,7 @@ import inspect
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 import time
@@ -162,10 +163,9 @@ def source(file):
 def source_digest(thing):
     """A digest of the code of a module or function; comments and docstrings do not count."""
     # A syntax tree knows neither comments nor blank lines.
-    tree = ast.parse(source(inspect.getsourcefile(thing)))
+    tree = ast.parse(source(source_file(thing)))
     if not inspect.ismodule(thing):
-        named = [node for node in tree.body if getattr(node, "name", None) == thing.__name__]
-        tree.body = named or tree.body
+        tree.body = [node for node in tree.body if getattr(node, "name", None) == thing.__name__]
     for node in ast.walk(tree):
         documented = isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef))
         if documented and ast.get_docstring(node):
@@ -173,9 +173,14 @@ def source_digest(thing):
     return data.digest(ast.dump(tree))
 
 
+def source_file(thing):
+    """The file of a module or function; a decorated one is not its decorator's."""
+    return inspect.getsourcefile(inspect.unwrap(thing))
+
+
 def source_name(thing):
     """Where a module or function is written: "gpt.py", or "train.py: pretrain_stage"."""
-    file = Path(inspect.getsourcefile(thing)).name
+    file = Path(source_file(thing)).name
     return file if inspect.ismodule(thing) else f"{file}: {thing.__name__}"
 
 
@@ -315,7 +320,7 @@ def locked(folder):
         except OSError:
             raise data.UserError(f"another run is using {folder}. Wait for it to end, "
                                  "or choose another --out.") from None
-        for left in folder.rglob(".*.tmp"):         # of a write that was killed
+        for left in folder.glob(f".*{data.HALF_WRITTEN}"):      # of a write that was killed
             left.unlink()
         yield
 
@@ -335,9 +340,8 @@ def generator(args, use, beta=0.0):
 
 # ---- the stages ---------------------------------------------------------------------------
 
-def data_stage(args):
-    """Corpus -> tokenizer.tiktoken, and token arrays: data.pt, the tokenizer."""
-    texts = data.load_corpus(args.corpus)
+def data_stage(args, texts):
+    """The corpus (training text, held-out text) -> tokenizer.tiktoken, token arrays: data.pt."""
     path = args.out / "tokenizer.tiktoken"
     # A lost tokenizer is made again, just the same.
     if not path.exists():
@@ -386,11 +390,11 @@ def trapezoid(i, steps):
     return min(1.0, up, down)
 
 
-def set_rates(optimizers, share):
-    """Every learning rate to this share of the one its optimizer was made with."""
+def set_rates(optimizers, part):
+    """Every learning rate to this part of the one its optimizer was made with."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = share * group.setdefault("peak", group["lr"])
+            group["lr"] = part * group.setdefault("peak", group["lr"])
 
 
 def descend(model, loss, optimizers, clip=math.inf, weight=None):
@@ -454,6 +458,9 @@ def pretrain_stage(args, texts, start):
     # Of several processes each reads some of the batch.
     rows = gpt.share(batch)
     weight = (rows.stop - rows.start) / batch
+    if weight == 0:
+        raise data.UserError(f"pretraining reads {batch} windows a step, too few for so many "
+                             "processes. Start fewer.")
 
     for i in stage.steps(n, model=model, muon=optimizers[0], adam=optimizers[1], sampler=sampler):
         set_rates(optimizers, trapezoid(i, n))
@@ -574,33 +581,26 @@ def measure_reward(model, rated):
     return found
 
 
-def make_prompts(args, train, tokenizer):
+def make_prompts(args, text, tokenizer):
     """(prompts (P,T0) of the task, padded on the left with PAD; the token that ends a text).
 
-    speeches: one prompt, the blank line before a speech, and no end. continue: P speeches of the
-    training text, tokens train (N,): the speaker's name and a line or two. They end as speeches do.
+    speeches: one prompt, the blank line before a speech, and no end. continue: openings of P
+    speeches of the training text, the speaker's name and a line or two. They end as speeches do.
     """
-    start, newline = (tokenizer.encode_ordinary(text)[0] for text in (data.BOUNDARY, "\n"))
+    start = tokenizer.encode_ordinary(data.BOUNDARY)[0]
     if args.task == "speeches":
         return torch.full((1, 1), start), None
-    train, prompts = train.tolist(), []
-    draw = random.Random(seed_of(args, "prompts"))
-    for place in draw.sample(range(len(train)), len(train)):
-        speech = train[place:place + LONGEST_PROMPT]
-        lines = [i for i, token in enumerate(speech) if token == newline]
-        wanted = draw.choice([2, 3])            # lines, the speaker's name the first
-        if speech[0] != start or len(lines) < wanted:
-            continue
-        prompt = speech[:lines[wanted - 1] + 1]
-        if start not in prompt[1:]:             # else the speech has ended before
-            prompts.append(prompt)
-        if len(prompts) == args.prompts:
-            break
+    openings = []
+    for lines in (2, 3):                # the name is one; a line of the speech follows
+        openings += re.findall(r"\n\n(?:.+\n){%d}(?=.)" % lines, text)
+    prompts = [tokenizer.encode_ordinary(opening) for opening in openings]
+    prompts = [ids for ids in prompts if len(ids) <= LONGEST_PROMPT]
     if len(prompts) < args.prompts:
-        raise data.UserError(f"the corpus has only {len(prompts)} speeches of three lines or more "
-                             "to continue. Give a longer text, or --task speeches.")
+        raise data.UserError(f"the corpus has only {len(prompts)} openings of speeches to "
+                             "continue. Give a longer text, or --task speeches.")
+    prompts = random.Random(seed_of(args, "prompts")).sample(prompts, args.prompts)
     # Padding on the left, so that every completion begins at the same place.
-    backwards = reward.pad([prompt[::-1] for prompt in prompts], max(map(len, prompts)))
+    backwards = reward.pad([ids[::-1] for ids in prompts], LONGEST_PROMPT)
     return backwards.flip(1), start
 
 
@@ -620,7 +620,7 @@ def rho_stage(args, prompts, end, pretrained, rewarded, judged):
               "rho_samples": len(repeated), "length": args.length,
               "pretrain": data.digest(pretrained["model"]),
               **{name: data.digest(state["model"]) for name, state in states.items()}}
-    stage = Stage(args, "rho", inputs, code=[gpt, reward.Bag, reward.RewardModel, rho_stage])
+    stage = Stage(args, "rho", inputs, code=[gpt, reward, rho_stage])
     if stage.done:
         return stage.state
     rho = load_gpt(pretrained, args.device, args.dtype)
@@ -688,8 +688,11 @@ def make_run(args, config, seed, pretrained, rewarded, rho):
     run = ppo.PPO(load_gpt(pretrained, args.device, args.dtype), score_fn,
                   rho["prompts"].to(args.device), config, seed,
                   features_fn=lambda tokens: model.prefixes(tokens)[..., None], end=rho["end"])
-    tokens = rho["tokens"][:2048].long().to(args.device)
-    prompts = repeat(run.prompts, len(rho["tokens"]))[:2048]
+    # As many of each prompt.
+    each = max(2048 // len(run.prompts), 1)
+    tokens = rho["tokens"].view(len(run.prompts), -1, args.length)[:, :each]
+    tokens = tokens.flatten(0, 1).long().to(args.device)
+    prompts = repeat(run.prompts, len(tokens))
     features = in_chunks(run.features, prompts, tokens)
     # The policy is still rho, so there is no penalty to come: at every token just the score.
     returns = score_fn(tokens)[:, None].expand(tokens.shape)
@@ -707,8 +710,8 @@ def ppo_stage(args, config, tokenizer, pretrained, rewarded, judged, rho):
               "rho": data.digest({"tokens": rho["tokens"]})}
     name = run_name(args.toward, config.beta)
     stage = Stage(args, name, inputs, code=[
-        gpt, reward.Bag, reward.RewardModel, reward.score, ppo, ppo_stage, make_run, scorer,
-        draw_fresh, measure_drift, keep_along_kl, distinct_pairs])
+        gpt, reward, ppo, ppo_stage, make_run, scorer, repeat, draw_fresh, measure_drift,
+        keep_along_kl, distinct_pairs])
     if stage.done:
         return stage.state
     seed = seed_of(args, "ppo", config.beta)
@@ -793,11 +796,12 @@ def main():
     began = time.monotonic()
     with locked(args.out):
         if not data.is_first_process():
-            gpt.wait(args.device)                   # for the first process to make the tokenizer
-        texts, tokenizer = data_stage(args)
+            gpt.wait(args.device)       # for the first process to get corpus and tokenizer
+        corpus = data.load_corpus(args.corpus)
+        texts, tokenizer = data_stage(args, corpus)
         if data.is_first_process():
             gpt.wait(args.device)
-        prompts, end = make_prompts(args, texts["train"], tokenizer)
+        prompts, end = make_prompts(args, corpus[0], tokenizer)
         rated = rated_passages(args, tokenizer)     # before pretraining: a bad row is told now
         start = tokenizer.encode_ordinary(data.BOUNDARY)[0]
         pretrained = pretrain_stage(args, texts, start)

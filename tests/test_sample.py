@@ -138,7 +138,7 @@ def test_a_policy_of_the_drift_is_drawn_from_at_its_mark(drifted, drawn, command
 
 @pytest.mark.parametrize("options, says", [
     ("--checkpoint none.pt", "checkpoint none.pt: No such file or directory"),
-    ("--checkpoint .", "checkpoint .: Is a directory"),
+    ("--checkpoint .", "--checkpoint must be a file"),
     ("--checkpoint reward.pt", "is a reward checkpoint, where one of kind pretrain or ppo"),
     ("--checkpoint summary.json", "checkpoint summary.json"),
     ("--top-k 0", "--top-k: 0 is not from 1"),
@@ -306,8 +306,8 @@ def test_passages_of_the_plays_are_rated_as_labels(monkeypatch, tmp_path, comman
 @pytest.mark.parametrize("content, says", [
     ("play,first_line\n", "line 1: the columns must be text, rating, sense, drawn_from"),
     ("To be, or not to be\n", "line 1: the columns must be"),
-    ("text,rating,sense,drawn_from\na,1,1,x\nb,1\n", "line 3: not enough values"),
-    ("text,rating,sense,drawn_from\na,1,1,x,y\n", "line 2: too many values"),
+    ("text,rating,sense,drawn_from\na,1,1,x\nb,1\n", "line 3: the row has not as many fields"),
+    ("text,rating,sense,drawn_from\na,1,1,x,y\n", "line 2: the row has not as many fields"),
     ("text,rating,sense,drawn_from\na,3,1,x\n", "line 2: rating 3 is outside -2 to 2"),
     ("text,rating,sense,drawn_from\na,1,0,x\n", "line 2: rating 0 is outside 1 to 5"),
     ("text,rating,sense,drawn_from\na,good,1,x\n", "line 2: rating 'good' is not a number"),
@@ -482,9 +482,15 @@ def test_the_numbers_of_the_summary_hang_together(drifted):
     table = (drifted / "report.md").read_text().partition("| beta |")[2].splitlines()[2:6]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
     assert [row[0] for row in cells] == ["negative 0.02", "0", "0.5", "2"]
-    for row, n in zip(cells, ess):
-        known = {bool(row[column]) for column in (6, 9, 10)}      # J*, fraction, KL(pi to pi*)
+    for row, n, found in zip(cells, ess, rows):
+        known = {bool(row[column]) for column in (6, 10)}         # J*, KL(pi to pi*)
         assert known == {n >= 100} and row[8] == f"{n:.0f}", row
+        least = found["optimum"]["at_least"]
+        if n < 100 and least and least > found["objective"]:
+            most = found["objective"] / least
+            assert row[9] == f"at most {most:.2f}", "what the fraction is at most"
+        else:
+            assert bool(row[9]) == (n >= 100), row
         assert bool(row[7]) == (row[0] != "0"), "what J* is at least is known wherever there is one"
 
 

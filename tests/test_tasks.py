@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ import data
 import gpt
 import ppo
 import reward
+import sample
 import train
 from conftest import TOY, argv, assert_close, content, explains, randn, run_script
 from gpt import PAD
@@ -84,12 +86,29 @@ def test_completions_end_where_speeches_do_and_each_prompt_has_its_share(continu
                  "two estimates of the same KL", atol=0.3, rtol=0)
 
 
+def test_rho_is_given_the_prompts_that_its_policies_are(continued, monkeypatch, capsys):
+    """So that what a reader compares are answers to the same, up to the same end."""
+    ends, cut_after = [], sample.cut_after
+    monkeypatch.setattr(sample, "cut_after",
+                        lambda tokens, end: ends.append(end) or cut_after(tokens, end))
+    arguments = ["--checkpoint", continued / "ppo_beta2.pt", "--compare", "--jsonl", "--num", 6]
+    assert run_script(sample, *arguments) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    tokenizer = data.load_tokenizer(continued / "tokenizer.tiktoken")
+    given = [data.decode(tokenizer, row).strip("\n") + "\n"
+             for row in state_of(continued, "rho")["prompts"].tolist()]
+    for row in rows:
+        assert any(row["text"].startswith(prompt) for prompt in given), row
+    assert ends == 2 * [state_of(continued, "rho")["end"]]
+    assert {row["model"] for row in rows} == {"pretrain", "ppo_beta2"} and len(rows) == 12
+
+
 def test_too_few_speeches_and_options_that_do_not_fit_are_explained(texts, tmp_path, command):
     """One line each, before anything is trained."""
     (tmp_path / "play.txt").write_text("A line of prose, and no speech at all.\n" * 900)
     few = argv(texts, tmp_path / "out", "--task", "continue", "--corpus", tmp_path / "play.txt",
                "--vocab-size", 260)
-    explains(command(train, *few), "speeches of three lines or more to continue")
+    explains(command(train, *few), "openings of speeches to continue")
     explains(command(train, *argv(texts, tmp_path, "--task", "continue", "--per-prompt", 5)),
              "must be a multiple of --per-prompt 5")
     explains(command(train, *argv(texts, tmp_path, "--task", "continue", "--length", 60)), "to 48")
@@ -104,7 +123,7 @@ def test_the_optimum_of_several_prompts_is_the_mean_of_theirs():
     each = [ppo.optimum(*row[:1], beta, row[1]) for row in zip(scores, weights)]
     for key in ("objective", "score", "ref_kl"):
         assert_close(found[key], sum(x[key] for x in each) / 5, key)
-    assert_close(found["ess"], sum(x["ess"] for x in each), "ess")
+    assert_close(found["ess"], min(x["ess"] for x in each), "of the prompt that has fewest")
     assert_close(found["objective_se"], math.hypot(*(x["objective_se"] for x in each)) / 5, "error")
     best = [ppo.best_of_n(row, 16)[0] for row in scores]
     assert_close(ppo.best_of_n(scores, 16)[0], sum(best) / 5, "best of 16")
@@ -190,6 +209,7 @@ def test_the_reward_model_learns_what_it_is_asked_to(continued, study):
 def work(rank, processes, port, arguments, log, die_at):
     """One of the processes that torchrun would start; it kills itself at PPO's step die_at."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank),
+                   "TORCHELASTIC_RUN_ID": "a test",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     sys.stdout, sys.stderr = open(f"{log}{rank}.out", "w"), open(f"{log}{rank}.err", "w")
@@ -273,8 +293,8 @@ def test_a_killed_process_ends_the_run_and_the_next_start_goes_on(study, texts, 
     assert together(argv(texts, tmp_path / "whole", *arguments), tmp_path / "w")[0] == [0, 0]
     codes, errors = together(argv(texts, tmp_path / "killed", *arguments), tmp_path / "k", die_at=2)
     assert codes == [2, -signal.SIGKILL]
-    assert re.fullmatch("stopped: another process of this run has ended. Run the same command "
-                        "again to go on from the last checkpoint.\n", errors[0]), errors[0]
+    assert re.fullmatch(r"stopped: another process of this run has ended \(.+\)\. Run the same "
+                        "command again to go on from the last checkpoint.\n", errors[0]), errors[0]
     assert together(argv(texts, tmp_path / "killed", *arguments), tmp_path / "k")[0] == [0, 0]
     assert "going on after step 2" in (tmp_path / "k" / "log0.out").read_text()
     found, whole = (content(tmp_path / name / "ppo_beta0.25.pt") for name in ("killed", "whole"))

@@ -33,6 +33,11 @@ def load(folder, name):
     return data.load_checkpoint(folder / f"{name}.pt")
 
 
+def corpus(args):
+    """The texts that a study of these options learns from."""
+    return data.load_corpus(args.corpus)
+
+
 @pytest.fixture
 def options(monkeypatch, texts, tmp_path):
     """options(argument ...) -> what train.parse makes of them and the tiny study's own."""
@@ -209,6 +214,17 @@ def test_only_an_edit_of_what_is_computed_changes_the_digest(tmp_path, old, new,
     assert found == [module_same, work_same], "digests of module and function"
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_what_a_stage_runs_is_told_by_file_and_function(study, name):
+    """Of this project alone, decorated functions too, and of each the digest of its own source."""
+    digests = {key: digest for key, digest in load(study, name)["inputs"].items() if ".py" in key}
+    assert len(set(digests.values())) == len(digests) > 0, "two have the same digest"
+    for key in digests:
+        file, _, function = key.partition(": ")
+        source = (data.HERE / file).read_text()
+        assert not function or re.search(rf"^(def|class) {function}\b", source, re.M), key
+
+
 def test_an_edit_of_a_function_is_named_and_can_be_kept(tmp_path, capsys):
     """The file and the function; --keep reuses the stage, but not where an option changed too."""
     (tmp_path / "new").mkdir()
@@ -233,9 +249,10 @@ def test_two_runs_in_one_folder_are_kept_apart(texts, tmp_path, command):
     out = tmp_path / "a" / "out"
     with train.locked(out):
         explains(command(train, *argv(texts, out)), "another run is using")
-        (out / ".data.pt.99.tmp").touch()
+        (out / f".data.pt.99{data.HALF_WRITTEN}").touch()
+        (out / ".mine.tmp").touch()
     with train.locked(out):
-        assert [path.name for path in out.iterdir()] == [".lock"]
+        assert {path.name for path in out.iterdir()} == {".lock", ".mine.tmp"}
 
 
 # ---- options ------------------------------------------------------------------------------
@@ -321,7 +338,7 @@ def test_half_of_the_windows_begin_where_a_speech_does(options, monkeypatch):
         return windows(tokens, starts, length)
 
     monkeypatch.setattr(train, "windows", spy)
-    texts, tokenizer = train.data_stage(options())
+    texts, tokenizer = train.data_stage(options(), corpus(options()))
     start = tokenizer.encode_ordinary(data.BOUNDARY)[0]
     train.pretrain_stage(options(), texts, start)
     tokens = texts["train"]
@@ -416,7 +433,7 @@ def test_a_rating_counts_by_what_is_read_of_it_and_samples_twice(plays):
 
 def test_the_passages_of_a_text_of_ones_own_are_split_too(options, texts, monkeypatch):
     """It is one play, which would all fall into one part."""
-    _, tokenizer = train.data_stage(options())
+    _, tokenizer = train.data_stage(options(), corpus(options()))
     rated = train.rated_passages(options(), tokenizer)
     assert {part: len(rows) > 10 for part, rows in rated["rows"].items()} == {
         part: True for part in train.PARTS}
@@ -448,7 +465,7 @@ def test_each_reader_learns_soft_targets_of_its_own_passages(options, texts, stu
     monkeypatch.setattr(reward.Bag, "fit", spy_fit)
     monkeypatch.setattr(reward, "classifier_loss", spy_loss)
     monkeypatch.setattr(reward, "calibrate", spy_calibrate)
-    _, tokenizer = train.data_stage(args)
+    _, tokenizer = train.data_stage(args, corpus(args))
     rated, pretrained = train.rated_passages(args, tokenizer), load(study, "pretrain")
     for name, reader in (("reward", "bag"), ("judge", "trunk")):
         train.reward_stage(args, name, reader, pretrained, rated, tokenizer)
@@ -619,7 +636,8 @@ def test_a_checkpoint_holds_its_metrics_and_can_stand_alone(study, name):
 @pytest.mark.parametrize("changed, again_done", [
     (None, set()),
     (ppo, {"ppo_beta0.5", "ppo_beta2"}),
-    (reward, {"reward", "judge"}),
+    (reward, {"reward", "judge", "rho", "ppo_beta0.5", "ppo_beta2"}),
+    (train.measure_drift, {"ppo_beta0.5", "ppo_beta2"}),
     (train.pretrain_stage, {"pretrain"}),
     (data.train_bpe, {"data"}),
     (gpt, {"pretrain", "reward", "judge", "rho", "ppo_beta0.5", "ppo_beta2"}),
