@@ -60,10 +60,11 @@ CHANGES = {
     "score scaled in each batch": ({}, {"kl_penalised_rewards": scaled_per_batch}),
     "half the batch": ({"batch": 0.5}, {}),
     "twice the batch": ({"batch": 2}, {}),
+    "twice the minibatch": ({"minibatch": 2}, {}),
     "learning rate / 2": ({"lr": 0.5}, {}),
     "learning rate x 2": ({"lr": 2}, {}),
 }
-RELATIVE = {"batch", "lr"}
+RELATIVE = {"batch", "minibatch", "lr"}
 
 
 def run_once(args, study, change, beta, seed, iterations):
