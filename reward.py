@@ -76,8 +76,9 @@ def comparison_loss(log_odds, targets, rounds=8):
         other = torch.randperm(len(targets), generator=generator)
         better = (targets - targets[other]).sign()          # 1, -1, or 0: a tie
         gap = better * (log_odds - log_odds[other])
-        loss = loss - better.abs() * F.logsigmoid(gap) / rounds
-    return loss
+        cost = -F.logsigmoid(gap)
+        loss = loss + better.abs() * cost
+    return loss / rounds
 
 
 # ---- the bag of words ---------------------------------------------------------------------
@@ -340,10 +341,11 @@ def rating_metrics(p, ratings):
     if len(p) > 1:
         matrix = torch.corrcoef(torch.stack((p, targets)))
         pearson = matrix.nan_to_num()[0, 1].item()          # of a constant there is none
+    pearson_se = (1 - pearson ** 2) / max(len(p) - 1, 1) ** 0.5
     constant = targets.mean().expand(len(p))
     return {"n": len(p),
             "pearson": pearson,
-            "pearson_se": (1 - pearson ** 2) / max(len(p) - 1, 1) ** 0.5,
+            "pearson_se": pearson_se,
             "auc": wins[opposite].mean().nan_to_num(0.5).item(),
             "pair_accuracy": wins[is_better].mean().nan_to_num(0.5).item(),
             "slope": calibration_slope(p.logit(eps=1e-6), targets).item(),
