@@ -590,8 +590,8 @@ def test_the_digest_tells_contents_apart():
 # ---- how scripts begin and end ------------------------------------------------------------
 
 INTACT = "What was saved is intact; free some space or choose another --out.\n"
-MEMORY = ("error: out of memory; what was saved is kept. Lower --batch or --minibatch, or choose a "
-          "smaller --size.\n")
+MEMORY = ("error: out of memory; what was saved is kept. Lower --batch, --minibatch or --num, or "
+          "choose a smaller --size.\n")
 
 
 @pytest.mark.parametrize("error, code, said", [
@@ -603,7 +603,11 @@ MEMORY = ("error: out of memory; what was saved is kept. Lower --batch or --mini
      "stopped: loss is nan. The last good checkpoint is kept.\n"),
     (OSError("disk full"), 2, "error: disk full. " + INTACT),
     (MemoryError(), 2, MEMORY), (torch.OutOfMemoryError("CUDA\nout of memory"), 2, MEMORY),
-], ids=["user error", "Ctrl-C", "not finite", "disk full", "memory", "GPU memory"])
+    (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory"), 2, MEMORY),
+    (ConnectionError("another process has ended"), 2, "stopped: another process has ended. Run the "
+     "same command again to go on from the last checkpoint.\n"),
+], ids=["user error", "Ctrl-C", "not finite", "disk full", "memory", "GPU memory", "CPU memory",
+        "process gone"])
 def test_a_script_ends_with_one_line_and_an_exit_code(monkeypatch, capsys, error, code, said):
     """2 for what the user can put right, 130 for Ctrl-C, as shells have it; no traceback."""
     def main():
@@ -619,6 +623,8 @@ def test_a_bug_of_ours_keeps_its_traceback():
     """What no user can put right must not be told in one line."""
     with pytest.raises(ZeroDivisionError):
         data.run(lambda: 1 / 0)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        data.run(lambda: torch.zeros(2) + torch.zeros(3))
 
 
 def test_half_a_character_can_be_printed(capsys):
