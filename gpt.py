@@ -283,12 +283,12 @@ class Generator(torch.Generator):
         self.set_state(state["state"])
 
 
-def sample_tokens(logits, temperature=1.0, top_k=None, generator=None, uniform=None):
+def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
     """One token for each row of logits (B,V), from softmax(logits / temperature): (B,).
 
-    top_k keeps only the k likeliest tokens. It is for display: in rollouts the scorer would
-    then score another distribution than was sampled. temperature 0 is greedy. uniform (B,1):
-    the random numbers, float64 from 0 to 1, where they were drawn before.
+    uniform (B,1): a random number from 0 to 1 for each row, float64, which decides. top_k keeps
+    only the k likeliest tokens. It is for display: in rollouts the scorer would then score another
+    distribution than was sampled. temperature 0 is greedy.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -302,8 +302,6 @@ def sample_tokens(logits, temperature=1.0, top_k=None, generator=None, uniform=N
     # Invert the cumulative distribution: one uniform number a row, where torch.multinomial
     # draws one for each token of the vocabulary, and is slower.
     cdf = logits.softmax(-1).cumsum(-1)                                 # (B,V)
-    if uniform is None:
-        uniform = draw_uniform(1, len(cdf), cdf.device, generator)[0]
     # The first token whose cdf exceeds u: one of probability 0 never does first. Where logits are
     # NaN none does, and clamp keeps the index legal until the NaN is reported.
     drawn = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).squeeze(-1)
@@ -348,7 +346,7 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None,
     new, tokens = prompt, [prompt]
     for t in range(length):
         logits = model(new, cache)[:, -1]                               # (B,V)
-        new = sample_tokens(logits, temperature, top_k, None, uniform[t])[:, None]
+        new = sample_tokens(logits, uniform[t], temperature, top_k)[:, None]
         tokens.append(new)
     return torch.cat(tokens, dim=1)
 

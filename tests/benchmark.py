@@ -36,7 +36,7 @@ import ppo  # noqa: E402
 import reward  # noqa: E402
 import train  # noqa: E402
 from gpt import (GPT, GPTConfig, compute_dtype, in_chunks, make_optimizers,  # noqa: E402
-                 sample_completions, sample_tokens)
+                 draw_uniform, sample_completions, sample_tokens)
 
 SHAPE = {"batch": 128, "length": 64, "epochs": 4, "layers": 4, "width": 256, "vocab": 2048,
          "minibatch": 32}
@@ -175,7 +175,8 @@ def naive_completions(model, prompts, length, generator, end=None):
     tokens = prompts
     for _ in range(length):
         logits = model(tokens)[:, -1]
-        new = sample_tokens(logits, generator=generator)[:, None]
+        uniform = draw_uniform(1, len(logits), logits.device, generator)[0]
+        new = sample_tokens(logits, uniform)[:, None]
         tokens = torch.cat((tokens, new), dim=1)
     return tokens[:, prompts.size(1):]
 

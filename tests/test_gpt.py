@@ -15,7 +15,7 @@ from conftest import assert_close, chi_square_p, loops, randn
 from gpt import (GPT, PAD, Block, GPTConfig, KVCache, Linear, attention, blocked_keys, cast_weights,
                  completion_hidden, completion_logits, compute_dtype, cut_after, generate,
                  in_chunks, load_gpt, make_optimizers, norm, rotate, sample_completions,
-                 sample_tokens)
+                 draw_uniform, sample_tokens)
 
 # A statistical test passes at p > ALPHA: with a fresh seed it would fail once in 10,000 runs.
 ALPHA = 1e-4
@@ -29,6 +29,11 @@ def new_cache(model, batch, length, pad=None):
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def uniform(n, generator=None):
+    """The random numbers (n,1) that n rows are sampled with."""
+    return draw_uniform(1, n, "cpu", generator or seeded())[0]
 
 
 def streams(n, length, seed=1):
@@ -342,7 +347,7 @@ def test_samples_match_the_softmax_of_the_k_likeliest_tokens(temperature, top_k)
     logits[[0, 7, 8, 19]] = -math.inf
     probs = (logits / temperature).softmax(-1)
     probs[probs.argsort(descending=True)[top_k or 20:]] = 0
-    draws = sample_tokens(logits.expand(50_000, 20), temperature, top_k, generator=seeded())
+    draws = sample_tokens(logits.expand(50_000, 20), uniform(50_000), temperature, top_k)
     assert chi_square_p(draws, probs / probs.sum()) > ALPHA
 
 
@@ -350,20 +355,21 @@ def test_rows_are_sampled_from_their_own_logits():
     """Row b's token comes from row b's softmax, here one with a single possible token."""
     wanted = torch.tensor([3, 0, 2, 2, 1])
     logits = torch.full((5, 4), -math.inf).scatter(1, wanted[:, None], 0.0)
-    assert torch.equal(sample_tokens(logits, generator=seeded()), wanted)
+    assert torch.equal(sample_tokens(logits, uniform(5)), wanted)
 
 
-@pytest.mark.parametrize("uniform, token", [(0.0, 1), (0.25, 1), (0.5, 2), (0.75, 2),
-                                            (1 - 2 ** -53, 2)])
-def test_no_uniform_number_reaches_a_token_of_probability_0(monkeypatch, uniform, token):
+@pytest.mark.parametrize("number, token", [(0.0, 1), (0.25, 1), (0.5, 2), (0.75, 2),
+                                           (1 - 2 ** -53, 2)])
+def test_no_uniform_number_reaches_a_token_of_probability_0(number, token):
     """Inverting the cdf (0, 1/2, 1, 1), at both ends too; sums of 2,048 may end below 1."""
-    monkeypatch.setattr(torch, "rand", lambda *shape, **like:
-                        torch.full(shape, uniform, dtype=like["dtype"]))
-    assert sample_tokens(torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])).item() == token
+    def drawn(logits):
+        return sample_tokens(logits, torch.full((len(logits), 1), number, dtype=torch.float64))
+
+    assert drawn(torch.tensor([[-math.inf, 0.0, 0.0, -math.inf]])).item() == token
     logits = F.pad(randn(100, 2048, dtype=F32), (0, 1), value=-math.inf)
-    assert sample_tokens(logits).max() < 2048
+    assert drawn(logits).max() < 2048
     # NaN reaches no cumulative sum: the draw stays legal, so that check_finite can report it.
-    assert 0 <= sample_tokens(torch.full((1, 5), math.nan)) < 5, "a draw from NaN is no token"
+    assert 0 <= drawn(torch.full((1, 5), math.nan)) < 5, "a draw from NaN is no token"
 
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.7, None), (1.5, 5)])
@@ -373,7 +379,8 @@ def test_generate_draws_what_a_loop_without_cache_draws(trained, temperature, to
     prompt, generator = streams(8, 4), seeded()
     tokens = prompt
     for _ in range(17):
-        new = sample_tokens(trained(tokens)[:, -1], temperature, top_k, generator)
+        new = sample_tokens(trained(tokens)[:, -1], uniform(len(tokens), generator),
+                            temperature, top_k)
         tokens = torch.cat((tokens, new[:, None]), dim=1)
     for length in (5, 17):
         fast = generate(trained, padded_left(prompt, pads), length, temperature, top_k, seeded())
