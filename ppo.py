@@ -37,6 +37,9 @@ from gpt import (PAD, Generator, average, completion_hidden, completion_logits, 
                  sample_completions, share)
 
 
+MIN_ESS = 100       # effective samples below which an optimum is not quoted
+
+
 # ---- the mathematics: pure functions on plain tensors -------------------------------------
 
 def _masked(x, mask):
@@ -162,7 +165,7 @@ def policy_loss(logprobs, old_logprobs, advantages, clip=0.2, mask=None):
 
 
 def value_loss(values, old_values, returns, clip=0.2, mask=None):
-    """Half the squared error, clipped as PPO2 does: loss, info.
+    """Half the squared error, clipped as PPO2 does, for values on a shared trunk: loss, info.
 
     0.5 mean(max((v - R)^2, (v_old + clip(v - v_old, -clip, clip) - R)^2)) over unmasked tokens.
     """
@@ -405,7 +408,8 @@ class PPO:
     their prompt. prompts (P,T0): drawn from at random; one row: unconditional. features_fn:
     tokens (B,T) -> (B,T,F), what it adds, of the text up to and with each token, to rho's hidden
     states, which the value function reads. end: the token that ends a completion; None: none does.
-    seed: of sampling and shuffling.
+    seed: of sampling and shuffling. The values start at 0: warm_up() first, or lambda below 1
+    hides a score on the last token from the early ones.
     """
 
     def __init__(self, ref, score_fn, prompts, config, seed=0, features_fn=None, end=None):
@@ -437,6 +441,15 @@ class PPO:
         names = ("policy", "value", "optimizer", "value_optimizer", "controller", "sampler",
                  "shuffler")
         self.parts = {name: getattr(self, name) for name in names}
+
+    def warm_up(self, prompts, tokens):
+        """Fit the values to completions tokens (N,T) of prompts (N,T0) that rho has drawn.
+
+        The policy is still rho, so there is no penalty to come: at every token just the score.
+        """
+        features = in_chunks(self.features, prompts, tokens)
+        returns = self.score_fn(tokens)[:, None].expand(tokens.shape)
+        self.fit_values(features, returns, tokens != PAD, epochs=3)
 
     @torch.no_grad()
     def features(self, prompts, tokens, hidden=None):

@@ -34,7 +34,6 @@ import reward
 import train
 from gpt import cut_after, generate, in_chunks, load_gpt
 
-MIN_ESS = 100   # effective samples below which an optimum is only a lower bound
 COLUMNS = ["text", "rating", "sense", "drawn_from"]     # of a file of ratings
 
 
@@ -107,7 +106,7 @@ def kept_along_kl(path):
 def as_text(text, positive, ref_kl):
     """A sample as it is printed: its text, and below it what is known of it."""
     known = "unknown" if positive is None else f"{positive:.1%}"
-    return f"{text}\n\nPositive Prob: {known}   KL: {ref_kl:.1f} nats\n"
+    return f"{text}\n\nPositive Prob: {known}   log pi - log rho: {ref_kl:.1f} nats\n"
 
 
 def print_samples(args):
@@ -115,6 +114,10 @@ def print_samples(args):
     path = args.checkpoint
     if args.kl is not None:
         path = path.with_name(f"{path.stem}_kl{args.kl:g}.pt")
+        if not path.exists():
+            kept = ", ".join(f"{mark:g}" for mark in kept_along_kl(args.checkpoint)) or "none"
+            raise data.UserError(f"{args.checkpoint} kept no policy at {args.kl:g} nats. "
+                                 f"Of these marks it passed: {kept}.")
     paths = [path]
     if args.compare:
         beta = path.stem.split("beta")[-1]
@@ -284,6 +287,24 @@ def rated(rows, name, key):
     return [row[key] for row in known if row.get(key) is not None]
 
 
+def one_a_passage(rows):
+    """Ratings of the same passage by several readers as one row, their mean.
+
+    Readers who agree are not independent: two of them are little more than one.
+    """
+    same = {}
+    for row in rows:
+        same.setdefault((row["text"], row["drawn_from"]), []).append(row)
+    merged = []
+    for group in same.values():
+        means = {}
+        for key in ("rating", "sense"):
+            known = [row[key] for row in group if row[key] is not None]
+            means[key] = sum(known) / len(known) if known else None
+        merged.append({**group[0], **means})
+    return merged
+
+
 def with_positive(folder, rows):
     """Rows of ratings, each with P(positive) of its text, as far as the models are in the folder.
 
@@ -306,7 +327,9 @@ def print_ratings(args):
     files = [read_ratings(path) for path in args.ratings]
     if not all(files):
         raise data.UserError("a file of ratings is empty. Rate something first: --rate.")
-    rows = with_positive(args.checkpoint.parent, sum(files, []))
+    # Beside the samples are the models that judge them.
+    folder = Path(args.rate[0]).parent if args.rate else args.checkpoint.parent
+    rows = with_positive(folder, one_a_passage(sum(files, [])))
     rho, lines = rated(rows, "pretrain", "rating"), []
     # In this order pretrain, which is rho, comes first.
     for name in sorted({row["drawn_from"] for row in rows}, reverse=True):
@@ -314,7 +337,7 @@ def print_ratings(args):
         means = [mean_se(rated(rows, name, key)) for key in ("rating", "sense", "positive")]
         gap = means[0][0] - mean_se(rho)[0]
         lines.append([name, len(feeling), *means, (gap, permutation_interval(feeling, rho))])
-    print(*table(["drawn from", "ratings", "feeling, -2 to 2", "sense, 1 to 5", "P(positive)",
+    print(*table(["drawn from", "passages", "feeling, -2 to 2", "sense, 1 to 5", "P(positive)",
                   "feeling less rho's ± chance, 95 %"], lines), sep="\n")
     if "positive" in rows[0] and len(rows) > 1:
         pairs = torch.tensor([(row["rating"], row["positive"]) for row in rows])
@@ -415,7 +438,7 @@ def summarise_optimum(rho, run):
     scores, weights = pool(rho, run)
     best = ppo.optimum(scores, run["beta"], weights)
     # Too few effective samples: no number, for it would be far too low.
-    if best["ess"] < MIN_ESS:
+    if best["ess"] < ppo.MIN_ESS:
         best.update(unknown)
     best["at_least"] = ppo.optimum_bound(scores, run["beta"], weights)
     return best
@@ -516,7 +539,7 @@ def draw_frontier(rho, runs, summary):
         scores, weights = pool(rho, run)
         best = [ppo.optimum(scores, beta, weights) for beta in np.logspace(2, -2, 81)]
         # Each pool knows the optimum as far as its own run drifted.
-        best = [optimum for optimum in best if optimum["ess"] >= MIN_ESS]
+        best = [optimum for optimum in best if optimum["ess"] >= ppo.MIN_ESS]
         axis.plot(*points(best, "ref_kl", "score"), "k")
         of_rho = rho_scores(rho, run["toward"])
         # No more than there are of a prompt.
@@ -628,7 +651,7 @@ def results_table(runs, summary):
             row["ref_kl"],
             (row["objective"], row["objective_se"]),
             (best["objective"], best["objective_se"]),
-            best["at_least"],
+            best["at_least"] if best["objective"] is None else None,
             round(best["ess"]),
             fraction,
             row["kl_to_optimum"]])
@@ -670,8 +693,8 @@ def write_samples(path, tokenizer, prompts, samples):
     # Far apart, so that they are of several prompts.
     rows = torch.arange(0, n, max(n // 20, 1))[:20]
     texts = texts_of(tokenizer, train.repeat(prompts, n)[rows], samples["tokens"][rows])
-    p, kls = samples["log_odds"].sigmoid()[rows], samples["ref_kl"][rows]
-    texts = [as_text(*sample) for sample in zip(texts, p, kls)]
+    p, log_ratio = samples["log_odds"].sigmoid()[rows], samples["log_ratio"][rows]
+    texts = [as_text(*sample) for sample in zip(texts, p, log_ratio)]
     path.parent.mkdir(exist_ok=True)
     line = "-" * 60
     data.write_file(path, f"\n{line}\n\n".join(texts))
@@ -702,7 +725,7 @@ def write_report(args):
     out = args.report
     pretrained, rewarded, judged, rho, runs = load_study(out)
     tokenizer = data.load_tokenizer(out / "tokenizer.tiktoken", pretrained)
-    ratings = sum([read_ratings(path) for path in args.ratings or []], [])
+    ratings = one_a_passage(sum([read_ratings(path) for path in args.ratings or []], []))
     summary = summarise(out, pretrained, rewarded, judged, rho, runs)
     data.write_file(out / "summary.json", json.dumps(summary, indent=1))
     results = results_table(runs, summary)
@@ -712,7 +735,7 @@ def write_report(args):
              f"{pretrained['val_bits_per_byte']:.3f} bits per byte on held-out text\n", *results,
              "Measured on fresh samples, ± one standard error; KL in nats per completion. J* is "
              "estimated from samples of rho and of the policy; where its effective sample size "
-             f"(ESS) is below {MIN_ESS}, it is not quoted, only what it is at least, with 95 % "
+             f"(ESS) is below {ppo.MIN_ESS}, it is not quoted, only what it is at least, with 95 % "
              "certainty. judge: the score by a second reward model, for which nothing was "
              "optimised.\n",
              *best_of_n_table(rho, runs), *measures_table((rewarded, judged))]
@@ -728,7 +751,8 @@ def write_report(args):
         lines.append(f"![{name}](figures/{name}.png)\n")
 
     log_odds = rho["log_odds"]["reward"]
-    of_rho = {"tokens": rho["tokens"], "log_odds": log_odds, "ref_kl": torch.zeros_like(log_odds)}
+    of_rho = {"tokens": rho["tokens"], "log_odds": log_odds,
+              "log_ratio": torch.zeros_like(log_odds)}
     before = write_samples(out / "samples/rho.txt", tokenizer, rho["prompts"], of_rho)
     for run in runs:
         name = train.run_name(run["toward"], run["inputs"]["beta"])

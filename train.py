@@ -692,11 +692,7 @@ def make_run(args, config, seed, pretrained, rewarded, rho):
     each = max(2048 // len(run.prompts), 1)
     tokens = rho["tokens"].view(len(run.prompts), -1, args.length)[:, :each]
     tokens = tokens.flatten(0, 1).long().to(args.device)
-    prompts = repeat(run.prompts, len(tokens))
-    features = in_chunks(run.features, prompts, tokens)
-    # The policy is still rho, so there is no penalty to come: at every token just the score.
-    returns = score_fn(tokens)[:, None].expand(tokens.shape)
-    run.fit_values(features, returns, tokens != PAD, epochs=3)
+    run.warm_up(repeat(run.prompts, len(tokens)), tokens)
     return run, model
 
 
@@ -736,9 +732,11 @@ def ppo_stage(args, config, tokenizer, pretrained, rewarded, judged, rho):
         metrics |= {"positive": p if args.toward == "positive" else 1 - p,
                     "judge": in_chunks(judge_score, tokens).mean().item(),
                     "distinct_2": distinct_pairs(tokens)}
-        if metrics["beta"]:             # J* from rho's samples; without a penalty there is none
-            metrics["best"] = ppo.optimum(rho_scores, metrics["beta"])["objective"]
-        stage.log(pause=0, shown=["score", "judge", "ref_kl", "objective", "best", "clipfrac",
+        if metrics["beta"]:             # without a penalty there is no optimum
+            optimum = ppo.optimum(rho_scores, metrics["beta"])
+            if optimum["ess"] >= ppo.MIN_ESS:
+                metrics["optimum"] = optimum["objective"]
+        stage.log(pause=0, shown=["score", "judge", "ref_kl", "objective", "optimum", "clipfrac",
                                   "entropy", "explained_variance"], **metrics)
         for line in ppo.diagnose(metrics):
             print(f"warning: {line}")

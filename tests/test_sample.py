@@ -59,10 +59,10 @@ def drawn(study, command):
 
 
 def test_samples_are_printed_with_their_probability(study, command):
-    """Positive Prob: 44.0% under each, and KL: how far pi's log-probability is from rho's."""
+    """Positive Prob: 44.0% under each, and how far pi's log-probability is from rho's."""
     code, out, err = command(sample, "--checkpoint", study / "ppo_beta2.pt", "--num", 3)
     assert (code, err) == (0, ""), err
-    assert out.count("----- ") == out.count("Positive Prob: ") == out.count("KL: ") == 3, out
+    assert out.count("----- ") == out.count("Positive Prob: ") == out.count("log pi - log rho: ") == 3, out
 
 
 @pytest.mark.parametrize("prompt", ["", "VIOLA.\nMy love"], ids=["no prompt", "a prompt"])
@@ -133,7 +133,7 @@ def test_a_policy_of_the_drift_is_drawn_from_at_its_mark(drifted, drawn, command
     explains(command(sample, "--checkpoint", drifted / f"{NEGATIVE}.pt", "--kl", 3),
              "--kl: invalid choice: 3.0 (choose from 0.5, 1, 2")
     explains(command(sample, "--checkpoint", drifted / "ppo_beta2.pt", "--kl", 32),
-             "ppo_beta2_kl32.pt: No such file or directory")
+             "ppo_beta2.pt kept no policy at 32 nats. Of these marks it passed: none")
 
 
 @pytest.mark.parametrize("options, says", [
@@ -168,7 +168,7 @@ def test_a_policy_without_the_files_beside_it_is_explained(study, tmp_path, comm
     explains(command(sample, *arguments), "pretrain.pt: No such file or directory")
     shutil.copy(study / "pretrain.pt", tmp_path)
     assert json.loads(command(sample, *arguments, "--jsonl")[1])["positive"] is None
-    assert "Positive Prob: unknown   KL: " in command(sample, *arguments)[1]
+    assert "Positive Prob: unknown   log pi - log rho: " in command(sample, *arguments)[1]
     state = data.load_checkpoint(study / "reward.pt")
     state["model"]["bag.bias"] += 1
     data.save_checkpoint(tmp_path / "reward.pt", state)
@@ -340,19 +340,19 @@ def test_the_table_of_ratings_says_what_readers_found(study, tmp_path, command):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()
             if line.startswith("|")]
     assert code == 0 and [row[0] for row in rows[2:]] == ["pretrain", "ppo"], out
-    # Of rho 0 -1 1 0 -2: mean -0.4, deviation sqrt(1.3), error sqrt(1.3 / 5) = 0.51; and so on.
-    assert rows[2][1:4] == ["5", "-0.40 ± 0.51", "1.60 ± 0.40"], rows[2]
-    assert rows[3][1:4] == ["4", "1.25 ± 0.25", "4.00 ± 0.41"], rows[3]
-    rho, ppo = [0.0, -1, 1, 0, -2], [2.0, 1, 1, 1]
-    for row, gap, values in ((rows[2], 0, rho), (rows[3], 1.65, ppo)):
+    # A passage read by two is one, their mean. Of rho 0, -1.5 and 1: mean -1/6, deviation
+    # sqrt(19 / 12), error sqrt(19 / 36) = 0.73; and so on.
+    assert rows[2][1:4] == ["3", "-0.17 ± 0.73", "1.50 ± 0.50"], rows[2]
+    assert rows[3][1:4] == ["2", "1.25 ± 0.25", "4.00 ± 0.50"], rows[3]
+    rho, ppo = [0.0, -1.5, 1.0], [1.5, 1.0]
+    for row, gap, values in ((rows[2], 0, rho), (rows[3], 17 / 12, ppo)):
         assert row[5] == f"{gap:.2f} ± {sample.permutation_interval(values, rho):.2f}", row
     # Common: 2 1 0 -1 and 1 1 0 -2: disagreement 0.5, by chance mean (a - b)^2 = 3; r by hand.
     assert "two readers of 4 passages: quadratic kappa 0.83, Pearson 0.91" in out, out
-    p = positive_of(study / "reward.pt", ["love", "joy", "love", "joy"])
-    assert rows[3][4] == f"{statistics.mean(p):.2f} ± {statistics.stdev(p) / 2:.2f}", "P(positive)"
-    texts = "love joy sir death here love joy sir death".split()
-    p = positive_of(study / "reward.pt", texts)
-    r = statistics.correlation([2, 1, 0, -1, 1, 1, 1, 0, -2], p)
+    p = positive_of(study / "reward.pt", ["love", "joy", "sir", "death", "here"])
+    error = statistics.stdev(p[:2]) / 2 ** 0.5
+    assert rows[3][4] == f"{statistics.mean(p[:2]):.2f} ± {error:.2f}", "P(positive)"
+    r = statistics.correlation([1.5, 1, 0, -1.5, 1], p)
     assert f"feeling and P(positive) correlate {r:.2f}" in out, out
 
 
@@ -491,7 +491,7 @@ def test_the_numbers_of_the_summary_hang_together(drifted):
             assert row[9] == f"at most {most:.2f}", "what the fraction is at most"
         else:
             assert bool(row[9]) == (n >= 100), row
-        assert bool(row[7]) == (row[0] != "0"), "what J* is at least is known wherever there is one"
+        assert bool(row[7]) == (row[0] != "0" and n < 100), "what J* is at least, if that is all"
 
 
 def test_the_pool_weighs_by_the_right_policys_probabilities(drifted):

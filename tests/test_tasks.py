@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,27 @@ def test_completions_end_where_speeches_do_and_each_prompt_has_its_share(continu
         assert expected.std() > 0.3, "too little drift to see"
     assert_close(run["fresh"]["ref_kl"].mean().item(), run["fresh"]["log_ratio"].mean().item(),
                  "two estimates of the same KL", atol=0.3, rtol=0)
+
+
+def test_values_are_warmed_up_on_real_tokens_of_every_prompt(continued, monkeypatch):
+    """rho's samples, as many of each prompt; at every token the score is still to come."""
+    rho, pretrained, rewarded = (state_of(continued, x) for x in ("rho", "pretrain", "reward"))
+    args, seen = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, length=16,
+                                 toward="positive"), {}
+
+    def spy(self, features, returns, mask, epochs):
+        seen.update(features=features, returns=returns, mask=mask)
+
+    monkeypatch.setattr(ppo.PPO, "fit_values", spy)
+    config = ppo.PPOConfig(length=16)
+    run, model = train.make_run(args, config, 0, pretrained, rewarded, rho)
+    tokens = rho["tokens"].long()
+    scores = reward.score(model(tokens), **rho["constants"]["reward"]["positive"])
+    assert torch.equal(seen["mask"], tokens != PAD), "what is no token has no value"
+    assert_close(seen["returns"], scores[:, None].expand(512, 16), "the score at every token")
+    prompts = train.repeat(rho["prompts"], 512)
+    assert_close(seen["features"], run.features(prompts, tokens), "of these prompts", atol=1e-4,
+                 rtol=0)
 
 
 def test_rho_is_given_the_prompts_that_its_policies_are(continued, monkeypatch, capsys):

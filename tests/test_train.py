@@ -502,22 +502,42 @@ def negative(study, texts, tmp_path_factory):
     import shutil
     out = shutil.copytree(study, tmp_path_factory.mktemp("negative") / "out")
     (out / "ppo_negative_beta0.02_kl99.pt").touch()     # kept by some earlier run
-    befores, step = [], ppo.PPO.step
+    befores, batches, step = [], [], ppo.PPO.step
 
     def spy(self, i):
         befores.append(copy.deepcopy(self.policy.state_dict()))
-        return step(self, i)
+        metrics = step(self, i)
+        batches.append(self.batch["tokens"])
+        return metrics
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo.PPO, "step", spy)
+        patch.setattr(ppo, "MIN_ESS", 0)        # J* is logged though few samples know it
         arguments = argv(texts, out, "--toward", "negative", "--beta", 0.02, *DRIFTING)
         assert run_script(train, *arguments) == 0
-    return out, befores
+    return out, befores, batches
+
+
+def test_what_two_models_say_of_each_batch_and_of_fresh_samples(negative):
+    """score, positive by the reward model, judge by the judge, each with constants of its own."""
+    out, _, batches = negative
+    run, rho = load(out, "ppo_negative_beta0.02"), load(out, "rho")
+    models = {name: reward.load_reward(load(out, name)) for name in ("reward", "judge")}
+    for row, tokens in zip(run["history"], batches):
+        for key, name in (("score", "reward"), ("judge", "judge")):
+            scores = reward.score(models[name](tokens), **rho["constants"][name]["negative"],
+                                  toward="negative")
+            assert_close(row[key], scores.mean().item(), key, atol=0.05, rtol=0)
+        p = models["reward"](tokens).sigmoid().mean().item()
+        assert_close(row["positive"], p, "P(positive)", atol=0.02, rtol=0)
+    tokens = run["fresh"]["tokens"].long()
+    for key, name in (("log_odds", "reward"), ("judge", "judge")):
+        assert_close(run["fresh"][key], models[name](tokens), key, atol=0.05, rtol=0)
 
 
 def test_the_negative_twin_has_its_own_files_and_grows_negative(study, negative):
     """It is rewarded for log P(negative); its samples are less positive than rho's by 5 errors."""
-    out, _ = negative
+    out, *_ = negative
     run, samples = load(out, "ppo_negative_beta0.02"), load(out, "rho")
     assert content(out / "ppo_beta2.pt") == content(study / "ppo_beta2.pt"), "its twin was touched"
     rho, fresh = samples["log_odds"]["reward"].sigmoid(), run["fresh"]["log_odds"].sigmoid()
@@ -527,7 +547,7 @@ def test_the_negative_twin_has_its_own_files_and_grows_negative(study, negative)
     logp = (1 - rho.double()).log()
     scores = (logp - logp.mean()) / logp.std()
     best = 0.02 * ((scores / 0.02).logsumexp(0) - math.log(len(scores)))
-    assert_close(run["history"][0]["best"], best.item(), "J*", atol=1e-3, rtol=1e-3)
+    assert_close(run["history"][0]["optimum"], best.item(), "J*", atol=1e-3, rtol=1e-3)
     assert_close(run["history"][0]["positive"], rho.mean().item(), "P(positive) of the first batch",
                  atol=4 * rho.std().item() / 32 ** 0.5, rtol=0)
     assert run["toward"] == "negative"
@@ -535,7 +555,7 @@ def test_the_negative_twin_has_its_own_files_and_grows_negative(study, negative)
 
 def test_policies_are_kept_where_their_drift_was_measured(negative):
     """A mark's file is the policy that drew the first batch whose drift passed it."""
-    out, befores = negative
+    out, befores, _ = negative
     history = load(out, "ppo_negative_beta0.02")["history"]
     drifts = [row["exact_kl"] for row in history]
     kept = {float(path.stem.split("_kl")[1]) for path in out.glob("ppo_negative*_kl*")}
@@ -583,7 +603,7 @@ def test_a_run_stops_at_its_kl_with_the_policy_that_was_measured(texts, again, m
 
 def test_drift_is_measured_over_whole_distributions(study, negative):
     """log pi - log rho of each completion, and its exact KL, by a forward pass over each prefix."""
-    out, _ = negative
+    out, *_ = negative
     run = load(out, "ppo_negative_beta0.02")
     tokens, start = run["fresh"]["tokens"].long()[:5], 10
     policy, rho = (gpt.load_gpt(state) for state in (run, load(study, "pretrain")))
