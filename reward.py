@@ -7,7 +7,7 @@ of "positive" for every prefix of a passage:
 - "bag": a bag of words. Which words and which pairs of tokens have occurred, each with one
   weight, summed: logistic regression. It starts from what a reader said of single words
   (labels/words.csv) and is fitted in seconds;
-- "trunk": a classifier head on the pretrained GPT, fine-tuned.
+- "trunk": a classifier head on the pretrained GPT without its output layer, fine-tuned.
 
 The bag is the default, because it is better: five megabytes of plays teach a trunk little of what
 words feel like (the README has the numbers). The trunk then serves as the judge, a second reader of
