@@ -250,7 +250,7 @@ def test_the_first_step_is_the_policy_gradient_of_each_completion_by_itself(algo
     norm = torch.cat([x.flatten() for x in expected]).norm().clamp(min=1)
     assert run.batch["mask"].float().mean() < 0.9, "this test needs completions that end early"
     assert_close(gradients[0], [x / norm for x in expected],
-                 "the step is not along the policy gradient: is something masked wrongly?",
+                 "the step is not that of the shipped advantages: masked wrongly, or changed?",
                  atol=2e-5, rtol=1e-3)
 
 
