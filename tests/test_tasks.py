@@ -35,7 +35,9 @@ def continued(study, texts, tmp_path_factory):
     options = ["--task", "continue", "--reward", "comparisons", "--algorithm", "rloo"]
     # At this rate the policy is seen to change.
     arguments = argv(texts, out, *options, "--lr", 0.01, "--max-update-kl", 1)
-    assert run_script(train, *arguments) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "MIN_ESS", 0)        # J* is logged though few samples know it
+        assert run_script(train, *arguments) == 0
     return out
 
 
@@ -123,6 +125,16 @@ def test_rho_is_given_the_prompts_that_its_policies_are(continued, monkeypatch, 
         assert any(row["text"].startswith(prompt) for prompt in given), row
     assert ends == 2 * [state_of(continued, "rho")["end"]]
     assert {row["model"] for row in rows} == {"pretrain", "ppo_beta2"} and len(rows) == 12
+
+
+def test_the_optimum_that_is_logged_is_the_mean_over_prompts(continued):
+    """beta log of the mean of exp(r / beta) over the 32 samples of rho for each of 16 prompts."""
+    rho = state_of(continued, "rho")
+    assert train.repeat(torch.tensor([[1], [2]]), 4).flatten().tolist() == [1, 1, 2, 2]
+    scores = reward.score(rho["log_odds"]["reward"], **rho["constants"]["reward"]["positive"])
+    each = [2 * math.log(group.div(2).exp().mean()) for group in scores.split(32)]
+    found = state_of(continued, "ppo_beta2")["history"][0]["optimum"]
+    assert_close(found, sum(each) / 16, "J*", atol=1e-4, rtol=0)
 
 
 def test_too_few_speeches_and_options_that_do_not_fit_are_explained(texts, tmp_path, command):

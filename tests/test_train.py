@@ -628,6 +628,8 @@ def test_distinct_pairs_by_hand():
     """01 12 23 | 01 12 23 | 01 10 04: of nine pairs five are distinct."""
     tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 0, 4]])
     assert_close(train.distinct_pairs(tokens), 5 / 9, "share")
+    tokens[1, 2:] = tokens[2, 1:] = gpt.PAD
+    assert_close(train.distinct_pairs(tokens), 3 / 4, "01 12 23 | 01: what is no token is no pair")
 
 
 # ---- the whole ----------------------------------------------------------------------------
