@@ -53,6 +53,7 @@ CHANGES = {
     "values start at 0": ({}, {"warm": False}),
     "lambda 1": ({"lam": 1.0}, {}),
     "lambda 0.95": ({"lam": 0.95}, {}),
+    "lambda 0.85": ({"lam": 0.85}, {}),
     "no whitening": ({}, {"whiten": lambda x, mask=None: x / 0.15}),
     "one epoch": ({"epochs": 1}, {}),
     "no clipping": ({"clip": 1e9, "max_update_kl": 1e9}, {}),
