@@ -9,7 +9,7 @@ its last partial checkpoint, to the same bits.
 
     python train.py                             everything at beta 0.2 (README: how long)
     python train.py --beta 0.02 0.1 0.2 0.4     the sweep; stages already done are reused
-    python train.py --size tiny                 a smoke run
+    python train.py --size tiny --out tiny      a smoke run
     torchrun --nproc_per_node 2 train.py        two processes share the work
 """
 
@@ -340,20 +340,20 @@ def generator(args, use, beta=0.0):
 
 # ---- the stages ---------------------------------------------------------------------------
 
-def data_stage(args, texts):
+def data_stage(args, corpus):
     """The corpus (training text, held-out text) -> tokenizer.tiktoken, token arrays: data.pt."""
     path = args.out / "tokenizer.tiktoken"
     # A lost tokenizer is made again, just the same.
     if not path.exists():
         (args.out / "data.pt").unlink(missing_ok=True)
     inputs = {"vocab_size": args.vocab_size, "pieces": data.PIECES,
-              "corpus": [data.digest(text) for text in texts]}
+              "corpus": [data.digest(text) for text in corpus]}
     stage = Stage(args, "data", inputs, code=[data.train_bpe, data.merge, data_stage])
     if not stage.done:
-        data.save_tokenizer(path, data.train_bpe(texts[0], args.vocab_size))
+        data.save_tokenizer(path, data.train_bpe(corpus[0], args.vocab_size))
         tokenizer = data.load_tokenizer(path)
         train, held_out = (torch.tensor(tokenizer.encode_ordinary(text), dtype=torch.int32)
-                           for text in texts)
+                           for text in corpus)
         vocabulary = tokenizer.decode_tokens_bytes(list(range(tokenizer.n_vocab)))
         sizes = torch.tensor([len(token) for token in vocabulary])
         stage.finish(tokenizer=data.vocabulary_digest(tokenizer._mergeable_ranks),
@@ -398,9 +398,10 @@ def set_rates(optimizers, part):
 
 
 def descend(model, loss, optimizers, clip=math.inf, weight=None):
-    """Backward, clip, step: returns the loss. A gradient that is not finite stops the run before.
+    """Backward, clip, step. Returns the loss, a float, over the batch of all processes.
 
-    weight: this process's share of the batch, if it is shared.
+    A gradient that is not finite stops the run before weights change. weight: this process's share
+    of the batch; None: every process has the whole of it.
     """
     loss.backward()
     loss = loss.detach().clone()

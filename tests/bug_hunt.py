@@ -377,7 +377,7 @@ def failures(project, files, bug=None, known=()):
     return failed
 
 
-def test_files(project, names):
+def files_of(project, names):
     files = [f"tests/test_{name}.py" for name in names]
     return [file for file in files if (project / file).exists()]
 
@@ -385,7 +385,7 @@ def test_files(project, names):
 def hunt(project, bug, known):
     """The first test that fails with this bug and not without it, likely files first, or None."""
     for names in (bug.tests.split(), [name for name in FAST if name not in bug.tests.split()]):
-        files = test_files(project, names)
+        files = files_of(project, names)
         if files and (failed := failures(project, files, bug, known)):
             return failed[0].removeprefix("tests/")
 
@@ -420,7 +420,7 @@ def main():
             concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         project = Path(folder)
         copy_project(ROOT, project)         # one state for all bugs, whatever is edited meanwhile
-        files = test_files(project, FAST)
+        files = files_of(project, FAST)
         known = sum(pool.map(lambda file: failures(project, [file]), files), [])
         for test in known:
             print(f"{test} fails on the source as it is, so it counts for nothing here", flush=True)

@@ -1,6 +1,6 @@
 """Is it the network that holds PPO back? The same GPT tuned toward pi* without RL.
 
-    python tests/likelihood.py --study out --beta 0.4 0.2       (10 minutes a beta on one core)
+    python tests/likelihood.py --study out --beta 0.4 0.2       (14 minutes on one core)
 
 pi* = rho exp(r / beta) / Z is known up to Z, so samples of rho, weighted by exp(r / beta), are
 samples of it. Maximum likelihood on them moves a copy of rho toward pi*: supervised learning,
