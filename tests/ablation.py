@@ -4,9 +4,10 @@
 
 Readers are trained on the same passages, the part "reward" of the labels, and measured on the part
 "report", which nothing was tuned on. "both" adds the log-odds of bag and trunk, each times a number
-fitted on the part "choose". "pairs" is how often the higher-rated of two passages pleases more; the
-bag is also fitted to comparisons alone (--reward comparisons). The second table shows passages spoilt in ways that no reader was
-trained against: a reward model that is not fooled likes each less than the text as written.
+fitted on the part "choose". "pairs" is how often the higher-rated of two passages pleases more;
+the bag is also fitted to comparisons alone (--reward comparisons). The second table shows passages
+spoilt in ways that no reader was trained against: a reward model that is not fooled likes each less
+than the text as written.
 """
 
 import sys

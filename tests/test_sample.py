@@ -62,7 +62,8 @@ def test_samples_are_printed_with_their_probability(study, command):
     """Positive Prob: 44.0% under each, and how far pi's log-probability is from rho's."""
     code, out, err = command(sample, "--checkpoint", study / "ppo_beta2.pt", "--num", 3)
     assert (code, err) == (0, ""), err
-    assert out.count("----- ") == out.count("Positive Prob: ") == out.count("log pi - log rho: ") == 3, out
+    counts = {out.count(part) for part in ("----- ", "Positive Prob: ", "log pi - log rho: ")}
+    assert counts == {3}, out
 
 
 @pytest.mark.parametrize("prompt", ["", "VIOLA.\nMy love"], ids=["no prompt", "a prompt"])
@@ -87,7 +88,8 @@ def test_a_sample_is_what_its_line_says(study, monkeypatch, prompt):
     text = tokens if prompt else tokens[:, 1:]          # the blank line before is not read
     assert [row["text"] for row in rows] == [encoding.decode(ids) for ids in text.tolist()]
     assert_close([row["positive"] for row in rows],
-                 judge(tokens[:, len(before):]).sigmoid().tolist(), "P(positive)", atol=1e-5, rtol=0)
+                 judge(tokens[:, len(before):]).sigmoid().tolist(), "P(positive)", atol=1e-5,
+                 rtol=0)
     with torch.no_grad():
         logp, ref = (model(tokens)[:, len(before) - 1:-1].log_softmax(-1).gather(
             2, tokens[:, len(before):, None]).sum((1, 2)) for model in (policy, rho))
@@ -568,7 +570,8 @@ def test_a_run_of_another_reward_model_is_left_out(study, tmp_path, command, mon
     monkeypatch.setattr(sample, "save_figure", lambda *_: None)     # figures only take time here
     data.save_checkpoint(out / "ppo_beta2.pt", state)
     code, said, _ = command(sample, "--report", out)
-    assert code == 0 and "ppo_beta2.pt is of another task or reward model and is left out" in said, said
+    assert code == 0, said
+    assert "ppo_beta2.pt is of another task or reward model and is left out" in said, said
     assert [row["beta"] for row in summary_of(out)["ppo"]] == [0.5]
     (out / "ppo_beta0.5.pt").unlink()
     explains(command(sample, "--report", out), "has no finished PPO run")
