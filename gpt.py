@@ -21,7 +21,7 @@ Everything else is one path, and the tests walk it on a CPU.
 
 Several processes, if torchrun started them: see share(), which says what each works on.
 
-    python gpt.py        prints the parameter count and the shapes of the default model
+`pytest tests/test_gpt.py` proves it.
 """
 
 import copy
@@ -265,8 +265,11 @@ def gather(rows, n):
 
 
 def average(tensors, weight):
-    """Each tensor's mean over all processes, in its place; the weights add up to 1."""
-    if dist.is_initialized():
+    """Each tensor's mean over all processes, in its place; the weights add up to 1.
+
+    weight None: every process has the same already.
+    """
+    if dist.is_initialized() and weight is not None:
         for x in tensors:
             add_up(x.mul_(weight))
 
@@ -418,7 +421,33 @@ def in_chunks(function, *tensors, size=64):
     return {key: gather(torch.cat([part[key] for part in found]), n) for key in found[0]}
 
 
-# ---- making and loading -------------------------------------------------------------------
+# ---- training and loading -----------------------------------------------------------------
+
+def set_rates(optimizers, part):
+    """Every learning rate to this part of the one its optimizer was made with."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = part * group.setdefault("peak", group["lr"])
+
+
+def descend(loss, model, optimizers, clip=math.inf, weight=None):
+    """One step down the gradient of loss, a scalar. Returns the gradient's norm before clipping.
+
+    weight: this process's share of the batch that the loss is a mean over; None: all of it.
+    Raises FloatingPointError, before any weight changes, where the gradient is not finite.
+    """
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)       # nothing is left of an earlier batch
+    loss.backward()
+    average([p.grad for p in model.parameters()], weight)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    if not norm.isfinite():
+        raise FloatingPointError("a gradient is not finite: try --fp32, a lower --lr, or "
+                                 "another --seed")
+    for optimizer in optimizers:
+        optimizer.step()
+    return norm
+
 
 def make_optimizers(model, matrix_lr, embed_lr):
     """Muon for the matrices inside the blocks, AdamW for all else: a list of two optimizers.
@@ -453,15 +482,3 @@ def load_gpt(state, device="cpu", dtype=torch.float32):
     model = GPT(GPTConfig(**state["config"]), dtype)
     model.load_state_dict(state["model"])
     return model.to(device)
-
-
-def main():
-    model = GPT(GPTConfig())
-    parameters = sum(p.numel() for p in model.parameters())
-    print(model.config, f"{parameters:,} parameters")
-    logits = model(torch.zeros(2, 10, dtype=torch.long))
-    print("logits", tuple(logits.shape))
-
-
-if __name__ == "__main__":
-    main()

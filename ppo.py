@@ -33,8 +33,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from gpt import (PAD, Generator, average, completion_hidden, completion_logits, in_chunks,
-                 sample_completions, share)
+from gpt import (PAD, Generator, average, completion_hidden, completion_logits, descend, in_chunks,
+                 sample_completions, set_rates, share)
 
 
 MIN_ESS = 100       # effective samples below which an optimum is not quoted
@@ -63,7 +63,11 @@ def token_logprobs(logits, tokens):
     logits[:, t] must be those that predict tokens[:, t]: the model's output one position
     earlier. What comes out for PAD means nothing; the mask keeps it out.
     """
-    logprobs = logits.float().log_softmax(-1)
+    return of_tokens(logits.float().log_softmax(-1), tokens)
+
+
+def of_tokens(logprobs, tokens):
+    """Of whole distributions (B,T,V) what they say of tokens (B,T): (B,T)."""
     index = tokens.clamp(min=0)[..., None]
     return logprobs.gather(-1, index).squeeze(-1)
 
@@ -79,10 +83,11 @@ def kl_penalised_rewards(scores, logprobs, ref_logprobs, beta, mask=None):
     tensor([[-0.5000,  1.0000]])
     """
     k1, mask = _masked((logprobs - ref_logprobs).detach(), mask)
+    rewards = -beta * k1
     position = torch.arange(1, k1.size(1) + 1, device=mask.device)
     last = (mask * position).argmax(1, keepdim=True)                    # (B,1): the last real one
     scores = scores.detach().to(k1.dtype)[:, None]
-    rewards = (-beta * k1).scatter_add(1, last, scores)
+    rewards = rewards.scatter_add(1, last, scores)
     return rewards.masked_fill(~mask, 0.0)
 
 
@@ -123,7 +128,8 @@ def leave_one_out(returns, group):
     if group < 2:
         raise ValueError("a completion alone has no others to be compared with")
     grouped = returns.view(-1, group, returns.size(1))
-    others = (grouped.sum(1, keepdim=True) - grouped) / (group - 1)
+    total = grouped.sum(1, keepdim=True)
+    others = (total - grouped) / (group - 1)
     return (grouped - others).view_as(returns)
 
 
@@ -165,7 +171,7 @@ def policy_loss(logprobs, old_logprobs, advantages, clip=0.2, mask=None):
 
 
 def value_loss(values, old_values, returns, clip=0.2, mask=None):
-    """Half the squared error, clipped as PPO2 does, for values on a shared trunk: loss, info.
+    """Half the squared error, clipped as PPO2 does for values on a shared trunk: loss, info.
 
     0.5 mean(max((v - R)^2, (v_old + clip(v - v_old, -clip, clip) - R)^2)) over unmasked tokens.
     """
@@ -286,9 +292,10 @@ def optimum_bound(scores, beta, log_weights, sure=0.95):
     sure costs beta log k / P: little where beta is small.
     """
     tilted = log_weights.double() + scores.double() / beta
-    log_means = tilted.logsumexp(-1) - math.log(tilted.size(-1))
+    log_means = tilted.logsumexp(-1) - math.log(tilted.size(-1))        # (P,), or of one prompt ()
     k = 1 / (1 - sure)
-    return beta * (log_means.mean().item() - math.log(k) / log_means.numel())
+    price = math.log(k) / log_means.numel()
+    return beta * (log_means.mean().item() - price)
 
 
 def mixture_log_weights(logprobs, counts):
@@ -368,37 +375,51 @@ class PPOConfig:
 
 
 class ValueFunction(nn.Module):
-    """V: the rewards still to come, from features of what was written so far. Starts at 0.
+    """V: the rewards still to come, linear in features of the text before each token. Starts at 0.
 
-    The last `known` of the features are readings of the score itself. They go straight to the
-    output layer, once as they are and once times the position: what is known of the score counts
-    for more the less there is to come. The others, hidden states, pass a layer of ReLUs.
+    The last `known` of the features are readings of the score so far. They count as they are, times
+    the position t, and squared. Few weights on fixed inputs: a batch decides them in one go, by
+    least squares, where a network would need a learning rate and many steps.
     """
 
-    def __init__(self, features, known=0, width=128):
+    def __init__(self, features, known=0):
         super().__init__()
-        states = features - known
-        self.sizes = [states, known]
-        self.net = nn.Sequential(nn.LayerNorm(states),
-                                 nn.Linear(states, width),
-                                 nn.ReLU())
-        self.out = nn.Linear(width + 2 * known + 2, 1)
-        nn.init.zeros_(self.out.weight)         # values of 0 are a neutral start (Huang 2024)
-        nn.init.zeros_(self.out.bias)
+        self.known = known
+        size = 3 + features + 2 * known
+        self.register_buffer("weight", torch.zeros(size, dtype=torch.float64))
+
+    def terms(self, features):
+        """features (B,T,F) before each token -> what the weights multiply (B,T,M), float64."""
+        B, T, F = features.shape
+        known = features[..., F - self.known:]
+        t = torch.arange(T, device=features.device) / T
+        t = t.expand(B, T)[..., None]                                   # (B,T,1)
+        terms = (torch.ones_like(t), t, t * t, features, known * t, known * known)
+        return torch.cat(terms, dim=-1).double()
 
     def forward(self, features):
         """features (B,T,F) before each token -> values (B,T) before each token."""
-        B, T, _ = features.shape
-        states, known = features.split(self.sizes, dim=-1)
-        time = torch.arange(T, device=features.device) / T
-        time = time.expand(B, T)[..., None]
-        inputs = (self.net(states), known, known * time, time, time * time)
-        return self.out(torch.cat(inputs, dim=-1)).squeeze(-1)
+        return (self.terms(features) @ self.weight).float()
+
+    def fit(self, features, returns, mask):
+        """Step 6: the weights whose values are nearest to returns (B,T) over unmasked tokens."""
+        # Ridge regression: the ones pull weights that nothing else decides to 0.
+        covariance = torch.eye(len(self.weight), dtype=torch.float64, device=self.weight.device)
+        correlation = torch.zeros_like(self.weight)
+        # A few rows at a time, or all terms would lie in memory.
+        for x, y, real in zip(features.split(64), returns.split(64), mask.split(64)):
+            x = self.terms(x)[real]                                     # (tokens,M)
+            covariance += x.T @ x
+            correlation += x.T @ y[real].double()
+        self.weight.copy_(torch.linalg.solve(covariance, correlation))
 
 
-def learning_rate(i, iterations, peak):
-    """Of iteration i: falls to 0, fast at first, so that many late steps average out the noise."""
-    return peak * (1 - i / iterations) ** 2
+def learning_rate(i, iterations):
+    """The learning rate of iteration i as a share of its peak: falls to 0, fast at first.
+
+    So many late steps average out the noise.
+    """
+    return (1 - i / iterations) ** 2
 
 
 class PPO:
@@ -425,21 +446,15 @@ class PPO:
         # chooses prompts and minibatches.
         self.sampler = Generator(prompts.device).manual_seed(seed)
         self.shuffler = Generator().manual_seed(seed + 1)
-        tokens = prompts.new_zeros(1, config.length)
-        size = self.features(prompts[:1], tokens).size(-1)
+        size = self.features(prompts[:1], prompts.new_zeros(1, config.length)).size(-1)
         self.value = ValueFunction(size, size - ref.config.n_embd).to(prompts.device)
         # Adam's epsilon is 1e-5, as in the original code (Huang 2022): torch's 1e-8 steps
         # farther on tokens so rare that their gradient is mostly noise.
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=config.lr, eps=1e-5,
                                            betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        # A small network on fixed inputs learns at a high rate: at 1e-3 it explained 0.20 of the
-        # variance that at 1e-2 it explains 0.48 of.
-        self.value_optimizer = torch.optim.AdamW(self.value.parameters(), lr=1e-2, eps=1e-5,
-                                                 weight_decay=0.0)
         self.controller = AdaptiveKL(config.beta, config.adaptive_kl_target,
                                      config.adaptive_kl_horizon)
-        names = ("policy", "value", "optimizer", "value_optimizer", "controller", "sampler",
-                 "shuffler")
+        names = ("policy", "value", "optimizer", "controller", "sampler", "shuffler")
         self.parts = {name: getattr(self, name) for name in names}
 
     def warm_up(self, prompts, tokens):
@@ -449,7 +464,7 @@ class PPO:
         """
         features = in_chunks(self.features, prompts, tokens)
         returns = self.score_fn(tokens)[:, None].expand(tokens.shape)
-        self.fit_values(features, returns, tokens != PAD, epochs=3)
+        self.value.fit(features, returns, tokens != PAD)
 
     @torch.no_grad()
     def features(self, prompts, tokens, hidden=None):
@@ -469,10 +484,9 @@ class PPO:
         ref_logprobs = self.ref.logits(hidden).log_softmax(-1)                      # (B,T,V)
         logprobs = completion_logits(self.policy, prompts, tokens).log_softmax(-1)
         features = self.features(prompts, tokens, hidden)
-        index = tokens.clamp(min=0)[..., None]
         return {"scores": self.score_fn(tokens),
-                "logprobs": logprobs.gather(-1, index).squeeze(-1),
-                "ref_logprobs": ref_logprobs.gather(-1, index).squeeze(-1),
+                "logprobs": of_tokens(logprobs, tokens),
+                "ref_logprobs": of_tokens(ref_logprobs, tokens),
                 "features": features,
                 "values": self.value(features),
                 "exact_kl": exact_kl(logprobs, ref_logprobs),
@@ -496,8 +510,7 @@ class PPO:
     def step(self, i):
         """One iteration: steps 1 to 6. Returns its metrics, a dict of floats (README: glossary)."""
         config, beta = self.config, self.controller.beta
-        for param_group in self.optimizer.param_groups:
-            param_group["lr"] = learning_rate(i, config.iterations, config.lr)
+        set_rates([self.optimizer], learning_rate(i, config.iterations))
         # 1. and 2. sample completions, read them
         batch = self.rollout(config.batch)
         mask = batch["mask"]
@@ -511,7 +524,7 @@ class PPO:
         metrics = self.describe(batch, returns, beta)
         metrics |= self.update(batch, whiten(advantages, mask))
         if config.algorithm == "ppo":
-            metrics["value_loss"] = self.fit_values(batch["features"], returns, mask, epochs=4)
+            self.value.fit(batch["features"], returns, mask)
         if config.adaptive_kl_target:
             self.controller.update(metrics["ref_kl"], config.batch)
         self.batch = batch                      # for those who want to look at the samples
@@ -549,44 +562,17 @@ class PPO:
                                      config.clip, mask)
             info["policy_loss"] = loss.detach().clone()
             average(info.values(), weight)
-            # Before backward(): no gradient of this minibatch is left behind. The first step is
-            # always taken: it starts where the sampler stood.
+            # The first step is always taken: it starts where the sampler stood.
             if infos and info["approx_kl"] > config.max_update_kl:
                 break
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            average([p.grad for p in self.policy.parameters()], weight)
-            norm = nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)
-            if not norm.isfinite():
-                raise FloatingPointError("the policy's gradient is not finite: try --fp32, "
-                                         "or start again with a lower --lr")
-            self.optimizer.step()
-            infos.append({**info, "grad_norm": norm})
-        self.optimizer.zero_grad(set_to_none=True)      # nothing leaks into the next update
-        means = {key: torch.stack([info[key] for info in infos]).mean() for key in infos[0]}
-        metrics = {key: x.item() for key, x in means.items()}
+            info["grad_norm"] = descend(loss, self.policy, [self.optimizer], 1.0, weight)
+            infos.append(info)
+        metrics = {}
+        for key in infos[0]:
+            values = torch.stack([info[key] for info in infos])
+            metrics[key] = values.mean().item()
         metrics["epochs"] = len(infos) / math.ceil(len(advantages) / config.minibatch)
         return metrics
-
-    def fit_values(self, features, returns, mask, epochs, minibatch=64):
-        """Step 6: regress the values on returns (N,T), from features (N,T,F): the mean loss.
-
-        The value function has weights of its own and fixed inputs, so it may move as far as it
-        likes, without the clip that value_loss has for a shared trunk.
-        """
-        losses = []
-        for rows in self.minibatches(len(features), minibatch, epochs):
-            values = self.value(features[rows])
-            # An infinite clip is none, and then the old values do not matter.
-            loss, _ = value_loss(values, values, returns[rows], math.inf, mask[rows])
-            if not loss.isfinite():
-                raise FloatingPointError("the value function's loss is not finite: "
-                                         "look at the scores that it learns")
-            self.value_optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.value_optimizer.step()
-            losses.append(loss.detach())
-        return torch.stack(losses).mean().item()
 
     def minibatches(self, n, size, epochs):
         """Rows of each minibatch: all n once an epoch, in a new order every time."""
@@ -603,14 +589,18 @@ class PPO:
                  "ref_kl": ref_kl.mean(),
                  "ref_kl_se": ref_kl.std(correction=0) / len(ref_kl) ** 0.5,
                  "exact_kl": kl.mean(),
-                 "objective": (scores - beta * kl).mean(),
+                 # With k1, not the exact KL: near pi*, score - beta k1 is nearly constant.
+                 "objective": (scores - beta * ref_kl).mean(),
                  "entropy": masked_mean(batch["entropy"], mask),
                  "ref_logprob": masked_mean(batch["ref_logprobs"], mask),
                  "tokens": mask.sum(1).float().mean()}
         metrics = {name: x.item() for name, x in found.items()}
         metrics["beta"] = beta
-        if self.config.algorithm == "ppo":      # the others have no value function
-            metrics["explained_variance"] = explained_variance(batch["values"], returns, mask)
+        if self.config.algorithm == "ppo":      # the others have no use for values
+            values = batch["values"]
+            loss, _ = value_loss(values, values, returns, mask=mask)
+            metrics["value_loss"] = loss.item()
+            metrics["explained_variance"] = explained_variance(values, returns, mask)
         return metrics
 
 
@@ -619,17 +609,3 @@ def check_finite(batch, i):
     for name, x in batch.items():
         if not torch.isfinite(x).all():
             raise FloatingPointError(f"iteration {i + 1}: {name} of the completions are not finite")
-
-
-def diagnose(metrics):
-    """What an experienced eye would say of an iteration's metrics; nothing if all is well."""
-    said = []
-    if metrics["ref_kl"] < -5 * metrics["ref_kl_se"]:
-        said.append("ref_kl is negative by 5 standard errors: the sampler and the scorer differ")
-    if metrics["entropy"] < 0.5:
-        said.append("entropy is below half a nat a token: the policy is collapsing; "
-                    "raise --beta or lower --lr")
-    if metrics["epochs"] < 0.25:
-        said.append("the update stopped almost at once, too far from the policy that sampled: "
-                    "lower --lr")
-    return said

@@ -391,7 +391,7 @@ def load_study(out):
         if "_kl" in path.name or ".partial" in path.name:
             continue
         run = data.load_checkpoint(path, "ppo")
-        same = run["inputs"]["rho"] == data.digest({"tokens": rho["tokens"]})
+        same = run["inputs"]["rho"] == train.state_digest(rho)
         if same and run["inputs"]["reward"] == rho["inputs"]["reward"]:
             runs.append(run)
         else:

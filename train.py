@@ -155,33 +155,38 @@ def ppo_config(args, beta):
 # ---- the loop that remembers --------------------------------------------------------------
 
 @functools.cache
-def source(file):
-    """The text of a script as it was when first asked for: later edits are the next run's."""
-    return Path(file).read_text(encoding="utf-8")
+def digests(file):
+    """{name: digest} of the functions and classes of a script, and of all of it under "".
 
-
-def source_digest(thing):
-    """A digest of the code of a module or function; comments and docstrings do not count."""
+    Comments and docstrings do not count. Of the script as it was when first asked for: later edits
+    are the next run's.
+    """
     # A syntax tree knows neither comments nor blank lines.
-    tree = ast.parse(source(source_file(thing)))
-    if not inspect.ismodule(thing):
-        tree.body = [node for node in tree.body if getattr(node, "name", None) == thing.__name__]
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         documented = isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef))
         if documented and ast.get_docstring(node):
             del node.body[0]
-    return data.digest(ast.dump(tree))
+    found = {node.name: data.digest(ast.dump(node)) for node in tree.body if hasattr(node, "name")}
+    return {**found, "": data.digest(ast.dump(tree))}
 
 
-def source_file(thing):
-    """The file of a module or function; a decorated one is not its decorator's."""
-    return inspect.getsourcefile(inspect.unwrap(thing))
+def source_digests(code):
+    """Of modules and functions: {"gpt.py": digest, "train.py: pretrain_stage": digest}."""
+    found = {}
+    for thing in code:
+        # A decorated function is not its decorator's.
+        file = inspect.getsourcefile(inspect.unwrap(thing))
+        name = "" if inspect.ismodule(thing) else thing.__name__
+        found[f"{Path(file).name}: {name}".removesuffix(": ")] = digests(file)[name]
+    return found
 
 
-def source_name(thing):
-    """Where a module or function is written: "gpt.py", or "train.py: pretrain_stage"."""
-    file = Path(source_file(thing)).name
-    return file if inspect.ismodule(thing) else f"{file}: {thing.__name__}"
+def state_digest(state):
+    """What tells what a stage left from anything else: a digest of its model's tensors, or its own.
+    """
+    tensors = state.get("model", state)
+    return data.digest({key: x for key, x in tensors.items() if torch.is_tensor(x)})
 
 
 def finished(path, inputs, keep=False):
@@ -206,7 +211,7 @@ def finished(path, inputs, keep=False):
 class Stage:
     """One stage of the study, and its loop: an iterator over steps that remembers.
 
-        stage = Stage(args, "pretrain", inputs, code=[gpt, pretrain_stage])
+        stage = Stage(args, "pretrain", ["pretrain_steps"], [texts], code=[gpt, pretrain_stage])
         if stage.done:
             return stage.state
         model, optimizer = ...
@@ -215,15 +220,17 @@ class Stage:
             stage.log(loss=loss.item())
         return stage.finish(model=model.state_dict())
 
-    inputs: all that the result depends on, besides the seed, the precision, the device, and the
-    source of code (modules and functions). The stage is done if --out/name.pt has the same.
+    The result depends on these options, on what earlier stages left (states), and on the source of
+    code, modules and functions; more: what else there is. The stage is done if all these, its
+    inputs, are those of --out/name.pt.
     """
 
-    def __init__(self, args, name, inputs, code):
+    def __init__(self, args, name, options, states, code, **more):
         self.args, self.path = args, args.out / f"{name}.pt"
-        self.inputs = {**inputs, "seed": args.seed, "dtype": str(args.dtype),
-                       "device": args.device.type,
-                       **{source_name(thing): source_digest(thing) for thing in code}}
+        values = {option: getattr(args, option) for option in [*options, "seed"]}
+        earlier = {state["kind"]: state_digest(state) for state in states}
+        self.inputs = {**more, **values, "dtype": str(args.dtype), "device": args.device.type,
+                       **earlier, **source_digests(code)}
         self.partial = self.path.with_suffix(".partial.pt")
         self.log_path = self.path.with_suffix(".metrics.jsonl")
         self.state = finished(self.path, self.inputs, args.keep)
@@ -346,9 +353,9 @@ def data_stage(args, corpus):
     # A lost tokenizer is made again, just the same.
     if not path.exists():
         (args.out / "data.pt").unlink(missing_ok=True)
-    inputs = {"vocab_size": args.vocab_size, "pieces": data.PIECES,
-              "corpus": [data.digest(text) for text in corpus]}
-    stage = Stage(args, "data", inputs, code=[data.train_bpe, data.merge, data_stage])
+    stage = Stage(args, "data", ["vocab_size"], [], pieces=data.PIECES,
+                  corpus=data.digest(json.dumps(corpus)),
+                  code=[data.train_bpe, data.merge, data_stage])
     if not stage.done:
         data.save_tokenizer(path, data.train_bpe(corpus[0], args.vocab_size))
         tokenizer = data.load_tokenizer(path)
@@ -390,31 +397,6 @@ def trapezoid(i, steps):
     return min(1.0, up, down)
 
 
-def set_rates(optimizers, part):
-    """Every learning rate to this part of the one its optimizer was made with."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = part * group.setdefault("peak", group["lr"])
-
-
-def descend(model, loss, optimizers, clip=math.inf, weight=None):
-    """Backward, clip, step. Returns the loss, a float, over the batch of all processes.
-
-    A gradient that is not finite stops the run before weights change. weight: this process's share
-    of the batch; None: every process has the whole of it.
-    """
-    loss.backward()
-    loss = loss.detach().clone()
-    if weight is not None:
-        gpt.average([loss, *(p.grad for p in model.parameters())], weight)
-    if not torch.nn.utils.clip_grad_norm_(model.parameters(), clip).isfinite():
-        raise FloatingPointError("the gradient is not finite: try --fp32 or another --seed")
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return loss.item()
-
-
 @torch.no_grad()
 def bits_per_byte(model, tokens, sizes, device):
     """-log2 P(tokens (N,)) over their bytes, in windows of the model's context.
@@ -437,44 +419,38 @@ def bits_per_byte(model, tokens, sizes, device):
 def pretrain_stage(args, texts, start):
     """A GPT that predicts the next token of the plays: pretrain.pt. start: the boundary's token."""
     n, T, batch = args.pretrain_steps, args.block_size, 16
-    shape = {name: getattr(args, name) for name in ("block_size", "n_layer", "n_head", "n_embd")}
-    config = {"vocab_size": len(texts["bytes"]), **shape}
-    inputs = {"pretrain_steps": n, **config, "tokenizer": texts["tokenizer"],
-              "data": data.digest({key: texts[key] for key in ("train", "held_out", "bytes")})}
-    stage = Stage(args, "pretrain", inputs, code=[
-        gpt, pretrain_stage, bits_per_byte, windows, draw_starts, trapezoid, set_rates, descend])
+    shape = ["vocab_size", "block_size", "n_layer", "n_head", "n_embd"]
+    stage = Stage(args, "pretrain", ["pretrain_steps", *shape], [texts], code=[
+        gpt, pretrain_stage, bits_per_byte, windows, draw_starts, trapezoid])
     if stage.done:
         return stage.state
     train, held_out = texts["train"], texts["held_out"]
-    if min(len(train), len(held_out)) < T + 2:
-        raise data.UserError("the corpus is too short for the model's context. "
-                             "Give a longer text.")
     # Where a blank line ends a speech, so that the next token opens one.
     openings = (train[:-T] == start).nonzero().squeeze(1)
     if len(openings) == 0:
         openings = torch.arange(len(train) - T)
+    config = {name: getattr(args, name) for name in shape}
     model = GPT(GPTConfig(**config), args.dtype).to(args.device)
     optimizers = gpt.make_optimizers(model, matrix_lr=0.02, embed_lr=0.01)
     sampler = Generator().manual_seed(seed_of(args, "pretrain"))
     # Of several processes each reads some of the batch.
     rows = gpt.share(batch)
     weight = (rows.stop - rows.start) / batch
-    if weight == 0:
-        raise data.UserError(f"pretraining reads {batch} windows a step, too few for so many "
-                             "processes. Start fewer.")
 
     for i in stage.steps(n, model=model, muon=optimizers[0], adam=optimizers[1], sampler=sampler):
-        set_rates(optimizers, trapezoid(i, n))
+        gpt.set_rates(optimizers, trapezoid(i, n))
         starts = draw_starts(len(train) - T, openings, batch, sampler)
         tokens = windows(train, starts[rows], T + 1).to(args.device)
         logits = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        loss = descend(model, loss, optimizers, weight=weight)
+        gpt.descend(loss, model, optimizers, weight=weight)
+        gpt.average([loss.detach()], weight)
+        metrics = {"loss": loss.item()}
         if (i + 1) % 100 == 0:
-            bits = bits_per_byte(model, held_out[:40_000], texts["bytes"], args.device)
-            stage.log(loss=loss, val_bits_per_byte=bits)
-        elif (i + 1) % 10 == 0 or i + 1 == n:
-            stage.log(loss=loss)
+            metrics["val_bits_per_byte"] = bits_per_byte(model, held_out[:40_000], texts["bytes"],
+                                                         args.device)
+        if (i + 1) % 10 == 0 or i + 1 == n:
+            stage.log(**metrics)
 
     bits = bits_per_byte(model, held_out, texts["bytes"], args.device)
     return stage.finish(config=config, model=model.state_dict(), tokenizer=texts["tokenizer"],
@@ -510,40 +486,38 @@ def rated_passages(args, tokenizer):
     lengths = torch.tensor([max(len(i), 1) for i in ids])
     weights = (args.length / lengths).clamp(max=1) * torch.where(is_sample, 2, 1)
     targets = (ratings + 2) / 4
+    words = reward.read_words()
     return {"tokens": reward.pad(ids, args.length).to(args.device),
+            "words": words,
             "ratings": ratings,
             "targets": targets.to(args.device),
             "weights": weights.to(args.device),
             "is_sample": is_sample,
             "rows": rows,
-            "digest": data.digest(json.dumps([passages, parts, weights.tolist()]))}
+            "digest": data.digest(json.dumps([passages, parts, weights.tolist(), words]))}
 
 
-def fine_tune(args, stage, model, rated, rows, n):
-    """Train a RewardModel that reads with its trunk on these rows of the ratings, in n steps."""
+def fine_tune(args, stage, model, rated, rows):
+    """Train a RewardModel that reads with its trunk on these rows of the ratings."""
+    n = args.judge_steps
     tokens, targets, weights = (rated[key] for key in ("tokens", "targets", "weights"))
     optimizer = reward.make_optimizer(model)
     sampler = Generator().manual_seed(seed_of(args, "judge"))
 
     for i in stage.steps(n, model=model, optimizer=optimizer, sampler=sampler):
-        set_rates([optimizer], min(1, (i + 1) / 20) * (1 - i / n))
+        gpt.set_rates([optimizer], min(1, (i + 1) / 20) * (1 - i / n))
         batch = rows[torch.randperm(len(rows), generator=sampler)[:32]]
         loss = reward.classifier_loss(model, tokens[batch], targets[batch], weights[batch], sampler)
-        loss = descend(model, loss, [optimizer], clip=1.0)
+        gpt.descend(loss, model, [optimizer], clip=1.0)
         if (i + 1) % 10 == 0 or i + 1 == n:
-            stage.log(loss=loss)
+            stage.log(loss=loss.item())
 
 
-def reward_stage(args, name, reader, pretrained, rated, tokenizer):
-    """A reward model of one reader, trained on one part of the ratings: reward.pt or judge.pt."""
-    n = args.judge_steps if reader == "trunk" else 0
-    learns = args.reward if reader == "bag" else "ratings"
-    words = reward.read_words()
-    inputs = {"reader": reader, "learns": learns, "steps": n, "length": args.length,
-              "pretrain": data.digest(pretrained["model"]), "labels": rated["digest"],
-              "words": data.digest(json.dumps(words))}
-    stage = Stage(args, name, inputs, code=[
-        gpt, reward, reward_stage, fine_tune, measure_reward, set_rates, descend])
+def reward_stage(args, name, pretrained, rated, tokenizer):
+    """A reward model trained on its part of the ratings: reward.pt, a bag; or judge.pt, a trunk."""
+    reader, option = {"reward": ("bag", "reward"), "judge": ("trunk", "judge_steps")}[name]
+    stage = Stage(args, name, ["length", option], [pretrained], labels=rated["digest"], code=[
+        gpt, reward, reward_stage, fine_tune, measure_reward])
     if stage.done:
         return stage.state
     rows, choose = rated["rows"][name], rated["rows"]["choose"]
@@ -553,21 +527,27 @@ def reward_stage(args, name, reader, pretrained, rated, tokenizer):
     names = []
     if reader == "bag":
         losses = {"ratings": reward.soft_loss, "comparisons": reward.comparison_loss}
-        model.bag.fit(tokens[rows], targets[rows], weights[rows], words, loss=losses[learns])
+        model.bag.fit(tokens[rows], targets[rows], weights[rows], rated["words"],
+                      loss=losses[args.reward])
         model.to(args.device)
         names = list(model.bag.rows)[1:]
     else:
         trunk = {key: x for key, x in pretrained["model"].items() if key != "lm_head.weight"}
         model.trunk.load_state_dict(trunk)
         model.to(args.device)
-        fine_tune(args, stage, model, rated, rows, n)
+        fine_tune(args, stage, model, rated, rows)
     model.requires_grad_(False)
     # On ratings that it was not trained on: on its own it would look too sure.
     reward.calibrate(model, tokens[choose], targets[choose])
+    report = measure_reward(model, rated)
+    for kind, found in report.items():
+        print(f"{name}, {found['n']} held-out {kind}: Pearson {found['pearson']:.3f} "
+              f"+- {found['pearson_se']:.3f}, AUC {found['auc']:.3f}, of pairs "
+              f"{found['pair_accuracy']:.3f} right, calibration slope {found['slope']:.2f}")
     return stage.finish(
         config=pretrained["config"], reader=reader, model=model.state_dict(), length=args.length,
         vocabulary=vocabulary, names=names, tokenizer=pretrained["tokenizer"], labels=len(rows),
-        report=measure_reward(model, rated))
+        report=report)
 
 
 def measure_reward(model, rated):
@@ -615,20 +595,15 @@ def rho_stage(args, prompts, end, pretrained, rewarded, judged):
 
     Holds the log-odds of the samples by both reward models, and the constants of their scores.
     """
-    repeated = repeat(prompts, args.rho_samples)
-    states = {"reward": rewarded, "judge": judged}
-    inputs = {"prompts": data.digest({"prompts": prompts}), "end": end,
-              "rho_samples": len(repeated), "length": args.length,
-              "pretrain": data.digest(pretrained["model"]),
-              **{name: data.digest(state["model"]) for name, state in states.items()}}
-    stage = Stage(args, "rho", inputs, code=[gpt, reward, rho_stage])
+    stage = Stage(args, "rho", ["task", "prompts", "rho_samples", "length"],
+                  [pretrained, rewarded, judged], code=[gpt, reward, rho_stage, make_prompts])
     if stage.done:
         return stage.state
     rho = load_gpt(pretrained, args.device, args.dtype)
-    tokens = sample_completions(rho, repeated.to(args.device), args.length,
-                                generator(args, "rho"), end)
+    repeated = repeat(prompts.to(args.device), args.rho_samples)
+    tokens = sample_completions(rho, repeated, args.length, generator(args, "rho"), end)
     log_odds, constants = {}, {}
-    for name, state in states.items():
+    for name, state in (("reward", rewarded), ("judge", judged)):
         model = reward.load_reward(state, args.device, args.dtype)
         log_odds[name] = in_chunks(model, tokens).cpu()
         constants[name] = {toward: reward.constants(log_odds[name], toward)
@@ -699,18 +674,14 @@ def make_run(args, config, seed, pretrained, rewarded, rho):
 
 def ppo_stage(args, config, tokenizer, pretrained, rewarded, judged, rho):
     """The policy tuned at one beta, and fresh samples of it: ppo_beta{beta}.pt."""
-    constants = rho["constants"]["reward"][args.toward]
-    inputs = {**dataclasses.asdict(config), **constants, "toward": args.toward,
-              "stop_at_kl": args.stop_at_kl, "fresh_samples": args.fresh_samples,
-              "pretrain": data.digest(pretrained["model"]),
-              "reward": data.digest(rewarded["model"]), "judge": data.digest(judged["model"]),
-              "rho": data.digest({"tokens": rho["tokens"]})}
     name = run_name(args.toward, config.beta)
-    stage = Stage(args, name, inputs, code=[
+    stage = Stage(args, name, ["toward", "stop_at_kl", "fresh_samples"],
+                  [pretrained, rewarded, judged, rho], **dataclasses.asdict(config), code=[
         gpt, reward, ppo, ppo_stage, make_run, scorer, repeat, draw_fresh, measure_drift,
         keep_along_kl, distinct_pairs])
     if stage.done:
         return stage.state
+    constants = rho["constants"]["reward"][args.toward]
     seed = seed_of(args, "ppo", config.beta)
     run, model = make_run(args, config, seed, pretrained, rewarded, rho)
     judge, judge_score = scorer(args, "judge", judged, rho)
@@ -739,8 +710,6 @@ def ppo_stage(args, config, tokenizer, pretrained, rewarded, judged, rho):
                 metrics["optimum"] = optimum["objective"]
         stage.log(pause=0, shown=["score", "judge", "ref_kl", "objective", "optimum", "clipfrac",
                                   "entropy", "explained_variance"], **metrics)
-        for line in ppo.diagnose(metrics):
-            print(f"warning: {line}")
         if (i + 1) % 10 == 0:
             for row, score in zip(tokens[:2].tolist(), scores):
                 print(f"--- score {score:.2f}\n{data.decode(tokenizer, row)}")
@@ -778,8 +747,7 @@ def measure_drift(policy, ref, prompts, tokens):
     def read(prompts, tokens):
         logprobs, ref_logprobs = (gpt.completion_logits(model, prompts, tokens).log_softmax(-1)
                                   for model in (policy, ref))
-        index = tokens.clamp(min=0)[..., None]
-        log_ratio = (logprobs - ref_logprobs).gather(-1, index).squeeze(-1)
+        log_ratio = ppo.of_tokens(logprobs - ref_logprobs, tokens)
         mask = tokens != PAD
         return {"log_ratio": (log_ratio * mask).sum(1),
                 "ref_kl": (ppo.exact_kl(logprobs, ref_logprobs) * mask).sum(1)}
@@ -789,8 +757,7 @@ def measure_drift(policy, ref, prompts, tokens):
 
 def main():
     args = parse()
-    for module in (data, gpt, reward, ppo, sys.modules[__name__]):
-        source(inspect.getsourcefile(module))
+    source_digests([data, gpt, reward, ppo, sys.modules[__name__]])     # as they are now
     args.device = gpt.join_processes(args.device)
     began = time.monotonic()
     with locked(args.out):
@@ -808,13 +775,8 @@ def main():
               f"{pretrained['val_bits_per_byte']:.3f} bits per byte on held-out plays")
         if args.until == "pretrain":
             return
-        rewarded = reward_stage(args, "reward", "bag", pretrained, rated, tokenizer)
-        judged = reward_stage(args, "judge", "trunk", pretrained, rated, tokenizer)
-        for name, state in (("reward", rewarded), ("judge", judged)):
-            for kind, found in state["report"].items():
-                print(f"{name}, {found['n']} held-out {kind}: Pearson {found['pearson']:.3f} "
-                      f"+- {found['pearson_se']:.3f}, AUC {found['auc']:.3f}, of pairs "
-                      f"{found['pair_accuracy']:.3f} right, calibration slope {found['slope']:.2f}")
+        rewarded = reward_stage(args, "reward", pretrained, rated, tokenizer)
+        judged = reward_stage(args, "judge", pretrained, rated, tokenizer)
         if args.until == "reward":
             return
         rho = rho_stage(args, prompts, end, pretrained, rewarded, judged)

@@ -95,8 +95,8 @@ BUGS = [
     Bug("log-softmax in half precision", "minimind #814",
         "Log-probabilities carry errors of a hundredth, which look like a change of the policy.",
         "ppo", "ppo.py",
-        [("logprobs = logits.float().log_softmax(-1)",
-          "logprobs = logits.bfloat16().log_softmax(-1)")]),
+        [("of_tokens(logits.float().log_softmax(-1), tokens)",
+          "of_tokens(logits.bfloat16().log_softmax(-1), tokens)")]),
 
     # ---- the reward model
     Bug("the last sampled token never reaches the reward model", "ZiyueWang25, ckkissane, minRLHF",
@@ -136,11 +136,11 @@ BUGS = [
         "loop", "ppo.py",
         [("                                       beta, mask)\n",
           "                                       0.0, mask)\n"),
-         ("            # Before backward()",
+         ("            # The first step is",
           '            ratio = (logprobs - batch["logprobs"][rows]).exp()\n'
           '            k1 = logprobs - batch["ref_logprobs"][rows]\n'
           "            loss = loss + self.controller.beta * masked_mean(ratio * k1, mask)\n"
-          "            # Before backward()")]),
+          "            # The first step is")]),
     Bug("gradient through the reward", "ZiyueWang25",
         "Rewards are data; without the detach their own gradient, -beta grad log pi, joins the "
         "policy's.",
@@ -188,8 +188,7 @@ BUGS = [
         "Its own return is in its baseline, which then depends on its tokens: all gradients are a "
         "share too small, and differ with the size of the group.",
         "ppo loop", "ppo.py",
-        [("others = (grouped.sum(1, keepdim=True) - grouped) / (group - 1)",
-          "others = grouped.mean(1, keepdim=True)")]),
+        [("others = (total - grouped) / (group - 1)", "others = total / group")]),
     Bug("advantages whitened inside each sequence, padding included", "thomfoster/minRLHF",
         "Good and bad completions come out alike, for each has mean 0.",
         "ppo", "ppo.py",
@@ -221,7 +220,7 @@ BUGS = [
         "After the end it is taught numbers that no token earned, and real tokens get what is left "
         "of its capacity.",
         "loop", "ppo.py",
-        [("returns[rows], math.inf, mask[rows])", "returns[rows], math.inf)")]),
+        [("x = self.terms(x)[real] ", "real = torch.ones_like(real)\n            x = self.terms(x)[real] ")]),
     Bug("mask shifted by one", "trlx #582",
         "The loss reads the first padding token and leaves out the last real one.",
         "loop", "ppo.py",
@@ -230,12 +229,12 @@ BUGS = [
         "Tokens that the policy was given are credited with what followed, so it learns to write "
         "prompts.",
         "loop", "ppo.py",
-        [("            # Before backward()",
+        [("            # The first step is",
           '            given = batch["prompts"][rows]\n'
           "            logits = self.policy(given, pad=given == PAD)[:, :-1]\n"
           "            own = advantages[rows][:, :1] * token_logprobs(logits, given[:, 1:])\n"
           "            loss = loss - masked_mean(own, given[:, :-1] != PAD)\n"
-          "            # Before backward()")]),
+          "            # The first step is")]),
     Bug("clip taken with max for negative advantages", "rasbt/reasoning-from-scratch",
         "For A < 0 the larger term is taken: a token that has become unlikelier is pushed down "
         "without end, one that has become likelier is let go.",
@@ -258,12 +257,10 @@ BUGS = [
         [('            if infos and info["approx_kl"] > config.max_update_kl:\n',
           "            loss.backward()\n"
           '            if infos and info["approx_kl"] > config.max_update_kl:\n'),
-         ("            self.optimizer.zero_grad(set_to_none=True)\n"
-          "            loss.backward()\n", ""),
-         ("            self.optimizer.step()\n", "            self.optimizer.step()\n"
-          "            self.optimizer.zero_grad(set_to_none=True)\n"),
-         ("        self.optimizer.zero_grad(set_to_none=True)      # nothing leaks into the next "
-          "update\n", "")]),
+         ('            info["grad_norm"] = descend(loss, self.policy, [self.optimizer], 1.0, weight)\n',
+          '            info["grad_norm"] = nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)\n'
+          "            self.optimizer.step()\n"
+          "            self.optimizer.zero_grad(set_to_none=True)\n")]),
     Bug("early stop at a multiple of what was set", "Spinning Up, 1.5 times, as its text says",
         "An update goes farther from the policy that sampled than its limit, and no plot tells.",
         "loop", "ppo.py",
@@ -277,7 +274,7 @@ BUGS = [
     Bug("metrics of the last minibatch for those of the update", "cleanrl #522",
         "clipfrac and approx_kl are logged as they stood at the end, with a minibatch's noise.",
         "loop", "ppo.py",
-        [("for info in infos]).mean()", "for info in infos[-1:]]).mean()")]),
+        [("for info in infos])", "for info in infos[-1:]])")]),
     Bug("beta lost on resume", "verl #2653",
         "An adapted beta is not in the checkpoint, so a run cut off goes on with the first one.",
         "loop", "ppo.py",

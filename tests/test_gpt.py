@@ -511,3 +511,31 @@ def test_every_parameter_has_exactly_one_optimizer_and_a_step_lowers_the_loss(tr
     for optimizer in optimizers:
         optimizer.step()
     assert loss() < before, "a small step along the gradient should lower the loss"
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+def test_learning_rates_follow_their_schedule_after_a_checkpoint_too():
+    """Rate = peak * share; loading an optimizer makes new groups, which must follow as well."""
+    parameters = [torch.zeros(1, requires_grad=True) for _ in range(2)]
+    optimizers = [torch.optim.SGD([x], lr=lr) for x, lr in zip(parameters, (0.5, 2.0))]
+    for i in range(4):
+        gpt.set_rates(optimizers, 1 / (i + 1))
+        rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+        assert_close(rates, [0.5 / (i + 1), 2 / (i + 1)], "the rates do not follow")
+        for optimizer in optimizers:
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight():
+    """It stops the run before the step; a finite one is clipped to the norm asked for."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model.weight.item()
+    with pytest.raises(FloatingPointError, match="gradient is not finite"):
+        gpt.descend(model(torch.tensor([[math.inf]])).sum(), model, [optimizer])
+    assert model.weight.item() == before
+    # The bad gradient is still there, and must not join the next.
+    norm = gpt.descend(model(torch.tensor([[7.0]])).sum(), model, [optimizer], clip=0.25)
+    assert_close([norm.item(), before - model.weight.item()], [7.0, 0.25],
+                 "the norm before it is clipped, and the step", atol=1e-5, rtol=0)

@@ -89,16 +89,14 @@ def new_run(seed=0, score=score_fn, prompts=PROMPT, end=None, **options):
     """A PPO run that has not begun."""
     settings = {"length": 4, "batch": 128, "minibatch": 64, "epochs": 2, "iterations": 40,
                 "lr": 2e-3, "lam": 1.0, "max_update_kl": 1.0}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)                # of the value function's first weights
-        return PPO(rho(), score, prompts, PPOConfig(**{**settings, **options}), seed, end=end)
+    return PPO(rho(), score, prompts, PPOConfig(**{**settings, **options}), seed, end=end)
 
 
 def warm_start(run):
     """The value function learns the scores of samples of rho first, as train.py has it do."""
     batch = run.rollout(2048)
     returns = batch["scores"][:, None].expand(-1, 4)
-    run.fit_values(batch["features"], returns, batch["mask"], epochs=3)
+    run.value.fit(batch["features"], returns, batch["mask"])
 
 
 def train(warm=False, **options):
@@ -219,7 +217,7 @@ def test_the_first_step_is_the_policy_gradient_of_each_completion_by_itself(algo
     run = new_run(prompts=PROMPTS, end=END, algorithm=algorithm, batch=32, minibatch=32, epochs=1,
                   per_prompt=4, lam=0.6, beta=0.7)
     run.policy.lm_head.weight.data += randn(3, 64, dtype=torch.float32) / 8
-    run.value.out.weight.data += randn(1, 130, dtype=torch.float32) / 8
+    run.value.weight += randn(67) / 8
     parameters, gradients = list(run.policy.parameters()), []
     monkeypatch.setattr(run.optimizer, "step",
                         lambda: gradients.append([p.grad for p in parameters]))
@@ -298,37 +296,27 @@ def test_gradients_are_clipped_to_norm_1_and_their_norm_is_logged(monkeypatch):
 def test_values_are_fitted_to_what_did_come_and_only_where_they_are_used(algorithm, spy_on):
     """The returns are rewards-to-go whatever lambda is: no value, itself a guess, is in them."""
     run = new_run(algorithm=algorithm, lam=0.3, prompts=PROMPTS, end=END)
-    run.value.out.bias.data += 1
-    rewards, fits = spy_on(ppo, "kl_penalised_rewards"), spy_on(run, "fit_values")
+    run.value.weight[0] = 1.0
+    rewards, fits = spy_on(ppo, "kl_penalised_rewards"), spy_on(run.value, "fit")
     metrics = run.step(0)
     if algorithm != "ppo":
         assert not fits and "value_loss" not in metrics, "a value function that nobody uses"
         return
-    (features, returns, mask), options, loss = fits[0]
+    (features, returns, mask), _, _ = fits[0]
     to_go = torch.stack([rewards[0][2][:, t:].sum(1) for t in range(4)], 1)
     assert_close(returns, to_go * mask, "values are not fitted to the rewards still to come")
     assert torch.equal(features, run.batch["features"]) and torch.equal(mask, run.batch["mask"])
-    assert len(fits) == 1 and options == {"epochs": 4} and metrics["value_loss"] == loss
-
-
-def test_a_value_loss_that_is_not_finite_stops_the_run():
-    """Before its optimizer's step; but what lies under the mask may be anything."""
-    run, batch = new_run(), all_once(new_run())[0]
-    before, returns = weights(run.value), torch.full((81, 4), math.nan)
-    with pytest.raises(FloatingPointError, match="the value function's loss is not finite"):
-        run.fit_values(batch["features"], returns, batch["mask"], epochs=1)
-    assert same(weights(run.value), before), "the bad loss reached the weights"
-    run.fit_values(batch["features"], returns, torch.zeros_like(returns), epochs=1)
-    assert same(weights(run.value), before), "values were fitted to padding"
+    error = (run.batch["values"] - to_go)[mask].square().mean().item() / 2
+    assert len(fits) == 1
+    assert_close(metrics["value_loss"], error, "half the squared error of the rollout's values")
 
 
 def test_adam_has_epsilon_1e_5_and_the_rate_falls_to_0():
     """Huang 2022 ("37 details") and the original code; lr (1 - i / iterations)^2 at iteration i."""
     run, rates = new_run(iterations=4, lr=1e-3, batch=8), []
     assert run.optimizer.defaults["betas"] == (0.9, 0.95), "Adam's averages"
-    for optimizer in (run.optimizer, run.value_optimizer):
-        assert optimizer.defaults["eps"] == 1e-5, "Adam's epsilon"
-        assert optimizer.defaults["weight_decay"] == 0, "weights should not decay"
+    assert run.optimizer.defaults["eps"] == 1e-5, "Adam's epsilon"
+    assert run.optimizer.defaults["weight_decay"] == 0, "weights should not decay"
     for i in range(4):
         run.step(i)
         rates.append(run.optimizer.param_groups[0]["lr"])
@@ -352,7 +340,10 @@ def test_an_early_stop_takes_no_step_after_it_and_leaves_no_gradient(approx_kl, 
     metrics = run.update(*all_once(run))
     assert len(taken) == steps, f"{len(taken)} optimizer steps, {steps} expected"
     assert same(weights(run.policy), taken[-1]), "the policy moved after its last step"
-    assert all(p.grad is None for p in run.policy.parameters()), "a stale gradient is left"
+    batch, advantages = all_once(run)
+    run.update(batch, 0 * advantages)
+    # Adam moves on by momentum; but of the gradients of the update before nothing may be left.
+    assert all(not p.grad.any() for p in run.policy.parameters()), "a stale gradient was added"
     assert_close(metrics["epochs"], steps / 3, "an epoch is three minibatches")
     assert infos[1]["ratio"] != 1, "the policy has moved away from the one that sampled"
     for name in infos[0]:
@@ -369,22 +360,29 @@ def test_the_value_function_learns_the_returns_and_sees_no_token_before_it_is_dr
     if features_fn:
         assert_close(features[..., 64], F.pad(SEQUENCES[:, :-1] + 1.0, (1, 0)), "not shifted")
     returns = SCORES.float()[:, None].expand(81, 4)
-    losses = [run.fit_values(features, returns, torch.ones(81, 4), epochs=1) for _ in range(60)]
-    before_last = returns.reshape(27, 3, 4)[..., 0].var(1, correction=0).mean().item()
-    assert losses[-1] < 0.9 * losses[0], f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}"
+    run.value.fit(features, returns, torch.ones(81, 4, dtype=torch.bool))
     values = all_once(run)[0]["values"]
     assert (values[:, 0] == values[0, 0]).all(), "before the first token all completions are alike"
     assert torch.equal(values[0::3, 3], values[1::3, 3]), "the value before the last token saw it"
-    error = (values[:, 3] - returns[:, 3]).square().mean().item()
-    assert error < 1.5 * before_last, f"error {error:.3f} at the last, {before_last:.3f} at best"
+    best = returns.reshape(27, 3, 4)[..., 3].mean(1).repeat_interleave(3)
+    assert_close(values[:, 3], best, "not the mean of what can follow", atol=0.3, rtol=0)
 
 
-def test_known_features_reach_the_value_as_they_are_and_times_the_position():
-    """V = ... + a k + b k t / T for a known feature k: it counts more or less with time."""
-    value, features = ppo.ValueFunction(3, known=1, width=8), randn(2, 4, 3, dtype=torch.float32)
-    value.out.weight.data[0, 8:10] = torch.tensor([2.0, 3.0])
-    k, time = features[..., 2], torch.arange(4) / 4
-    assert_close(value(features), 2 * k + 3 * k * time, "known features do not go straight through")
+def test_values_are_the_least_squares_fit_over_real_tokens_alone():
+    """Against torch.linalg.lstsq on the terms of the docstring, ridge and all; masks may hide NaN."""
+    value, features = ppo.ValueFunction(3, known=1), randn(90, 4, 3, dtype=torch.float32)
+    returns, mask = randn(90, 4, seed=1), randn(90, 4, seed=2) > 0
+    x, k, t = features.double(), features[..., 2:].double(), torch.arange(4)[:, None] / 4
+    t = t.double().expand(90, 4, 1)
+    terms = torch.cat((t ** 0, t, t ** 2, x, k * t, k ** 2), -1)
+    rows = torch.cat((terms[mask], torch.eye(8, dtype=torch.float64)))
+    expected = torch.linalg.lstsq(rows, torch.cat((returns[mask], torch.zeros(8))).double()).solution
+    assert not value(features).any(), "values should start at 0"
+    value.fit(features, returns.masked_fill(~mask, math.nan), mask)
+    assert_close(value.weight, expected, "another fit", atol=1e-6, rtol=0)
+    assert_close(value(features), (terms @ expected).float(), "values are not those of the weights")
+    value.fit(features, returns, torch.zeros_like(mask))
+    assert not value.weight.any(), "values were fitted to padding"
 
 
 # ---- stopping and going on ----------------------------------------------------------------------
@@ -439,16 +437,6 @@ def test_all_that_is_drawn_follows_the_seed(prompts, drawn):
     assert torch.equal(rollouts[0], rollouts[1]) and runs[0] == runs[1], "same seed, another run"
     assert not torch.equal(rollouts[0], rollouts[2]), f"another seed, the same {drawn}"
     assert runs[0] != runs[2], "another seed gave the same run"
-
-
-@pytest.mark.parametrize("changed, says", [
-    ({}, None), ({"ref_kl": -0.6}, "sampler and the scorer differ"),
-    ({"entropy": 0.4}, "collapsing"), ({"epochs": 0.2}, "stopped almost at once")])
-def test_what_goes_wrong_is_said_in_words(changed, says):
-    """Each fault in the metrics of a healthy iteration brings its own sentence, and health none."""
-    healthy = {"ref_kl": -0.1, "ref_kl_se": 0.1, "exact_kl": 2.0, "entropy": 3.0, "epochs": 2.0}
-    said = ppo.diagnose({**healthy, **changed})
-    assert len(said) == (says is not None) and (says is None or says in said[0]), f"said {said}"
 
 
 # ---- where the loop ends ------------------------------------------------------------------------
@@ -526,14 +514,14 @@ def test_fresh_samples_agree_with_enumeration(prompt, tokens):
     k1, kls = ((x * batch["mask"]).sum(1) for x in (batch["logprobs"] - batch["ref_logprobs"],
                                                     batch["exact_kl"]))
     for name, sampled in {"ref_kl": k1, "exact_kl": kls, "score": batch["scores"],
-                          "objective": batch["scores"] - kls}.items():
+                          "objective": batch["scores"] - k1}.items():
         error, found = sampled.std().item() / 4000 ** 0.5, sampled.mean().item()
         assert abs(found - exact[name]) < 4 * error, \
             f"{name} is {found:.4f} in samples, {exact[name]:.4f} in truth, error {error:.4f}"
 
 
 def test_metrics_are_per_completion_and_of_the_rollout():
-    """Means over completions of sums over real tokens; objective = score - beta exact_kl."""
+    """Means over completions of sums over real tokens; objective = score - beta ref_kl."""
     run = new_run(beta=0.5, prompts=PROMPTS, end=END)
     run.step(0)
     metrics, batch = run.step(1), run.batch
@@ -545,7 +533,7 @@ def test_metrics_are_per_completion_and_of_the_rollout():
     to_go = torch.stack([rewards[:, t:].sum(1) for t in range(4)], 1)
     expected = {"ref_kl": sums.mean(), "ref_kl_se": sums.std(correction=0) / 128 ** 0.5,
                 "exact_kl": (batch["exact_kl"] * mask).sum() / 128, "score": batch["scores"].mean(),
-                "objective": metrics["score"] - 0.5 * metrics["exact_kl"],
+                "objective": metrics["score"] - 0.5 * metrics["ref_kl"],
                 "entropy": batch["entropy"][mask].mean(), "beta": 0.5,
                 "ref_logprob": batch["ref_logprobs"][mask].mean(),
                 "tokens": sum(map(len, rows)) / 128,

@@ -95,10 +95,10 @@ def test_values_are_warmed_up_on_real_tokens_of_every_prompt(continued, monkeypa
     args, seen = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, length=16,
                                  toward="positive"), {}
 
-    def spy(self, features, returns, mask, epochs):
+    def spy(self, features, returns, mask):
         seen.update(features=features, returns=returns, mask=mask)
 
-    monkeypatch.setattr(ppo.PPO, "fit_values", spy)
+    monkeypatch.setattr(ppo.ValueFunction, "fit", spy)
     config = ppo.PPOConfig(length=16)
     run, model = train.make_run(args, config, 0, pretrained, rewarded, rho)
     tokens = rho["tokens"].long()
