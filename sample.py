@@ -140,7 +140,8 @@ def print_samples(args):
 
 def read_ratings(path):
     """The rows of a file of ratings, dicts of COLUMNS: rating a float, sense one or ""."""
-    rows, reader = [], csv.DictReader(io.StringIO(data.read_text(path, "ratings")))
+    reader = csv.DictReader(io.StringIO(data.read_text(path, "ratings")))
+    rows = []
     try:
         # An empty file has no names of columns.
         if reader.fieldnames not in (COLUMNS, None):
@@ -179,7 +180,8 @@ def passages_to_rate(args):
             # Of the plays whole speeches, about as long as samples.
             speeches = data.load_corpus()[0].split(data.BOUNDARY)
             speeches = [speech for speech in speeches if 100 < len(speech) < 400]
-            texts = generator.choices(speeches, k=args.num)
+            generator.shuffle(speeches)
+            texts = speeches[:args.num]
         else:
             texts = [sample["text"].strip() for sample in draw(Path(name), args, args.num)]
         passages += [{"text": text, "drawn_from": Path(name).stem} for text in texts]
@@ -207,7 +209,8 @@ def rate(args):
 
     Of several checkpoints: feeling and sense, blind. Of one: feeling alone, labels to train on.
     """
-    path, blind = args.ratings[0], len(args.rate) > 1
+    path = args.ratings[0]
+    blind = len(args.rate) > 1
     rows = read_ratings(path) if path.exists() else []
     # By text and model, for two models that are close may have written the same.
     done = {(row["text"], row["drawn_from"]) for row in rows}
@@ -217,7 +220,8 @@ def rate(args):
     print(f"{len(rows)} rated, {len(left)} to go. A number and Enter; b goes back, q ends.")
     while left:
         print(f"\n----- {len(left)} to go\n{left[0]['text']}\n")
-        feeling, sense = ask("feeling, -2 very negative to 2 very positive:", -2, 2), ""
+        feeling = ask("feeling, -2 very negative to 2 very positive:", -2, 2)
+        sense = ""
         if blind and feeling not in ("b", "q"):
             sense = ask("sense, 1 none to 5 all of it:", 1, 5)
         if "q" in (feeling, sense):
@@ -426,18 +430,23 @@ def summarise_run(rho, run):
     objective, se = mean_se(scores - beta * fresh["log_ratio"])
     start = rho_scores(rho, toward).mean().item()
     best = summarise_optimum(rho, run)
-    gain, way = objective - start, best["objective"] - start
+    gain = objective - start
+    way = best["objective"] - start
     iterations = len(run["history"])
-    return {"beta": beta, "toward": toward, "iterations": iterations,
+    return {"beta": beta,
+            "toward": toward,
+            "iterations": iterations,
             "score": scores.mean().item(),
             "judge": scores_of(rho, fresh["judge"], toward, "judge").mean().item(),
             "positive": fresh["log_odds"].sigmoid().mean().item(),
             "ref_kl": fresh["ref_kl"].mean().item(),
-            "objective": objective, "objective_se": se, "reference_objective": start,
+            "objective": objective,
+            "objective_se": se,
+            "reference_objective": start,
             "optimum": best,
             "fraction_of_optimum": gain / way,
             "fraction_se": math.hypot(se, gain / way * best["objective_se"]) / way,
-            # No policy is above J*, so J is a bound from below as well.
+            # No policy is above J*: it is at least J as well.
             "fraction_at_most": gain / (max(best["at_least"], objective) - start),
             "kl_to_optimum": (best["objective"] - objective) / (beta or math.nan),
             "seconds_per_iteration": run["seconds"] / iterations}
@@ -447,9 +456,10 @@ def summarise_reward(state, rho):
     """The entry of a reward model in summary.json."""
     report, name = state["report"], state["kind"]
     reached = report.get("passages") or report["samples"]
-    return {"labels": state["labels"], **rho["constants"][name]["positive"],
-            "val_pearson": reached["pearson"], "val_auc": reached["auc"],
-            "val_log_loss": reached["log_loss"], "report": report,
+    return {"labels": state["labels"],
+            **rho["constants"][name]["positive"],
+            **{f"val_{key}": reached[key] for key in ("pearson", "auc", "log_loss")},
+            "report": report,
             "reference_positive": rho["log_odds"][name].sigmoid().mean().item()}
 
 
@@ -461,9 +471,11 @@ def summarise(out, study):
     seconds = {state["kind"]: state["seconds"] for state in stages}
     ppo_seconds = {label(run): run["seconds"] for run in runs}
     total = sum(seconds.values()) + sum(ppo_seconds.values())
-    summary = {"size": pretrained["args"]["size"], "device": pretrained["args"]["device"],
+    summary = {"size": pretrained["args"]["size"],
+               "device": pretrained["args"]["device"],
                "seconds": {**seconds, "ppo": ppo_seconds, "total": total},
-               "reward": summarise_reward(rewarded, rho), "judge": summarise_reward(judged, rho),
+               "reward": summarise_reward(rewarded, rho),
+               "judge": summarise_reward(judged, rho),
                "pretrain": {key: pretrained[key] for key in ("parameters", "val_bits_per_byte")},
                "ppo": [summarise_run(rho, run) for run in runs]}
     # JSON knows no NaN: what is not known is null there, None here.
@@ -595,18 +607,19 @@ def results_table(runs, summary):
     lines = []
     for run, row in zip(runs, summary["ppo"]):
         best = row["optimum"]
-        # Bounds matter where J* is not known.
         bounds = (best["at_least"], row["fraction_at_most"])
-        at_least, at_most = bounds if best["objective"] is None else (None, None)
+        # They matter where J* is not known.
+        if best["objective"] is not None:
+            bounds = (None, None)
         lines.append([
             label(run),
             *[row[key] for key in ("score", "judge", "positive", "ref_kl")],
             (row["objective"], row["objective_se"]),
             (best["objective"], best["objective_se"]),
-            at_least,
+            bounds[0],
             round(best["ess"]),
             (row["fraction_of_optimum"], row["fraction_se"]),
-            at_most,
+            bounds[1],
             row["kl_to_optimum"]])
     return table(["beta", "score", "judge", "P(positive)", "ref_kl", "J", "J*", "J* at least",
                   "ESS", "fraction of optimum", "at most", "KL(pi to pi*)"], lines)
@@ -714,11 +727,13 @@ def write_report(args):
         figure.legend(loc="outside right upper")
         save_figure(figure, out / f"figures/{name}.png")
         lines.append(f"![{name}](figures/{name}.png)\n")
-    log_odds, prompts = rho["log_odds"]["reward"], rho["prompts"]
+    log_odds = rho["log_odds"]["reward"]
+    prompts = rho["prompts"]
     before = write_samples(out / "samples/rho.txt", tokenizer, prompts, rho["tokens"], log_odds,
                            torch.zeros(len(log_odds)))
     for run in runs:
-        name, fresh = run["name"], run["fresh"]
+        name = run["name"]
+        fresh = run["fresh"]
         after = write_samples(out / f"samples/{name}.txt", tokenizer, prompts, fresh["tokens"],
                               fresh["log_odds"], fresh["log_ratio"])
         lines += [f"## {name}: before and after\n\n```", *before[:2], "===== after\n",
