@@ -35,72 +35,70 @@ import train
 from gpt import cut_after, generate, in_chunks, load_gpt
 
 COLUMNS = ["text", "rating", "sense", "drawn_from"]     # of a file of ratings
+# What is said of a passage, from least to most.
+MEASURES = {"readers' feeling": (-2, 2), "readers' sense": (1, 5), "P(positive)": (0, 1),
+            "the judge's P(positive)": (0, 1)}
 
 
 # ---- samples ------------------------------------------------------------------------------
 
 def load_beside(path, state, kind):
-    """The pretrain or reward checkpoint in the folder of another, state at path.
+    """The checkpoint kind.pt in the folder of another, state at path.
 
     UserError unless they belong together: two studies may lie in one folder.
     """
-    file = path.with_name(f"{kind}.pt")
-    found = data.load_checkpoint(file, kind)
+    found = data.load_checkpoint(path.parent / f"{kind}.pt", kind)
     # The later stage has the digest of the earlier one's model among its inputs.
     later, earlier = (found, state) if state["kind"] == "pretrain" else (state, found)
-    if later["inputs"][earlier["kind"]] != data.digest(earlier["model"]):
-        raise data.UserError(f"{file} and {path} are not of the same study. Run train.py again.")
+    if later["inputs"][earlier["kind"]] != train.state_digest(earlier):
+        raise data.UserError(f"{path} and {kind}.pt beside it are not of the same study. "
+                             "Run train.py again.")
     return found
 
 
 @torch.no_grad()
 def draw(path, args, num):
-    """num samples of a checkpoint: dicts of text, positive, ref_kl (0 if it is rho's).
-
-    positive is None where no reward model is beside the checkpoint.
-    """
-    state = data.load_checkpoint(path, "pretrain", "ppo")
-    tokenizer = data.load_tokenizer(path.with_name("tokenizer.tiktoken"), state)
-    policy = load_gpt(state)
-    # What the run was given. Of rho: what its runs were given, so that they can be compared.
-    given = state
-    if state["kind"] == "pretrain" and path.with_name("rho.pt").exists():
+    """num samples of a checkpoint, as describe() has them."""
+    folder = path.parent
+    state = given = data.load_checkpoint(path, "pretrain", "ppo")
+    tokenizer = data.load_tokenizer(folder / "tokenizer.tiktoken", state)
+    policy = ref = load_gpt(state)
+    if state["kind"] == "ppo":
+        ref = load_gpt(load_beside(path, state, "pretrain"))
+    elif (folder / "rho.pt").exists():
+        # rho is given what its runs are, so that they can be compared.
         given = load_beside(path, state, "rho")
-    prompts = given.get("prompts", torch.tensor([tokenizer.encode_ordinary(data.BOUNDARY)[:1]]))
-    if args.prompt:
-        prompts = torch.tensor([tokenizer.encode_ordinary(args.prompt)])
-    length = args.length or given["inputs"].get("length", 64)
+    prompts = given.get("prompts")
+    if args.prompt or prompts is None:
+        prompts = torch.tensor([tokenizer.encode_ordinary(args.prompt or data.BOUNDARY)])
+    length = given["inputs"].get("length", 64)
     if prompts.size(1) + length > policy.config.block_size:
-        raise data.UserError("--prompt and --length do not fit the model's context. "
-                             "Shorten either.")
+        raise data.UserError(f"--prompt and {length} tokens more do not fit the model's context. "
+                             "Shorten it.")
     generator = torch.Generator().manual_seed(args.seed)
     prompts = prompts[torch.randint(len(prompts), (num,), generator=generator)]
     tokens = generate(policy, prompts, length, args.temperature, args.top_k, generator)
     completions = cut_after(tokens[:, prompts.size(1):], given.get("end"))
-    positive, ref_kl = [None] * num, [0.0] * num
+    log_ratio = train.measure_drift(policy, ref, prompts, completions)["log_ratio"]
+    log_odds = None
     # After train.py --until pretrain there is no reward model yet.
-    if path.with_name("reward.pt").exists():
+    if (folder / "reward.pt").exists():
         model = reward.load_reward(load_beside(path, state, "reward"))
-        positive = in_chunks(model, completions).sigmoid().tolist()
-    if state["kind"] == "ppo":
-        rho = load_gpt(load_beside(path, state, "pretrain"))
-        drift = train.measure_drift(policy, rho, prompts, completions)
-        ref_kl = drift["log_ratio"].tolist()
-    texts = texts_of(tokenizer, prompts, completions)
-    return [{"text": text, "positive": p, "ref_kl": kl}
-            for text, p, kl in zip(texts, positive, ref_kl)]
+        log_odds = in_chunks(model, completions)
+    return describe(tokenizer, prompts, completions, log_odds, log_ratio)
 
 
-def texts_of(tokenizer, prompts, completions):
-    """Prompts (N,T0) with their completions (N,T) as texts, without the blank line before."""
+def describe(tokenizer, prompts, completions, log_odds, log_ratio):
+    """Samples as dicts: the text, positive or None if not known, ref_kl = log pi - log rho.
+
+    prompts (N,T0), completions (N,T), log_odds (N,) or None, log_ratio (N,). The blank line before
+    a text is left out.
+    """
     rows = torch.cat((prompts, completions), dim=1).tolist()
-    return [data.decode(tokenizer, row).removeprefix(data.BOUNDARY) for row in rows]
-
-
-def kept_along_kl(path):
-    """{nats: file} of the policies that the run of a checkpoint kept as it drifted."""
-    files = {mark: path.with_name(f"{path.stem}_kl{mark:g}.pt") for mark in train.KL_MARKS}
-    return {mark: file for mark, file in files.items() if file.exists()}
+    texts = [data.decode(tokenizer, row).removeprefix(data.BOUNDARY) for row in rows]
+    positive = [None] * len(rows) if log_odds is None else log_odds.sigmoid().tolist()
+    return [{"text": text, "positive": p, "ref_kl": kl}
+            for text, p, kl in zip(texts, positive, log_ratio.tolist())]
 
 
 def as_text(text, positive, ref_kl):
@@ -109,15 +107,17 @@ def as_text(text, positive, ref_kl):
     return f"{text}\n\nPositive Prob: {known}   log pi - log rho: {ref_kl:.1f} nats\n"
 
 
+def at_kl(path, mark):
+    """The file of the policy that the run of a checkpoint kept when its drift passed a mark."""
+    return path.parent / f"{path.stem}_kl{mark:g}.pt"
+
+
 def print_samples(args):
     """Samples of one checkpoint; with --compare those of rho and of the twins, turn by turn."""
-    path = args.checkpoint
-    if args.kl is not None:
-        path = path.with_name(f"{path.stem}_kl{args.kl:g}.pt")
-        if not path.exists():
-            kept = ", ".join(f"{mark:g}" for mark in kept_along_kl(args.checkpoint)) or "none"
-            raise data.UserError(f"{args.checkpoint} kept no policy at {args.kl:g} nats. "
-                                 f"Of these marks it passed: {kept}.")
+    path = at_kl(args.checkpoint, args.kl) if args.kl else args.checkpoint
+    if args.kl and not path.exists():
+        raise data.UserError(f"{args.checkpoint} kept no policy at {args.kl:g} nats: there is no "
+                             f"{path}. Choose a mark that its drift has passed.")
     paths = [path]
     if args.compare:
         beta = path.stem.split("beta")[-1]
@@ -125,9 +125,8 @@ def print_samples(args):
         twins = sorted(path.parent.glob(f"ppo_*beta{beta}.pt"))
         if not twins:
             raise data.UserError("--compare needs the --checkpoint of a policy, ppo_*.pt.")
-        paths = [path.with_name("pretrain.pt"), *twins]
-    drawn = [draw(path, args, args.num) for path in paths]
-    for turn in zip(*drawn):
+        paths = [path.parent / "pretrain.pt", *twins]
+    for turn in zip(*[draw(path, args, args.num) for path in paths]):
         for path, sample in zip(paths, turn):
             if not args.jsonl:
                 print(f"----- {path.stem}\n{as_text(**sample)}")
@@ -140,20 +139,21 @@ def print_samples(args):
 # ---- ratings ------------------------------------------------------------------------------
 
 def read_ratings(path):
-    """The rows of a file of ratings, dicts of COLUMNS, rating and sense as floats (or None)."""
-    rows, reader = [], csv.reader(io.StringIO(data.read_text(path, "ratings")))
+    """The rows of a file of ratings, dicts of COLUMNS: rating a float, sense one or ""."""
+    reader = csv.DictReader(io.StringIO(data.read_text(path, "ratings")))
+    rows = []
     try:
-        if next(reader, COLUMNS) != COLUMNS:
+        # An empty file has no names of columns.
+        if reader.fieldnames not in (COLUMNS, None):
             raise ValueError(f"the columns must be {', '.join(COLUMNS)}")
-        # A blank line is an empty row.
-        for row in filter(None, reader):
-            if len(row) != len(COLUMNS):
+        for row in reader:
+            if None in row or None in row.values():
                 raise ValueError("the row has not as many fields as there are columns")
-            text, rating, sense, drawn_from = row
-            rating = data.parse_rating(rating)
+            row["rating"] = data.parse_rating(row["rating"])
             # A label for training has none.
-            sense = data.parse_rating(sense, 1, 5) if sense else None
-            rows.append(dict(zip(COLUMNS, (text, rating, sense, drawn_from))))
+            if row["sense"]:
+                row["sense"] = data.parse_rating(row["sense"], 1, 5)
+            rows.append(row)
     except (ValueError, csv.Error) as error:
         raise data.UserError(f"ratings {path}, line {reader.line_num}: {error}. "
                              "Correct it or choose another file.") from None
@@ -169,35 +169,24 @@ def write_ratings(path, rows):
     data.write_file(path, file.getvalue())
 
 
-def passages_of_plays(args):
-    """args.num texts of the training plays, one or more speeches of about --length tokens each."""
-    plays = data.load_corpus()[0]
-    generator = random.Random(args.seed)
-    # In characters: a token has more than two.
-    length = int(2.5 * (args.length or 64))
-    texts = []
-    for _ in range(args.num):
-        anywhere = generator.randrange(len(plays) - 8 * length)
-        start = plays.find(data.BOUNDARY, anywhere)
-        end = plays.find(data.BOUNDARY, start + length)
-        texts.append(plays[start:end])
-    return texts
-
-
 def passages_to_rate(args):
     """Passages of all that --rate names, shuffled: dicts of text and drawn_from."""
     passages = []
     if len({Path(name).stem for name in args.rate}) < len(args.rate):
         raise data.UserError("--rate tells checkpoints apart by their file names. Rename a copy.")
+    generator = random.Random(args.seed)
     for name in args.rate:
         if name == "plays":
-            texts = passages_of_plays(args)
+            # Of the plays whole speeches, about as long as samples.
+            speeches = data.load_corpus()[0].split(data.BOUNDARY)
+            speeches = [speech for speech in speeches if 100 < len(speech) < 400]
+            generator.shuffle(speeches)
+            texts = speeches[:args.num]
         else:
-            texts = [sample["text"] for sample in draw(Path(name), args, args.num)]
-        for text in texts:
-            passages.append({"text": text.strip(), "drawn_from": Path(name).stem})
+            texts = [sample["text"].strip() for sample in draw(Path(name), args, args.num)]
+        passages += [{"text": text, "drawn_from": Path(name).stem} for text in texts]
     # The same order every time, so that a reader can stop and go on.
-    random.Random(args.seed).shuffle(passages)
+    generator.shuffle(passages)
     return passages
 
 
@@ -220,17 +209,19 @@ def rate(args):
 
     Of several checkpoints: feeling and sense, blind. Of one: feeling alone, labels to train on.
     """
-    path, blind = args.ratings[0], len(args.rate) > 1
+    path = args.ratings[0]
+    blind = len(args.rate) > 1
     rows = read_ratings(path) if path.exists() else []
-    # A file that cannot be written is told before the first rating.
-    write_ratings(path, rows)
     # By text and model, for two models that are close may have written the same.
     done = {(row["text"], row["drawn_from"]) for row in rows}
     left = [row for row in passages_to_rate(args) if (row["text"], row["drawn_from"]) not in done]
+    # A file that cannot be written is told before the first rating.
+    write_ratings(path, rows)
     print(f"{len(rows)} rated, {len(left)} to go. A number and Enter; b goes back, q ends.")
     while left:
         print(f"\n----- {len(left)} to go\n{left[0]['text']}\n")
-        feeling, sense = ask("feeling, -2 very negative to 2 very positive:", -2, 2), None
+        feeling = ask("feeling, -2 very negative to 2 very positive:", -2, 2)
+        sense = ""
         if blind and feeling not in ("b", "q"):
             sense = ask("sense, 1 none to 5 all of it:", 1, 5)
         if "q" in (feeling, sense):
@@ -249,21 +240,20 @@ def rate(args):
 # ---- what ratings say ---------------------------------------------------------------------
 
 def mean_se(values):
-    """(mean, standard error) of numbers; NaN where they are too few."""
-    x = torch.as_tensor(values, dtype=torch.float64)
-    mean = x.mean().item()
-    if len(x) < 2:
-        return mean, math.nan
-    return mean, x.std().item() / len(x) ** 0.5
+    """(mean, standard error) of those of values (N,) that are known; NaN where they are too few."""
+    x = values[~values.isnan()].double()
+    # Of one value or none this is 0 / 0.
+    variance = (x - x.mean()).square().sum() / (len(x) * (len(x) - 1))
+    return x.mean().item(), variance.sqrt().item()
 
 
 def permutation_interval(a, b):
-    """How far apart the means of a and b may be by chance: the 95 % quantile of |difference|.
+    """How far apart the means of a (N,) and b (M,) are by chance: the 95 % quantile.
 
     All values are dealt into two heaps of these sizes at random, many times. A difference
     within this distance from 0 is none that was shown.
     """
-    values = torch.tensor(a + b, dtype=torch.float64)
+    values = torch.cat((a, b)).double()
     generator = torch.Generator().manual_seed(0)
     # Each row of argsort is a random order of all values.
     order = torch.rand(10_000, len(values), generator=generator).argsort(1)
@@ -271,88 +261,77 @@ def permutation_interval(a, b):
     return (one.mean(1) - two.mean(1)).abs().quantile(0.95).item()
 
 
+def pearson(a, b):
+    """The correlation of a (N,) and b (N,)."""
+    return torch.corrcoef(torch.stack((a, b)))[0, 1].item()
+
+
 def quadratic_kappa(a, b):
-    """Agreement of two readers' ratings beyond chance, 1 if perfect (Cohen 1968)."""
-    a, b = torch.tensor([a, b], dtype=torch.float64)
+    """Agreement of two readers' ratings (N,) beyond chance, 1 if perfect (Cohen 1968)."""
     # What the mean squared difference would be if the readers knew nothing of each other.
     expected = (a[:, None] - b).square().mean()
-    if expected == 0:
-        return 1.0
-    return float(1 - (a - b).square().mean() / expected)
+    kappa = 1 - (a - b).square().mean() / expected
+    # 0 / 0: both always say the same one thing, so they agree.
+    return kappa.nan_to_num(1.0).item()
 
 
-def rated(rows, name, key):
-    """What the rows drawn from one model have at key, where they have something."""
-    known = [row for row in rows if row["drawn_from"] == name]
-    return [row[key] for row in known if row.get(key) is not None]
+def positive_of(folder, kind, texts):
+    """P(positive) (N,) of texts by a model of a study, "reward" or "judge"; NaN if it has none."""
+    path = folder / f"{kind}.pt"
+    if not path.exists():
+        return torch.full((len(texts),), math.nan)
+    state = data.load_checkpoint(path, kind)
+    tokenizer = data.load_tokenizer(folder / "tokenizer.tiktoken", state)
+    tokens = reward.pad([tokenizer.encode_ordinary(text) for text in texts], state["length"])
+    return in_chunks(reward.load_reward(state), tokens).sigmoid()
 
 
-def one_a_passage(rows):
-    """Ratings of the same passage by several readers as one row, their mean.
+def read_passages(paths, folder):
+    """What readers and models say of the passages in files of ratings: {drawn from: (N,4)}.
 
-    Readers who agree are not independent: two of them are little more than one.
+    The columns are MEASURES; NaN is what nobody said. A passage that several have read counts
+    once, by the mean: readers who agree are not independent.
     """
-    same = {}
-    for row in rows:
-        same.setdefault((row["text"], row["drawn_from"]), []).append(row)
-    merged = []
-    for group in same.values():
-        means = {}
-        for key in ("rating", "sense"):
-            known = [row[key] for row in group if row[key] is not None]
-            means[key] = sum(known) / len(known) if known else None
-        merged.append({**group[0], **means})
-    return merged
-
-
-def with_positive(folder, rows):
-    """Rows of ratings, each with P(positive) of its text, as far as the models are in the folder.
-
-    At "positive" that of the reward model, at "judge" that of the second, which nobody optimised.
-    """
-    for kind, key in (("reward", "positive"), ("judge", "judge")):
-        path = folder / f"{kind}.pt"
-        if path.exists():
-            state = data.load_checkpoint(path, kind)
-            tokenizer = data.load_tokenizer(folder / "tokenizer.tiktoken", state)
-            ids = [tokenizer.encode_ordinary(row["text"]) for row in rows]
-            tokens = reward.pad(ids, state["length"])
-            p = in_chunks(reward.load_reward(state), tokens).sigmoid()
-            rows = [{**row, key: each} for row, each in zip(rows, p.tolist())]
-    return rows
+    ratings = {}
+    for row in itertools.chain(*map(read_ratings, paths)):
+        said = ratings.setdefault((row["drawn_from"], row["text"]), [])
+        said.append((row["rating"], float(row["sense"] or "nan")))
+    if not ratings:
+        raise data.UserError("these files of ratings are empty. Rate something first: --rate.")
+    names, texts = zip(*ratings)
+    means = torch.stack([torch.tensor(said).nanmean(0) for said in ratings.values()])
+    models = [positive_of(folder, kind, texts) for kind in ("reward", "judge")]
+    values = torch.column_stack((means, *models))
+    # In this order pretrain, which is rho, comes first.
+    return {name: values[[other == name for other in names]]
+            for name in sorted(set(names), reverse=True)}
 
 
 def print_ratings(args):
     """What one or two files of ratings say of each model, and how far two readers agree."""
-    files = [read_ratings(path) for path in args.ratings]
-    if not all(files):
-        raise data.UserError("a file of ratings is empty. Rate something first: --rate.")
     # Beside the samples are the models that judge them.
     folder = Path(args.rate[0]).parent if args.rate else args.checkpoint.parent
-    rows = with_positive(folder, one_a_passage(sum(files, [])))
-    rho, lines = rated(rows, "pretrain", "rating"), []
-    # In this order pretrain, which is rho, comes first.
-    for name in sorted({row["drawn_from"] for row in rows}, reverse=True):
-        feeling = rated(rows, name, "rating")
-        means = [mean_se(rated(rows, name, key)) for key in ("rating", "sense", "positive")]
-        gap = means[0][0] - mean_se(rho)[0]
-        lines.append([name, len(feeling), *means, (gap, permutation_interval(feeling, rho))])
+    found = read_passages(args.ratings, folder)
+    rho = found.get("pretrain", torch.empty(0, 4))[:, 0]
+    lines = []
+    for name, values in found.items():
+        feeling = values[:, 0]
+        gap = (feeling.mean() - rho.mean()).item()
+        lines.append([name, len(values), *map(mean_se, values.T[:3]),
+                      (gap, permutation_interval(feeling, rho))])
     print(*table(["drawn from", "passages", "feeling, -2 to 2", "sense, 1 to 5", "P(positive)",
                   "feeling less rho's ± chance, 95 %"], lines), sep="\n")
-    if "positive" in rows[0] and len(rows) > 1:
-        pairs = torch.tensor([(row["rating"], row["positive"]) for row in rows])
-        print(f"feeling and P(positive) correlate {torch.corrcoef(pairs.T)[0, 1]:.2f}")
-    other = {row["text"]: row["rating"] for row in files[-1]}
-    both = []
-    for row in files[0]:
-        if row["text"] in other:
-            both.append((row["rating"], other[row["text"]]))
-    if len(files) == 2 and len(both) > 1:
-        a, b = zip(*both)
-        kappa = quadratic_kappa(a, b)
-        pearson = torch.corrcoef(torch.tensor([a, b]))[0, 1]
-        print(f"two readers of {len(both)} passages: quadratic kappa {kappa:.2f}, "
-              f"Pearson {pearson:.2f}")
+    feeling, _, positive, _ = torch.cat(list(found.values())).T
+    if len(feeling) > 1 and not positive.isnan().any():
+        print(f"feeling and P(positive) correlate {pearson(feeling, positive):.2f}")
+    if len(args.ratings) == 2:
+        one, two = map(read_ratings, args.ratings)
+        other = {row["text"]: row["rating"] for row in two}
+        both = [(row["rating"], other[row["text"]]) for row in one if row["text"] in other]
+        if len(both) > 1:
+            a, b = torch.tensor(both).T
+            print(f"two readers of {len(both)} passages: quadratic kappa "
+                  f"{quadratic_kappa(a, b):.2f}, Pearson {pearson(a, b):.2f}")
 
 
 def cell(x):
@@ -379,27 +358,23 @@ def table(columns, rows):
 
 def load_study(out):
     """(pretrained, rewarded, judged, rho, runs) of a folder; runs of these samples of rho only."""
-    pretrained, rewarded, judged, rho = (data.load_checkpoint(out / f"{kind}.pt", kind)
-                                         for kind in ("pretrain", "reward", "judge", "rho"))
-    for state in (pretrained, rewarded, judged):
-        if rho["inputs"][state["kind"]] != data.digest(state["model"]):
-            raise data.UserError(f"{state['kind']}.pt is newer than rho.pt in {out}. "
-                                 "Run train.py again.")
+    rho = data.load_checkpoint(out / "rho.pt", "rho")
+    stages = [load_beside(out / "rho.pt", rho, kind) for kind in ("pretrain", "reward", "judge")]
+    wanted = {"rho": train.state_digest(rho), "reward": rho["inputs"]["reward"]}
     runs = []
     for path in out.glob("ppo_*beta*.pt"):
         # What a run kept on its way is not its end.
         if "_kl" in path.name or ".partial" in path.name:
             continue
         run = data.load_checkpoint(path, "ppo")
-        same = run["inputs"]["rho"] == train.state_digest(rho)
-        if same and run["inputs"]["reward"] == rho["inputs"]["reward"]:
-            runs.append(run)
+        if wanted.items() <= run["inputs"].items():
+            runs.append({**run, "name": path.stem})
         else:
             print(f"{path.name} is of another task or reward model and is left out")
     if not runs:
         raise data.UserError(f"{out} has no finished PPO run. Run train.py first.")
     runs.sort(key=lambda run: (run["toward"], run["inputs"]["beta"]))
-    return pretrained, rewarded, judged, rho, runs
+    return *stages, rho, runs
 
 
 def label(run):
@@ -419,14 +394,16 @@ def rho_scores(rho, toward, name="reward"):
 
 def pool(rho, run):
     """Scores (P,N) of rho's and a run's fresh samples, and their log(rho/q), q the mixture."""
-    fresh, P = run["fresh"], len(rho["prompts"])
-    scores = scores_of(rho, fresh["log_odds"], run["toward"]).view(P, -1)
+    fresh = run["fresh"]
+    log_odds = torch.cat((rho["log_odds"]["reward"], fresh["log_odds"]))
     # log pi - log rho of every sample: rho's own row is 0, for only the ratio matters.
-    ratios = [run["rho_log_ratio"].view(P, -1), fresh["log_ratio"].view(P, -1)]
-    ratio = torch.cat(ratios, dim=1).flatten()
-    counts = [ratios[0].size(1), ratios[1].size(1)]
-    weights = ppo.mixture_log_weights(torch.stack((0 * ratio, ratio)), counts).view(P, -1)
-    return torch.cat((rho_scores(rho, run["toward"]), scores), dim=1), weights
+    ratio = torch.cat((run["rho_log_ratio"], fresh["log_ratio"]))
+    counts = [len(run["rho_log_ratio"]), len(fresh["log_ratio"])]
+    weights = ppo.mixture_log_weights(torch.stack((0 * ratio, ratio)), counts)
+    scores = scores_of(rho, log_odds, run["toward"])
+    # A row for each prompt: first rho's samples of it, then the run's.
+    return [torch.cat([part.view(len(rho["prompts"]), -1) for part in x.split(counts)], dim=1)
+            for x in (scores, weights)]
 
 
 def summarise_optimum(rho, run):
@@ -447,47 +424,58 @@ def summarise_optimum(rho, run):
 def summarise_run(rho, run):
     """The entry of a run in summary.json: what its fresh samples say, beside the optimum."""
     fresh, toward, beta = run["fresh"], run["toward"], run["beta"]
-    scores, kl = scores_of(rho, fresh["log_odds"], toward), fresh["ref_kl"]
-    objective, se = mean_se(scores - beta * kl)
+    scores = scores_of(rho, fresh["log_odds"], toward)
+    # Not the exact KL, as right on average: near pi* score - beta log_ratio hardly varies (at pi*
+    # it is the constant beta log Z), so this standard error is half as large.
+    objective, se = mean_se(scores - beta * fresh["log_ratio"])
     start = rho_scores(rho, toward).mean().item()
     best = summarise_optimum(rho, run)
+    gain = objective - start
     way = best["objective"] - start
-    fraction = (objective - start) / way
     iterations = len(run["history"])
-    return {"beta": beta, "toward": toward, "iterations": iterations,
+    return {"beta": beta,
+            "toward": toward,
+            "iterations": iterations,
             "score": scores.mean().item(),
             "judge": scores_of(rho, fresh["judge"], toward, "judge").mean().item(),
             "positive": fresh["log_odds"].sigmoid().mean().item(),
-            "ref_kl": kl.mean().item(),
-            "objective": objective, "objective_se": se, "reference_objective": start,
+            "ref_kl": fresh["ref_kl"].mean().item(),
+            "objective": objective,
+            "objective_se": se,
+            "reference_objective": start,
             "optimum": best,
-            "fraction_of_optimum": fraction,
-            "fraction_se": math.hypot(se, fraction * best["objective_se"]) / way,
-            "fraction_at_most": (objective - start) / (best["at_least"] - start),
+            "fraction_of_optimum": gain / way,
+            "fraction_se": math.hypot(se, gain / way * best["objective_se"]) / way,
+            # No policy is above J*: it is at least J as well.
+            "fraction_at_most": gain / (max(best["at_least"], objective) - start),
             "kl_to_optimum": (best["objective"] - objective) / (beta or math.nan),
-            "seconds_per_iteration": run["seconds"] / max(iterations, 1)}
+            "seconds_per_iteration": run["seconds"] / iterations}
 
 
 def summarise_reward(state, rho):
     """The entry of a reward model in summary.json."""
     report, name = state["report"], state["kind"]
     reached = report.get("passages") or report["samples"]
-    return {"labels": state["labels"], **rho["constants"][name]["positive"],
-            "val_pearson": reached["pearson"], "val_auc": reached["auc"],
-            "val_log_loss": reached["log_loss"], "report": report,
+    return {"labels": state["labels"],
+            **rho["constants"][name]["positive"],
+            **{f"val_{key}": reached[key] for key in ("pearson", "auc", "log_loss")},
+            "report": report,
             "reference_positive": rho["log_odds"][name].sigmoid().mean().item()}
 
 
-def summarise(out, pretrained, rewarded, judged, rho, runs):
-    """summary.json as a dict."""
-    texts = data.load_checkpoint(out / "data.pt", "data")
-    stages = (texts, pretrained, rewarded, judged, rho)
+def summarise(out, study):
+    """summary.json of what load_study has read, as a dict."""
+    *stages, runs = study
+    pretrained, rewarded, judged, rho = stages
+    stages.insert(0, data.load_checkpoint(out / "data.pt", "data"))
     seconds = {state["kind"]: state["seconds"] for state in stages}
     ppo_seconds = {label(run): run["seconds"] for run in runs}
     total = sum(seconds.values()) + sum(ppo_seconds.values())
-    summary = {"size": pretrained["args"]["size"], "device": pretrained["args"]["device"],
+    summary = {"size": pretrained["args"]["size"],
+               "device": pretrained["args"]["device"],
                "seconds": {**seconds, "ppo": ppo_seconds, "total": total},
-               "reward": summarise_reward(rewarded, rho), "judge": summarise_reward(judged, rho),
+               "reward": summarise_reward(rewarded, rho),
+               "judge": summarise_reward(judged, rho),
                "pretrain": {key: pretrained[key] for key in ("parameters", "val_bits_per_byte")},
                "ppo": [summarise_run(rho, run) for run in runs]}
     # JSON knows no NaN: what is not known is null there, None here.
@@ -505,13 +493,12 @@ def save_figure(figure, path):
 
 
 def points(rows, x, y):
-    """What rows have at x and at y, where they know y: two lists, to plot."""
-    rows = [row for row in rows if row.get(y) is not None]
-    return [row[x] for row in rows], [row[y] for row in rows]
+    """What rows have at x and at y: two lists, to plot. Where there is None nothing is drawn."""
+    return [row[x] for row in rows], [row.get(y) for row in rows]
 
 
-def drift_axis(title, ylabel):
-    """A figure and its one axis, along which policies drift away from rho."""
+def drift_figure(title, ylabel, runs=()):
+    """A figure and its one axis, along which policies drift away from rho: the scores of runs."""
     figure = Figure(figsize=(9.5, 5), layout="constrained")
     axis = figure.subplots()
     # Along the root of the KL scores at first grow in a straight line (Gao 2022).
@@ -520,51 +507,43 @@ def drift_axis(title, ylabel):
              xlabel="KL to rho in nats per completion, its root to scale")
     # Below 0, where a margin would be, there is no root.
     axis.margins(x=0)
-    axis.grid(alpha=0.3)
+    for i, run in enumerate(runs):
+        axis.plot(*points(run["history"], "exact_kl", "score"), f"C{i}.-",
+                  label=f"beta {label(run)}")
     return figure, axis
 
 
 def draw_frontier(rho, runs, summary):
     """Score against drift: the paths of PPO, best-of-n, and what no policy can be above."""
-    figure, axis = drift_axis("Circle: where a run ended; star: the optimum at its beta\n"
-                              "black: the optimum at any beta, by the samples of each run\n"
-                              "grey: best of 1, 2, 4 ... 256 samples of rho, KL at most",
-                              "score, deviations of rho's")
-    end = {"markersize": 12, "markeredgecolor": "k", "zorder": 3}
+    figure, axis = drift_figure("Circle: where a run ended; star: the optimum at its beta\n"
+                                "black: the optimum at any beta, by the samples of each run\n"
+                                "grey: best of 1, 4, 16, 64, 256 samples of rho, KL at most",
+                                "score, deviations of rho's", runs)
     for i, (run, row) in enumerate(zip(runs, summary["ppo"])):
-        axis.plot(*points(run["history"], "exact_kl", "score"), f"C{i}.-", label=label(run))
-        axis.plot(row["ref_kl"], row["score"], f"C{i}o", **end)
-        # No star where the optimum is not known.
-        axis.plot(*points([row["optimum"]], "ref_kl", "score"), f"C{i}*", **end)
+        for found, style in ((row, "o"), (row["optimum"], "*")):
+            axis.plot(*points([found], "ref_kl", "score"), f"C{i}{style}", ms=12, mec="k",
+                      zorder=3)
         scores, weights = pool(rho, run)
         best = [ppo.optimum(scores, beta, weights) for beta in np.logspace(2, -2, 81)]
         # Each pool knows the optimum as far as its own run drifted.
         best = [optimum for optimum in best if optimum["ess"] >= ppo.MIN_ESS]
         axis.plot(*points(best, "ref_kl", "score"), "k")
-        of_rho = rho_scores(rho, run["toward"])
-        # No more than there are of a prompt.
-        counts = [2 ** k for k in range(9) if 2 ** k <= of_rho.size(1)]
-        scores, kls = zip(*[ppo.best_of_n(of_rho, n) for n in counts])
+        _, scores, kls = zip(*best_of_rho(rho, run["toward"]))
         axis.plot(kls, scores, "C7.-")
-    figure.legend(loc="outside right upper", title="beta")
     return figure
 
 
 def draw_judge(rho, runs):
     """Score by the reward model and by the judge that was not optimised, against drift."""
-    figure, axis = drift_axis("Solid: the reward model; dashed: the judge, not optimised\n"
-                              "dotted: what their correlation on rho implies for the judge",
-                              "score, deviations of rho's")
+    figure, axis = drift_figure("Solid: the reward model; dashed: the judge, not optimised\n"
+                                "dotted: what their correlation on rho implies for the judge",
+                                "score, deviations of rho's", runs)
     for i, run in enumerate(runs):
-        kls, scores = points(run["history"], "exact_kl", "score")
-        # If the two correlate c on rho, a gain of s by one is c s by the other without cheating.
-        one, two = (rho_scores(rho, run["toward"], name).flatten()
-                    for name in ("reward", "judge"))
-        c = np.corrcoef(one, two)[0, 1]
-        axis.plot(kls, scores, f"C{i}", label=label(run))
         axis.plot(*points(run["history"], "exact_kl", "judge"), f"C{i}--")
-        axis.plot(kls, c * np.array(scores), f"C{i}:")
-    figure.legend(loc="outside right upper", title="beta")
+        # If the two correlate c on rho, a gain of s by one is c s by the other without cheating.
+        both = [rho_scores(rho, run["toward"], name).flatten() for name in ("reward", "judge")]
+        kls, scores = points(run["history"], "exact_kl", "score")
+        axis.plot(kls, pearson(*both) * np.array(scores), f"C{i}:")
     return figure
 
 
@@ -576,13 +555,11 @@ def draw_ppo(runs, summary):
     axes = figure.subplots(3, 3).flatten()
     for i, (run, row) in enumerate(zip(runs, summary["ppo"])):
         for axis, key in zip(axes, keys):
-            axis.plot(*points(run["history"], "step", key), f"C{i}")
+            line, = axis.plot(*points(run["history"], "step", key))
             axis.set(title=key, xlabel="iteration")
-        axes[0].get_lines()[-1].set_label(f"beta {label(run)}")
-        if row["optimum"]["objective"] is not None:
-            axes[0].axhline(row["optimum"]["objective"], color=f"C{i}", linestyle=":")
+        line.set_label(f"beta {label(run)}")
+        axes[0].axhline(row["optimum"]["objective"] or math.nan, color=f"C{i}", linestyle=":")
     axes[0].set_title("objective J; dotted: J*")
-    figure.legend(loc="outside upper center", ncols=len(runs))
     return figure
 
 
@@ -598,37 +575,28 @@ def draw_reward(rewarded, judged, pretrained):
             # Few ratings have no tenths.
             p, target, error = np.reshape(found["reliability"], (-1, 3)).T
             left.errorbar(p, target, error, fmt="o-", label=f"{state['kind']} model, {kind}")
-    left.legend()
     right.plot(*points(pretrained["history"], "step", "loss"))
     right.set(title="Pretraining", xlabel="step", ylabel="loss, nats per token")
     return figure
 
 
-def draw_readers(rows, runs):
+def draw_readers(passages, runs):
     """What readers and both models say of the same texts along the drift, all from 0 to 1."""
-    ends = {}
-    for run in runs:
-        name = train.run_name(run["toward"], run["inputs"]["beta"])
-        ends[name] = run["fresh"]["ref_kl"].mean().item()
-    figure, axis = drift_axis("Where the models and readers part", "from 0 to 1")
-    scales = {"rating": ("readers' feeling", -2, 4), "sense": ("readers' sense", 1, 4),
-              "positive": ("P(positive)", 0, 1), "judge": ("the judge's P(positive)", 0, 1)}
-    along = {row["drawn_from"].split("_kl")[0] for row in rows if "_kl" in row["drawn_from"]}
-    styles = itertools.cycle(("o-", "s--", "^:", "v-."))
-    for run, style in zip(sorted(along), styles):
+    figure, axis = drift_figure("Where the models and readers part", "from 0 to 1")
+    for run, style in zip(runs, itertools.cycle(("o-", "s--", "^:", "v-."))):
         # Every run begins as rho. Where it ends may lie nearer than where it has been.
-        names = {0: "pretrain", **{mark: f"{run}_kl{mark:g}" for mark in train.KL_MARKS}}
-        if run in ends:
-            names[ends[run]] = run
-        kls = [kl for kl in names if rated(rows, names[kl], "rating")]
-        if not kls:
+        names = {0: "pretrain",
+                 **{mark: f"{run['name']}_kl{mark:g}" for mark in train.KL_MARKS},
+                 run["fresh"]["ref_kl"].mean().item(): run["name"]}
+        kls = [kl for kl in names if names[kl] in passages]
+        # Of two ends, without a mark between them, nobody sees where they part.
+        if not set(kls) & set(train.KL_MARKS):
             continue
-        for i, (key, (what, low, width)) in enumerate(scales.items()):
-            found = [mean_se(rated(rows, names[kl], key)) for kl in kls]
-            means, errors = np.transpose(found)
-            axis.errorbar(kls, (means - low) / width, errors / width, fmt=f"C{i}{style}",
-                          label=f"{what}, {run}")
-    figure.legend(loc="outside right upper")
+        for i, (measure, (least, most)) in enumerate(MEASURES.items()):
+            values = [(passages[names[kl]][:, i] - least) / (most - least) for kl in kls]
+            means, errors = zip(*map(mean_se, values))
+            axis.errorbar(kls, means, errors, fmt=f"C{i}{style}",
+                          label=f"{measure}, {run['name']}")
     return figure
 
 
@@ -639,132 +607,141 @@ def results_table(runs, summary):
     lines = []
     for run, row in zip(runs, summary["ppo"]):
         best = row["optimum"]
-        fraction = (row["fraction_of_optimum"], row["fraction_se"])
-        # Where J* is not known, what it is at least may say something.
-        if row["fraction_of_optimum"] is None and (best["at_least"] or 0) > row["objective"]:
-            fraction = f"at most {row['fraction_at_most']:.2f}"
+        bounds = (best["at_least"], row["fraction_at_most"])
+        # They matter where J* is not known.
+        if best["objective"] is not None:
+            bounds = (None, None)
         lines.append([
             label(run),
-            row["score"],
-            row["judge"],
-            row["positive"],
-            row["ref_kl"],
+            *[row[key] for key in ("score", "judge", "positive", "ref_kl")],
             (row["objective"], row["objective_se"]),
             (best["objective"], best["objective_se"]),
-            best["at_least"] if best["objective"] is None else None,
+            bounds[0],
             round(best["ess"]),
-            fraction,
+            (row["fraction_of_optimum"], row["fraction_se"]),
+            bounds[1],
             row["kl_to_optimum"]])
     return table(["beta", "score", "judge", "P(positive)", "ref_kl", "J", "J*", "J* at least",
-                  "ESS", "fraction of optimum", "KL(pi to pi*)"], lines)
+                  "ESS", "fraction of optimum", "at most", "KL(pi to pi*)"], lines)
+
+
+def best_of_rho(rho, toward):
+    """Of n samples of rho the best: [(n, its score on average, its KL at most)].
+
+    The yardstick that needs no training. n is no more than there are samples of a prompt.
+    """
+    scores = rho_scores(rho, toward)
+    counts = [n for n in (1, 4, 16, 64, 256) if n <= scores.size(1)]
+    return [(n, *ppo.best_of_n(scores, n)) for n in counts]
 
 
 def best_of_n_table(rho, runs):
-    """Best of n samples of rho, the yardstick that needs no training: lines of a markdown table."""
+    """Best of n, and its J at the beta of each run: lines of a markdown table."""
     rows = []
-    for n in (1, 4, 16, 64, 256):
-        if n > rho_scores(rho, "positive").size(1):
-            break
-        row = []
-        for run in runs:
-            score, kl = ppo.best_of_n(rho_scores(rho, run["toward"]), n)
-            row.append(score - run["inputs"]["beta"] * kl)
-        # That of the last run's direction, positive if there is one; the KL is that of all.
-        rows.append([n, score, kl, *row])
+    for found in zip(*[best_of_rho(rho, run["toward"]) for run in runs]):
+        objectives = [score - run["inputs"]["beta"] * kl
+                      for run, (_, score, kl) in zip(runs, found)]
+        # The score is that toward which the last run goes, positive if one does.
+        rows.append([*found[-1], *objectives])
     return table(["best of n", f"score, {runs[-1]['toward']}", "KL at most",
                   *[f"J at beta {label(run)}" for run in runs]], rows)
 
 
 def measures_table(states):
     """How well reward models predict ratings that they were not trained on: lines of markdown."""
-    keys = ["n", "pearson", "pearson_se", "auc", "pair_accuracy", "slope", "log_loss",
-            "constant_log_loss"]
     rows = []
     for state in states:
         for kind, found in state["report"].items():
+            *keys, _ = found        # without the last, which a figure shows
             rows.append([f"{state['kind']} model, {kind}", *[found[key] for key in keys]])
     return table(["held-out ratings", *keys], rows)
 
 
-def write_samples(path, tokenizer, prompts, samples):
-    """Write 20 of samples, dicts of (N,...) tensors, with their prompts (P,T0); returns the texts.
-    """
-    n = len(samples["tokens"])
+def write_samples(path, tokenizer, prompts, tokens, log_odds, log_ratio):
+    """Write 20 of N completions tokens (N,T) of prompts (P,T0) to a file; returns them as texts."""
     # Far apart, so that they are of several prompts.
+    n = len(tokens)
     rows = torch.arange(0, n, max(n // 20, 1))[:20]
-    texts = texts_of(tokenizer, train.repeat(prompts, n)[rows], samples["tokens"][rows])
-    p, log_ratio = samples["log_odds"].sigmoid()[rows], samples["log_ratio"][rows]
-    texts = [as_text(*sample) for sample in zip(texts, p, log_ratio)]
+    samples = describe(tokenizer, train.repeat(prompts, n)[rows], tokens[rows], log_odds[rows],
+                       log_ratio[rows])
+    texts = [as_text(**sample) for sample in samples]
     path.parent.mkdir(exist_ok=True)
-    line = "-" * 60
-    data.write_file(path, f"\n{line}\n\n".join(texts))
+    data.write_file(path, f"\n{'-' * 60}\n\n".join(texts))
     return texts
 
 
-def table_along_kl(kept, run, args, ratings):
-    """Each policy that a run kept along its drift, kept {nats: file}: lines of a markdown table.
+def strip_along_kl(path, run, args, passages):
+    """The policies that a run kept along its drift, a sample of each: lines of markdown.
 
-    ratings: rows of them, for the sense that readers find in its texts.
+    path: of the run. passages: those that were rated, for the sense that readers find in them.
     """
     rows = []
-    for mark, path in kept.items():
-        step = next((row for row in run["history"] if row["exact_kl"] >= mark), None)
-        # Of a run that was resumed on another machine, say.
-        if step is None:
-            continue
-        sense, _ = mean_se(rated(ratings, path.stem, "sense"))
-        # A newline or a bar would end the cell.
-        text = draw(path, args, 1)[0]["text"].replace("\n", " / ").replace("|", "")
-        rows.append([mark, step["score"], step["positive"], step["distinct_2"], sense, text])
-    return table(["KL", "score", "P(positive)", "distinct pairs of tokens", "readers' sense",
-                  "a sample"], rows)
+    for mark in train.KL_MARKS:
+        kept = at_kl(path, mark)
+        passed = [row for row in run["history"] if row["exact_kl"] >= mark]
+        # Of a run that was resumed on another machine a file may be there, and no step.
+        if kept.exists() and passed:
+            sense = mean_se(passages[kept.stem][:, 1])[0] if kept.stem in passages else None
+            # A newline or a bar would end the cell.
+            text = draw(kept, args, 1)[0]["text"].replace("\n", " / ").replace("|", "")
+            numbers = [passed[0][key] for key in ("score", "positive", "distinct_2")]
+            rows.append([mark, *numbers, sense, text])
+    if not rows:
+        return []
+    return [f"## {path.stem} along its drift\n",
+            *table(["KL", "score", "P(positive)", "distinct pairs of tokens", "readers' sense",
+                    "a sample"], rows)]
+
+
+def draw_figures(study, summary, passages):
+    """{name: figure} of a study; the readers' only where passages along the drift were rated."""
+    pretrained, rewarded, judged, rho, runs = study
+    figures = {"frontier": draw_frontier(rho, runs, summary),
+               "judge": draw_judge(rho, runs),
+               "ppo": draw_ppo(runs, summary),
+               "reward": draw_reward(rewarded, judged, pretrained)}
+    if any("_kl" in name for name in passages):
+        figures["readers"] = draw_readers(passages, runs)
+    return figures
 
 
 def write_report(args):
     """figures/*.png, samples/*.txt, summary.json and report.md of a finished study."""
     out = args.report
-    pretrained, rewarded, judged, rho, runs = load_study(out)
+    study = load_study(out)
+    pretrained, rewarded, judged, rho, runs = study
     tokenizer = data.load_tokenizer(out / "tokenizer.tiktoken", pretrained)
-    ratings = one_a_passage(sum([read_ratings(path) for path in args.ratings or []], []))
-    summary = summarise(out, pretrained, rewarded, judged, rho, runs)
+    passages = read_passages(args.ratings, out) if args.ratings else {}
+    summary = summarise(out, study)
     data.write_file(out / "summary.json", json.dumps(summary, indent=1))
-    results = results_table(runs, summary)
-    print("", *results, sep="\n")
-    args_of = pretrained["args"]
-    lines = [f"# Size {args_of['size']}, seed {args_of['seed']}: "
-             f"{pretrained['val_bits_per_byte']:.3f} bits per byte on held-out text\n", *results,
+    lines = [f"# Size {summary['size']}, seed {pretrained['args']['seed']}: "
+             f"{pretrained['val_bits_per_byte']:.3f} bits per byte on held-out text\n",
+             *results_table(runs, summary),
              "Measured on fresh samples, ± one standard error; KL in nats per completion. J* is "
              "estimated from samples of rho and of the policy; where its effective sample size "
-             f"(ESS) is below {ppo.MIN_ESS}, it is not quoted, only what it is at least, with 95 % "
-             "certainty. judge: the score by a second reward model, for which nothing was "
-             "optimised.\n",
+             f"(ESS) is below {ppo.MIN_ESS}, it is not quoted, but what it is at least, and the "
+             "fraction at most, with 95 % certainty. judge: the score by a second reward model, "
+             "for which nothing was optimised.\n",
              *best_of_n_table(rho, runs), *measures_table((rewarded, judged))]
-
-    figures = {"frontier": draw_frontier(rho, runs, summary),
-               "judge": draw_judge(rho, runs),
-               "ppo": draw_ppo(runs, summary),
-               "reward": draw_reward(rewarded, judged, pretrained)}
-    if any("_kl" in row["drawn_from"] for row in ratings):
-        figures["readers"] = draw_readers(with_positive(out, ratings), runs)
-    for name, figure in figures.items():
+    for name, figure in draw_figures(study, summary, passages).items():
+        figure.legend(loc="outside right upper")
         save_figure(figure, out / f"figures/{name}.png")
         lines.append(f"![{name}](figures/{name}.png)\n")
-
     log_odds = rho["log_odds"]["reward"]
-    of_rho = {"tokens": rho["tokens"], "log_odds": log_odds,
-              "log_ratio": torch.zeros_like(log_odds)}
-    before = write_samples(out / "samples/rho.txt", tokenizer, rho["prompts"], of_rho)
+    prompts = rho["prompts"]
+    before = write_samples(out / "samples/rho.txt", tokenizer, prompts, rho["tokens"], log_odds,
+                           torch.zeros(len(log_odds)))
     for run in runs:
-        name = train.run_name(run["toward"], run["inputs"]["beta"])
-        after = write_samples(out / f"samples/{name}.txt", tokenizer, rho["prompts"], run["fresh"])
-        pairs = [*before[:2], "===== after\n", *after[:2]]
-        print("", f"===== {name}: before\n", *pairs, sep="\n")
-        lines += [f"## {name}: before and after\n\n```", *pairs, "```\n"]
-        kept = kept_along_kl(out / f"{name}.pt")
-        if kept:
-            lines += [f"## {name} along its drift\n", *table_along_kl(kept, run, args, ratings)]
-    data.write_file(out / "report.md", "\n".join(lines))
-    print(f"{out / 'report.md'} has the figures, and samples before and after")
+        name = run["name"]
+        fresh = run["fresh"]
+        after = write_samples(out / f"samples/{name}.txt", tokenizer, prompts, fresh["tokens"],
+                              fresh["log_odds"], fresh["log_ratio"])
+        lines += [f"## {name}: before and after\n\n```", *before[:2], "===== after\n",
+                  *after[:2], "```\n"]
+        lines += strip_along_kl(out / f"{name}.pt", run, args, passages)
+    report = "\n".join(lines)
+    data.write_file(out / "report.md", report)
+    print(f"\n{report}\n{out / 'report.md'} is this text, with the figures")
 
 
 # ---- the command line ---------------------------------------------------------------------
@@ -779,8 +756,6 @@ def parse():
     add("--kl", type=float, choices=train.KL_MARKS,
         help="the policy when its drift first passed so many nats a completion")
     add("--num", type=count, default=20, help="how many samples, of each checkpoint (default 20)")
-    add("--length", type=data.number(int, 1, 1000),
-        help="tokens of each (default: as in training, else 64)")
     add("--prompt", default="", help="text to continue (default: what the run was given)")
     add("--temperature", type=data.number(float, 0), default=1.0,
         help="below 1 plays safe, 0 always takes the likeliest token (default 1)")
@@ -792,13 +767,13 @@ def parse():
     add("--jsonl", action="store_true", help="one JSON object a line")
     add("--rate", nargs="+", metavar="CHECKPOINT",
         help="rate their samples: several shuffled and blind; one, or plays, for train.py --labels")
-    add("--ratings", nargs="+", type=Path, metavar="FILE.csv",
+    add("--ratings", nargs="+", type=Path, metavar="FILE.csv", default=[],
         help="the file of your ratings; without --rate, what one or two files say")
     add("--report", type=Path, metavar="DIR",
         help="draw figures, report.md and summary.json of a study again")
     args = parser.parse_args()
-    if not args.checkpoint.name:
-        parser.error("--checkpoint must be a file")
+    if args.rate and not args.ratings:
+        parser.error("--rate needs a file to keep the ratings in: --ratings FILE.csv")
     return args
 
 
@@ -806,8 +781,6 @@ def main():
     args = parse()
     if args.report:
         write_report(args)
-    elif args.rate and not args.ratings:
-        raise data.UserError("--rate needs a file to keep the ratings in: --ratings FILE.csv")
     elif args.rate:
         rate(args)
     elif args.ratings:
