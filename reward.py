@@ -118,7 +118,7 @@ class Bag(nn.Module):
         return named
 
     def occurrences(self, tokens):
-        """Rows (B,2T), on the CPU, of what tokens (B,T) add: each a word, then a pair, or 0."""
+        """Rows (B,2T), on the CPU, of what tokens (B,T) add: each a word and a pair; 0: nothing."""
         return torch.tensor([[self.rows.get(name, 0) for name in self.names(ids)]
                              for ids in tokens.tolist()])
 
@@ -227,7 +227,7 @@ def classifier_loss(model, tokens, targets, weights, generator, noise=0.1):
     replaced = replaced.to(tokens.device) & mask
     tokens = torch.where(replaced, random.to(tokens.device), tokens)
     weights = mask * weights[:, None]
-    weights[:, :SHORTEST - 1] = 0.0
+    weights[:, :SHORTEST - 1] = 0.0         # of prefixes that are too short
     loss = soft_loss(model.prefixes(tokens), targets[:, None]) * weights
     return loss.sum() / weights.sum().clamp(min=1e-6)
 
@@ -279,9 +279,9 @@ def log_p(log_odds, toward="positive"):
 # ---- passages and measures ----------------------------------------------------------------
 
 def read_words(path=WORDS):
-    """The rated words of a CSV file word,rating: {word: rating from -2 to 2}.
+    """The rated words of a CSV file word,rating: {first LETTERS letters: rating from -2 to 2}.
 
-    Words that share their first letters, which are all that is read, are one: their mean.
+    Words that share these letters are one to the bag: it has their mean.
     """
     ratings = collections.defaultdict(list)
     for row in csv.DictReader(io.StringIO(data.read_text(path, "rated words"))):

@@ -490,7 +490,7 @@ def score_lines(tmp_path, monkeypatch, capsys):
 
 
 def test_scoring_a_file_adds_positive_to_each_line_and_prints_nothing_else(folder, score_lines):
-    """Other keys stay, in their order, as they were; 100 lines cross the batches of 64."""
+    """Other keys stay, in their order, as they were."""
     rows = [{"id": i, "text": TEXT[i % 9:i % 20 + 5], "note": ["\N{EM DASH}", None, {"x": 1.5}],
              "positive": "old"} for i in range(100)]
     out, err = score_lines([json.dumps(row) + "\n" for row in rows], folder)
@@ -505,6 +505,15 @@ def test_scoring_a_file_adds_positive_to_each_line_and_prints_nothing_else(folde
         assert_close(row["positive"], p, "not P(positive) of this text", atol=2e-6, rtol=0)
     assert "\N{EM DASH}" in out and len({row["positive"] for row in printed}) > 5
     assert not err, "nothing was cut"
+
+
+def test_half_a_character_beside_the_text_is_kept(folder, tmp_path, monkeypatch, capsys):
+    """It cannot be written as UTF-8, but as JSON has it: \\ud800."""
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "Good", "x": "\ud800"}))
+    monkeypatch.setattr("sys.argv", ["reward.py", "--score", str(tmp_path / "texts.jsonl"),
+                                     "--out", str(folder)])
+    data.run(reward.main)
+    assert json.loads(capsys.readouterr().out)["x"] == "\ud800"
 
 
 def test_texts_too_long_are_said_so_on_standard_error(folder, score_lines):
