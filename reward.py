@@ -23,10 +23,8 @@ taken once over samples of the pretrained model.
 import collections
 import csv
 import io
-import itertools
 import json
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -37,7 +35,7 @@ from gpt import GPT, PAD, GPTConfig, in_chunks
 
 SHORTEST = 8            # tokens: shorter prefixes say too little to train on
 LETTERS = 7             # of a word that are read: then kindness and kindnesses share a weight
-WORDS = data.HERE / "labels" / "words.csv"
+WORDS = data.HERE / "labels/words.csv"
 
 
 # ---- losses -------------------------------------------------------------------------------
@@ -70,14 +68,12 @@ def comparison_loss(log_odds, targets, rounds=8):
     In each round every passage (N,) is compared with another, drawn at random. The one of the
     higher target is the better one; ties are left out (Ziegler 2019, Stiennon 2020).
     """
-    loss = torch.zeros_like(log_odds)
+    loss = 0.0
     for seed in range(rounds):
-        generator = torch.Generator().manual_seed(seed)
-        other = torch.randperm(len(targets), generator=generator)
+        other = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
         better = (targets - targets[other]).sign()          # 1, -1, or 0: a tie
         gap = better * (log_odds - log_odds[other])
-        cost = -F.logsigmoid(gap)
-        loss = loss + better.abs() * cost
+        loss = loss - better.abs() * F.logsigmoid(gap)
     return loss / rounds
 
 
@@ -92,100 +88,74 @@ class Bag(nn.Module):
 
     def __init__(self, vocabulary=(), names=()):
         super().__init__()
-        self.spelling = [token.decode("latin-1") for token in vocabulary]
-        self.register_buffer("bias", torch.zeros(()))
-        self.take_names(names)
-
-    def take_names(self, names):
-        """Give each of these names a row, and weight 0."""
+        # " Love", "LOVE" and "love" are one word to a reader. PAD, which is -1, finds the last: "".
+        self.spelling = [token.decode("latin-1").lower() for token in [*vocabulary, b""]]
         self.rows = {name: row for row, name in enumerate(["", *names])}
         self.register_buffer("weight", torch.zeros(len(self.rows)))
+        self.register_buffer("bias", torch.zeros(()))
 
     def names(self, ids):
-        """What each token of a passage adds: the word it ends or goes on with, and its pair.
+        """What each token of a passage adds: the word it ends or goes on with, then its pair.
 
-        Of the tokens "My", " gra", "cious", " lord": ("my", " my"), ("gra", "my gra"), ("graciou",
-        "gra cious"), ("lord", "cious lord"). Case and spaces do not matter.
+        Of the tokens "My", " gra", "cious", " lord": "my", " my", "gra", "my gra", "graciou",
+        "gra cious", "lord", "cious lord". Case and spaces do not matter. What was there before
+        adds nothing, and neither does padding: "".
         """
-        word, before, ends_in_letter, named = "", "", False, []
+        word = ""
+        last = ""
+        seen = set()
+        named = []
         for i in ids:
             token = self.spelling[i]
-            # " Love", "LOVE" and "love" are one word to a reader.
-            plain = token.strip(" ").lower()
+            new = token.strip(" ")
             # BPE cuts words into tokens; letters after letters belong to the same word.
-            goes_on = ends_in_letter and token[0].isalpha()
-            word = word + plain if goes_on else plain
-            named.append((word[:LETTERS], f"{before} {plain}"))
-            before, ends_in_letter = plain, token[-1].isalpha()
+            goes_on = (last[-1:] + token[:1]).isalpha()
+            word = word + new if goes_on else new
+            for name in (word[:LETTERS], f"{last} {new}"):
+                named.append(name if token and name not in seen else "")
+                seen.add(name)
+            last = new
         return named
 
     def occurrences(self, tokens):
-        """Rows (B,T,2) of each token's word and pair, tokens (B,T); 0 where it was there before."""
-        rows = torch.zeros(*tokens.shape, 2, dtype=torch.long)
-        for row, ids in zip(rows, tokens.tolist()):
-            seen, found = set(), []
-            for pair in self.names([i for i in ids if i != PAD]):
-                new = [name if name not in seen else "" for name in pair]
-                found.append([self.rows.get(name, 0) for name in new])
-                seen.update(pair)
-            found = torch.tensor(found, dtype=torch.long).view(-1, 2)
-            row[:len(found)] = found
-        return rows.to(tokens.device)
+        """Rows (B,2T), on the CPU, of what tokens (B,T) add: each a word and a pair; 0: nothing."""
+        return torch.tensor([[self.rows.get(name, 0) for name in self.names(ids)]
+                             for ids in tokens.tolist()])
 
     def forward(self, tokens):
         """Log-odds of positive for every prefix of tokens (B,T): (B,T).
 
         What is said again adds nothing, so repeating a kind word does not please.
         """
-        new = self.weight[self.occurrences(tokens)].sum(-1)             # (B,T)
+        new = self.weight[self.occurrences(tokens)].view(*tokens.shape, 2).sum(-1)      # (B,T)
         return self.bias + new.cumsum(1)
-
-    def find_names(self, tokens, words):
-        """The names of all that occurs in two of the passages (N,T) or more, and of rated words."""
-        # What occurs in a single passage teaches its weight that passage's rating, no more.
-        counts = collections.Counter()
-        for ids in tokens.tolist():
-            named = self.names([i for i in ids if i != PAD])
-            kinds = {name for pair in named for name in pair}
-            counts.update(kinds)
-        often = {name for name, count in counts.items() if count > 1}
-        rated = {word[:LETTERS] for word in words}
-        return sorted((often | rated) - {""})
-
-    def prior(self, words):
-        """What a reader said of single words, {word: rating}, as weights: their means by row."""
-        # Words that share their first letters share a row.
-        ratings = collections.defaultdict(list)
-        for word, rating in words.items():
-            ratings[self.rows[word[:LETTERS]]].append(rating)
-        prior = torch.zeros_like(self.weight)
-        for row, found in ratings.items():
-            prior[row] = sum(found) / len(found)
-        return prior
 
     def fit(self, tokens, targets, weights, words, ridge=20.0, pair_ridge=100.0, loss=soft_loss):
         """Fit to soft targets (N,) of passages tokens (N,T), padded with PAD.
 
         loss: soft_loss, then this is logistic regression, or comparison_loss. weights (N,): how
-        much each passage counts. The weight of each word is shrunk toward its rating by a reader,
-        times a strength that is fitted too; those of pairs, which are many and rare, more
-        strongly, toward 0.
+        much each passage counts. The weight of each word is shrunk toward its rating by a reader
+        (words: see read_words), times a strength that is fitted too; those of pairs, which are
+        many and rare, more strongly, toward 0.
         """
-        self.take_names(self.find_names(tokens, words))
-        prior = self.prior(words)
-        is_pair = torch.tensor([" " in name for name in self.rows])
-        penalty = torch.where(is_pair, pair_ridge, ridge)
-        known = torch.ones_like(prior)
-        known[0] = 0.0                  # what was never seen weighs nothing
-        rows = self.occurrences(tokens).cpu().flatten(1)
-        targets, weights = targets.cpu(), weights.cpu()
+        counts = collections.Counter(name for ids in tokens.tolist() for name in self.names(ids))
+        # What occurs in a single passage teaches its weight that passage's rating, no more.
+        often = {name for name, count in counts.items() if count > 1}
+        names = sorted(often | words.keys() | {""})         # "" comes first: row 0
+        self.rows = {name: row for row, name in enumerate(names)}
+        prior = torch.tensor([words.get(name, 0.0) for name in names])
+        penalty = torch.tensor([pair_ridge if " " in name else ridge for name in names])
+        rows = self.occurrences(tokens)
+        targets = targets.cpu()
+        weights = weights.cpu()
         # What the passages teach beyond the rated words. It starts at 0; the ridge pulls it back.
         change = torch.zeros_like(prior, requires_grad=True)
         strength = torch.zeros((), requires_grad=True)
         bias = torch.zeros((), requires_grad=True)
 
         def penalised():
-            weight = (change + strength * prior) * known
+            weight = change + strength * prior
+            weight[0] = 0.0             # what was never seen weighs nothing
             # gather, where weight[rows] says the same: its backward pass is many times as fast.
             sums = weight.gather(0, rows.flatten()).view_as(rows).sum(1)
             misfit = weights * loss(bias + sums, targets)
@@ -193,12 +163,12 @@ class Bag(nn.Module):
             return misfit.sum() + shrinkage.sum()
 
         minimise(penalised, [change, strength, bias])
-        self.weight.copy_((change + strength * prior).detach() * known)
+        self.weight = (change + strength * prior).detach()
         if loss is comparison_loss:
             # The bias cancels in comparisons, so it is still 0; P(positive) needs one.
             sums = self.weight[rows].sum(1)
             minimise(lambda: (weights * soft_loss(bias + sums, targets)).sum(), [bias])
-        self.bias.copy_(bias.detach())
+        self.bias = bias.detach()
         return self
 
 
@@ -221,8 +191,8 @@ class RewardModel(nn.Module):
             self.trunk = GPT(config, dtype)
             self.trunk.lm_head = nn.Identity()              # the trunk predicts no tokens here
             self.head = nn.Linear(2 * config.n_embd, 1)
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
+            for parameter in self.head.parameters():
+                nn.init.zeros_(parameter)
 
     def prefixes(self, tokens):
         """Log-odds of positive (B,T) of every prefix of tokens (B,T), padded on the right."""
@@ -230,15 +200,15 @@ class RewardModel(nn.Module):
             return self.scale * self.bag(tokens)
         # Causal attention: the state of each prefix does not know what follows, nor the padding.
         hidden = self.trunk.hidden(tokens).float()                      # (B,T,C)
-        count = torch.arange(1, tokens.size(1) + 1, device=tokens.device)
-        mean = hidden.cumsum(1) / count[:, None]
+        count = torch.ones_like(tokens).cumsum(1)                       # (B,T)
+        mean = hidden.cumsum(1) / count[..., None]
         log_odds = self.head(torch.cat((mean, hidden), -1))             # of mean so far, and last
         return self.scale * log_odds.squeeze(-1)
 
     def forward(self, tokens, mask=None):
-        mask = tokens != PAD if mask is None else mask.bool()
+        mask = (tokens != PAD if mask is None else mask).int()
         # Real tokens first, in their order, padding after: so padding anywhere is not read.
-        order = (~mask).int().argsort(dim=1, stable=True)
+        order = mask.argsort(dim=1, descending=True, stable=True)
         tokens = tokens.gather(1, order)
         last = mask.sum(1, keepdim=True).clamp(min=1) - 1
         return self.prefixes(tokens).gather(1, last).squeeze(1)
@@ -250,25 +220,25 @@ def classifier_loss(model, tokens, targets, weights, generator, noise=0.1):
     targets, weights (B,). Every prefix of SHORTEST tokens or more is an example of its own. A
     share of the tokens, noise, is replaced at random, so that no single word decides.
     """
-    V, T = model.trunk.config.vocab_size, tokens.size(1)
     mask = tokens != PAD
     # Drawn on the CPU, so that every device sees the same noise.
     replaced = torch.rand(tokens.shape, generator=generator) < noise
+    random = torch.randint(model.trunk.config.vocab_size, tokens.shape, generator=generator)
     replaced = replaced.to(tokens.device) & mask
-    random = torch.randint(V, tokens.shape, generator=generator).to(tokens.device)
-    log_odds = model.prefixes(torch.where(replaced, random, tokens))
-    long_enough = torch.arange(T, device=tokens.device) >= SHORTEST - 1
-    weights = (mask & long_enough) * weights[:, None]
-    loss = soft_loss(log_odds, targets[:, None]) * weights
+    tokens = torch.where(replaced, random.to(tokens.device), tokens)
+    weights = mask * weights[:, None]
+    weights[:, :SHORTEST - 1] = 0.0         # of prefixes that are too short
+    loss = soft_loss(model.prefixes(tokens), targets[:, None]) * weights
     return loss.sum() / weights.sum().clamp(min=1e-6)
 
 
 def make_optimizer(model):
-    """AdamW for the trunk's reader: words must learn what they feel like, layers know the rest."""
-    groups = [{"params": model.trunk.blocks.parameters(), "lr": 2e-4},
-              {"params": model.trunk.embed.parameters(), "lr": 1e-2},
-              {"params": model.head.parameters(), "lr": 1e-3}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    """Adam for the trunk's reader: words must learn what they feel like, layers know the rest."""
+    return torch.optim.Adam([
+        {"params": model.trunk.blocks.parameters(), "lr": 2e-4},
+        {"params": model.trunk.embed.parameters(), "lr": 1e-2},
+        {"params": model.head.parameters(), "lr": 1e-3},
+    ], betas=(0.9, 0.99), fused=True)
 
 
 def calibrate(model, tokens, targets):
@@ -309,18 +279,19 @@ def log_p(log_odds, toward="positive"):
 # ---- passages and measures ----------------------------------------------------------------
 
 def read_words(path=WORDS):
-    """The rated words of a CSV file word,rating: {word: rating from -2 to 2}."""
-    rows = csv.DictReader(io.StringIO(data.read_text(path, "rated words")))
-    return {row["word"]: data.parse_rating(row["rating"]) for row in rows}
+    """The rated words of a CSV file word,rating: {first LETTERS letters: rating from -2 to 2}.
+
+    Words that share these letters are one to the bag: it has their mean.
+    """
+    ratings = collections.defaultdict(list)
+    for row in csv.DictReader(io.StringIO(data.read_text(path, "rated words"))):
+        ratings[row["word"][:LETTERS]].append(data.parse_rating(row["rating"]))
+    return {word: sum(found) / len(found) for word, found in ratings.items()}
 
 
 def pad(passages, length):
     """Lists of token ids, cut to length, as a tensor (N,length) padded with PAD on the right."""
-    tokens = torch.full((len(passages), length), PAD)
-    for row, ids in zip(tokens, passages):
-        ids = torch.tensor(ids[:length], dtype=torch.long)
-        row[:len(ids)] = ids
-    return tokens
+    return torch.tensor([ids[:length] + [PAD] * (length - len(ids)) for ids in passages])
 
 
 def rating_metrics(p, ratings):
@@ -330,22 +301,19 @@ def rating_metrics(p, ratings):
     pair_accuracy: how often the higher-rated of two has the higher p; log_loss with soft targets,
     nats, and that of the best constant.
     """
-    p, ratings = p.double().cpu(), ratings.double().cpu()
+    p = p.double()
+    ratings = ratings.double()
     targets = (ratings + 2) / 4
-    # Of every two passages, p that the better one wins by: a tie is half a win.
+    # Pearson's r is the cosine of the angle between what is left without the means.
+    pearson = F.cosine_similarity(p - p.mean(), targets - targets.mean(), dim=0).item()
+    # Of every two passages, what the first wins by its p: 1, 0, or 1/2, a tie.
+    wins = ((p[:, None] - p).sign() + 1) / 2
     is_better = ratings[:, None] > ratings
-    lead = p[:, None] - p
-    wins = (lead > 0).double() + 0.5 * (lead == 0)
     opposite = (ratings[:, None] > 0) & (ratings < 0)
-    pearson = 0.0
-    if len(p) > 1:
-        matrix = torch.corrcoef(torch.stack((p, targets)))
-        pearson = matrix.nan_to_num()[0, 1].item()          # of a constant there is none
-    pearson_se = (1 - pearson ** 2) / max(len(p) - 1, 1) ** 0.5
     constant = targets.mean().expand(len(p))
     return {"n": len(p),
             "pearson": pearson,
-            "pearson_se": pearson_se,
+            "pearson_se": (1 - pearson ** 2) / max(len(p) - 1, 1) ** 0.5,
             "auc": wins[opposite].mean().nan_to_num(0.5).item(),
             "pair_accuracy": wins[is_better].mean().nan_to_num(0.5).item(),
             "slope": calibration_slope(p.logit(eps=1e-6), targets).item(),
@@ -360,42 +328,22 @@ def reliability(p, ratings, bins=10):
     a few of the third.
     """
     targets = (ratings + 2) / 4
-    found = []
-    for rows in p.argsort().chunk(bins):
-        if len(rows) > 1:
-            means = [p[rows].mean().item(), targets[rows].mean().item()]
-            error = targets[rows].std().item() / len(rows) ** 0.5
-            found.append([*means, error])
-    return found
+    return [[p[rows].mean().item(),
+             targets[rows].mean().item(),
+             targets[rows].std().item() / len(rows) ** 0.5]
+            for rows in p.argsort().chunk(bins)
+            if len(rows) > 1]
 
 
 def load_reward(state, device="cpu", dtype=torch.float32):
     """The RewardModel of a checkpoint, frozen."""
-    config = GPTConfig(**state["config"])
-    model = RewardModel(config, state["reader"], dtype, state["vocabulary"], state["names"])
+    model = RewardModel(GPTConfig(**state["config"]), state["reader"], dtype, state["vocabulary"],
+                        state["names"])
     model.load_state_dict(state["model"])
     return model.requires_grad_(False).to(device)
 
 
 # ---- the command line ---------------------------------------------------------------------
-
-def score_file(path, out, batch=64):
-    """Print each line {"text": ...} of a JSON-lines file with "positive": p, a batch at a time."""
-    state = data.load_checkpoint(Path(out) / "reward.pt", "reward")
-    tokenizer = data.load_tokenizer(Path(out) / "tokenizer.tiktoken", state)
-    model, length = load_reward(state), state["length"]
-    rows, cut = data.read_jsonl(path), 0
-    while chunk := list(itertools.islice(rows, batch)):
-        passages = [tokenizer.encode_ordinary(row["text"].strip()) for row in chunk]
-        cut += sum(len(ids) > length for ids in passages)
-        p = in_chunks(model, pad(passages, length)).sigmoid()
-        for row, positive in zip(chunk, p.tolist()):
-            row["positive"] = round(positive, 6)
-            print(json.dumps(row, ensure_ascii=False))
-    if cut:
-        print(f"note: {cut} texts are longer than {length} tokens; only their beginning was read",
-              file=sys.stderr)
-
 
 def main():
     parser = data.Parser(description="Score texts with the reward model. "
@@ -404,7 +352,20 @@ def main():
                         help='print each line {"text": ...} of this file with "positive" added')
     parser.add_argument("--out", default="out", help="the folder of reward.pt (default out)")
     args = parser.parse_args()
-    score_file(args.score, args.out)
+    state = data.load_checkpoint(f"{args.out}/reward.pt", "reward")
+    tokenizer = data.load_tokenizer(f"{args.out}/tokenizer.tiktoken", state)
+    model = load_reward(state)
+    length = state["length"]
+    cut = 0
+    for row in data.read_jsonl(args.score):
+        ids = tokenizer.encode_ordinary(row["text"].strip())
+        cut += len(ids) > length
+        p = model(pad([ids], length)).sigmoid().item()
+        row["positive"] = round(p, 6)
+        print(json.dumps(row, ensure_ascii=False))
+    if cut:
+        print(f"note: {cut} texts are longer than {length} tokens; only their beginning was read",
+              file=sys.stderr)
 
 
 if __name__ == "__main__":

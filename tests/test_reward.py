@@ -58,7 +58,7 @@ def real(tokens):
 
 def said(bag, *passages):
     """The set of names of all that occurs in passages, lists of token ids."""
-    return {name for ids in passages for pair in bag.names(ids) for name in pair} - {""}
+    return {name for ids in passages for name in bag.names(ids)} - {""}
 
 
 def trunk_of(gpt, dtype=torch.float32):
@@ -101,20 +101,25 @@ def trunk():
 
 @pytest.mark.parametrize("tokens, names", [
     ("My| gra|cious| lord", "my/ my|gra/my gra|graciou/gra cious|lord/cious lord"),
-    (" LOVE| Love|\n|love", "love/ love|love/love love|\n/love \n|love/\n love"),  # line start
+    (" LOVE| Love|\n|love", "love/ love|/love love|\n/love \n|/\n love"),         # line start
     ("lo|\n|ve", "lo/ lo|\n/lo \n|ve/\n ve"),                  # no word crosses a line's end
-    ("un| kind|NESS|es", "un/ un|kind/un kind|kindnes/kind ness|kindnes/ness es"),  # 7 letters
+    ("un| kind|NESS|es", "un/ un|kind/un kind|kindnes/kind ness|/ness es"),         # 7 letters
     ("un|kind|ness", "un/ un|unkind/un kind|unkindn/kind ness"),
     (" thou|'d| be", "thou/ thou|'d/thou 'd|be/'d be"),
-    (",|love|,|love", ",/ ,|love/, love|,/love ,|love/, love"),
+    (",|love|,|love", ",/ ,|love/, love|/love ,|/"),                # nothing new is nothing
     ("a|1|b", "a/ a|1/a 1|b/1 b"),
     ("  |x", "/ |x/ x"),                                        # spaces alone are no word
 ])
 def test_tokens_are_named_by_their_word_and_their_pair(tokens, names):
-    """Case and spaces do not matter, pieces join into words, 7 letters count; all by hand."""
+    """Case and spaces do not matter, pieces join into words, 7 letters count; all by hand.
+
+    What was there before has no name, and padding after has none.
+    """
     vocabulary = [token.encode() for token in tokens.split("|")]
-    expected = [tuple(name.split("/")) for name in names.split("|")]
-    assert Bag(vocabulary).names(range(len(vocabulary))) == expected
+    expected = [name for pair in names.split("|") for name in pair.split("/")]
+    ids = list(range(len(vocabulary)))
+    assert Bag(vocabulary).names(ids) == expected
+    assert Bag(vocabulary).names([*ids, PAD, PAD]) == [*expected, "", "", "", ""]
 
 
 def test_the_bag_sums_the_weights_of_what_has_occurred():
@@ -157,14 +162,16 @@ def dense_fit(bag, tokens, targets, weights, words, ridge, pair_ridge):
 
 
 @pytest.mark.parametrize("ridge, pair_ridge", [(20.0, 100.0), (0.5, 2.0)])
-def test_the_fit_is_the_minimum_that_newton_finds(ridge, pair_ridge):
+def test_the_fit_is_the_minimum_that_newton_finds(tmp_path, ridge, pair_ridge):
     """Words of 7 equal letters share a weight, and one unheard keeps its prior."""
     words = {"love": 1.5, "kindness": 1.0, "kindnesses": 2.0, "death": -2.0, "unheard": -1.5,
              "lord": 0.0}
     tokens, targets, weights = rated(60)
     bag = Bag(VOCABULARY)
     options = {} if ridge == 20 else {"ridge": ridge, "pair_ridge": pair_ridge}
-    assert bag.fit(tokens, targets, weights, words, **options) is bag
+    path = tmp_path / "words.csv"
+    path.write_text("word,rating\n" + "".join(f"{w},{r}\n" for w, r in words.items()))
+    assert bag.fit(tokens, targets, weights, reward.read_words(path), **options) is bag
     expected, bias, strength = dense_fit(bag, tokens, targets, weights, words, ridge, pair_ridge)
     assert set(bag.rows) == {"", *expected}, "other names than those expected"
     found = {name: bag.weight[row].item() for name, row in bag.rows.items()}
@@ -366,16 +373,16 @@ def test_passages_are_padded_on_the_right_and_cut():
 
 
 def test_rated_words_are_read_from_their_file(tmp_path):
-    """{word: rating}; a rating out of range is refused; the words of the project can all match."""
+    """{first 7 letters: mean rating}; none out of range; the words of the project can all match."""
     path = tmp_path / "words.csv"
-    path.write_text("word,rating\nlove,1.5\ndeath,-2\n")
-    assert reward.read_words(path) == {"love": 1.5, "death": -2.0}
+    path.write_text("word,rating\nlove,1.5\nkindness,1\ndeath,-2\nkindnesses,1.5\n")
+    assert reward.read_words(path) == {"love": 1.5, "kindnes": 1.25, "death": -2.0}
     path.write_text("word,rating\nlove,2.5\n")
     with pytest.raises(ValueError, match="2.5 is outside -2 to 2"):
         reward.read_words(path)
     words = reward.read_words()
     assert len(words) > 1000 and {min(words.values()), max(words.values())} == {-2, 2}
-    wrong = [w for w in words if Bag([w.encode()]).names([0])[0][0] != w[:reward.LETTERS]]
+    wrong = [w for w in words if Bag([w.encode()]).names([0])[0] != w]
     assert not wrong, f"words that the bag never reads: {wrong[:9]}"
 
 
@@ -483,7 +490,7 @@ def score_lines(tmp_path, monkeypatch, capsys):
 
 
 def test_scoring_a_file_adds_positive_to_each_line_and_prints_nothing_else(folder, score_lines):
-    """Other keys stay, in their order, as they were; 100 lines cross the batches of 64."""
+    """Other keys stay, in their order, as they were."""
     rows = [{"id": i, "text": TEXT[i % 9:i % 20 + 5], "note": ["\N{EM DASH}", None, {"x": 1.5}],
              "positive": "old"} for i in range(100)]
     out, err = score_lines([json.dumps(row) + "\n" for row in rows], folder)
@@ -498,6 +505,15 @@ def test_scoring_a_file_adds_positive_to_each_line_and_prints_nothing_else(folde
         assert_close(row["positive"], p, "not P(positive) of this text", atol=2e-6, rtol=0)
     assert "\N{EM DASH}" in out and len({row["positive"] for row in printed}) > 5
     assert not err, "nothing was cut"
+
+
+def test_half_a_character_beside_the_text_is_kept(folder, tmp_path, monkeypatch, capsys):
+    """It cannot be written as UTF-8, but as JSON has it: \\ud800."""
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": "Good", "x": "\ud800"}))
+    monkeypatch.setattr("sys.argv", ["reward.py", "--score", str(tmp_path / "texts.jsonl"),
+                                     "--out", str(folder)])
+    data.run(reward.main)
+    assert json.loads(capsys.readouterr().out)["x"] == "\ud800"
 
 
 def test_texts_too_long_are_said_so_on_standard_error(folder, score_lines):
