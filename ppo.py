@@ -142,7 +142,9 @@ def whiten(x, mask=None, shift_mean=True):
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
-    return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0.0)
+    if not shift_mean:
+        whitened = whitened + mean
+    return whitened.masked_fill(~mask, 0.0)
 
 
 def policy_loss(logprobs, old_logprobs, advantages, clip=0.2, mask=None):
@@ -325,8 +327,10 @@ def best_of_n(scores, n):
     log_ways = torch.lgamma(i + 1) - torch.lgamma(i + 1 - n)
     # How likely all n are among the i smallest; its steps: how likely the i-th smallest is best.
     all_below = (log_ways - log_ways[-1]).exp()
-    best = (all_below.diff() * scores).sum(-1)
-    return best.mean().item(), math.log(n) - (n - 1) / n
+    is_best = all_below.diff()
+    best = (is_best * scores).sum(-1)
+    kl = math.log(n) - (n - 1) / n
+    return best.mean().item(), kl
 
 
 # ---- the loop -----------------------------------------------------------------------------

@@ -5,8 +5,7 @@
     python tests/what_matters.py --table                      table and figure of the runs kept
 
 Each run is one row of results/what_matters.csv, written when it ends; what is there already is not
-run again, so it can be stopped at any time. J is measured on fresh samples with the exact KL, and
-the fraction against the J* of the study's own run at that beta. A change within two or three
+run again, so it can be stopped at any time. J is measured on fresh samples, and the fraction against the J* of the study's own run at that beta. A change within two or three
 standard errors of the default's mean is none that was shown.
 """
 
@@ -85,8 +84,7 @@ def run_once(args, study, change, beta, seed, iterations):
         torch.manual_seed(seed)
         run, model = train.make_run(args, config, 1000 + seed, pretrained, rewarded, rho)
         if not patches.get("warm", True):
-            for weight in (run.value.out.weight, run.value.out.bias):
-                torch.nn.init.zeros_(weight)
+            run.value.weight.zero_()
         for i in range(iterations):
             run.step(i)
         seconds = time.process_time() - began
@@ -97,13 +95,13 @@ def run_once(args, study, change, beta, seed, iterations):
     prompts = train.repeat(run.prompts, 1024)
     tokens = sample_completions(run.policy, prompts, config.length, generator)
     scores = sample.scores_of(rho, in_chunks(model, tokens), "positive")
-    kl = train.measure_drift(run.policy, run.ref, prompts, tokens)["ref_kl"]
-    objective = (scores - beta * kl).mean().item()
+    drift = train.measure_drift(run.policy, run.ref, prompts, tokens)
+    objective = (scores - beta * drift["log_ratio"]).mean().item()
     known = next(r for r in runs if r["inputs"]["beta"] == beta and r["toward"] == "positive")
     pooled, weights = sample.pool(rho, known)
     best = ppo.optimum(pooled, beta, weights)["objective"]
     return dict(zip(COLUMNS, (change, beta, seed, iterations, config.batch, scores.mean().item(),
-                              kl.mean().item(), objective, objective / best, seconds)))
+                              drift["ref_kl"].mean().item(), objective, objective / best, seconds)))
 
 
 def mean_se(values):
