@@ -34,8 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 import ppo  # noqa: E402
 import reward  # noqa: E402
-import train  # noqa: E402
-from gpt import (GPT, GPTConfig, compute_dtype, in_chunks, make_optimizers,  # noqa: E402
+from gpt import (GPT, GPTConfig, compute_dtype, descend, in_chunks, make_optimizers,  # noqa: E402
                  draw_uniform, sample_completions, sample_tokens)
 
 SHAPE = {"batch": 128, "length": 64, "epochs": 4, "layers": 4, "width": 256, "vocab": 2048,
@@ -197,7 +196,7 @@ def pretrain_rate(args, dtype, device, batch=16, length=128):
     def step():
         logits = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        train.descend(model, loss, optimizers)
+        descend(loss, model, optimizers)
 
     return batch * length * calls_a_second(step, args.repeats, device, many=4)
 

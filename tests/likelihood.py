@@ -19,7 +19,8 @@ import data  # noqa: E402
 import ppo  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from gpt import completion_logits, in_chunks, load_gpt, sample_completions  # noqa: E402
+from gpt import (completion_logits, descend, in_chunks, load_gpt, sample_completions,  # noqa: E402
+                 set_rates)
 
 
 def fit(policy, prompts, tokens, weights, epochs, lr, minibatch=64):
@@ -30,11 +31,11 @@ def fit(policy, prompts, tokens, weights, epochs, lr, minibatch=64):
         generator = torch.Generator().manual_seed(epoch)
         batches += torch.randperm(len(tokens), generator=generator).split(minibatch)
     for i, rows in enumerate(batches):
-        train.set_rates([optimizer], ppo.learning_rate(i, len(batches), 1.0))
+        set_rates([optimizer], ppo.learning_rate(i, len(batches)))
         logits = completion_logits(policy, prompts[rows], tokens[rows])
         logprobs = ppo.token_logprobs(logits, tokens[rows]).sum(1)
         loss = -(weights[rows] * logprobs).mean() / tokens.size(1)
-        train.descend(policy, loss, [optimizer], clip=1.0)
+        descend(loss, policy, [optimizer], clip=1.0)
 
 
 def main():
@@ -58,9 +59,9 @@ def main():
         fit(policy, prompts, tokens, weights, options.epochs, options.lr)
         fresh = sample_completions(policy, prompts[:1024], args.length,
                                    torch.Generator().manual_seed(98))
-        kl = train.measure_drift(policy, ref, prompts[:1024], fresh)["ref_kl"]
-        reached = in_chunks(score_fn, fresh)
-        objective, error = sample.mean_se(reached - beta * kl)
+        drift = train.measure_drift(policy, ref, prompts[:1024], fresh)
+        reached, kl = in_chunks(score_fn, fresh), drift["ref_kl"]
+        objective, error = sample.mean_se(reached - beta * drift["log_ratio"])
         known = next(run for run in runs if run["inputs"]["beta"] == beta
                      and run["toward"] == "positive")
         pooled, log_weights = sample.pool(rho, known)
