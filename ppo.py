@@ -356,7 +356,7 @@ class PPOConfig:
     epochs: int = option(1, "passes over each batch")
     lr: float = option(1.5e-3, "learning rate at the start; too high spends KL on noise")
     clip: float = option(0.2, "how far from 1 a ratio may gain by going")
-    lam: float = option(0.6, "GAE's lambda: lower trusts the value function more")
+    lam: float = option(0.8, "GAE's lambda: lower trusts the value function more")
     max_update_kl: float = option(0.01, "approx_kl, nats per token, that ends an update early")
     adaptive_kl_target: float = option(0.0, "ref_kl, nats per completion, that an adaptive beta "
                                        "keeps (Ziegler 2019); 0: beta stays")

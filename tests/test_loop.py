@@ -111,7 +111,7 @@ tuned = functools.cache(train)              # runs that several tests look at
 RLOO = {"algorithm": "rloo", "iterations": 40, "lr": 1.2e-3, "batch": 256, "epochs": 1}
 SETTINGS = {"simple": {**RLOO, "algorithm": "simple"}, "rloo": RLOO,
             # As train.py has it.
-            "ppo": {**RLOO, "algorithm": "ppo", "lam": 0.6, "epochs": 2, "minibatch": 128,
+            "ppo": {**RLOO, "algorithm": "ppo", "lam": 0.8, "minibatch": 128,
                     "max_update_kl": 0.01, "warm": True}}
 
 
