@@ -88,11 +88,11 @@ def run(main):
         main()
         sys.stdout.flush()
         return
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:
         line = f"error: {error}"
     except BrokenPipeError:             # the reader of our output, head say, has what it wanted
         os._exit(0)                     # any other exit would try to write the rest
-    except (FloatingPointError, ConnectionError) as error:
+    except ConnectionError as error:
         line = f"stopped: {error}. {go_on}"
     except OSError as error:
         line = f"stopped: {error}. Free some space or choose another folder. {go_on}"
@@ -187,7 +187,7 @@ def read_jsonl(path):
     """The objects {"text": ...} of a JSON-lines file, one at a time: any length fits in memory."""
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            for n, line in enumerate(file, 1):
                 if line.strip():
                     row = json.loads(line)
                     row["text"].encode()        # fails unless it is text, of whole characters
@@ -195,7 +195,7 @@ def read_jsonl(path):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}. Give a JSON-lines file.") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise UserError(f'{path} line {number} is not a JSON object with a "text". '
+        raise UserError(f'{path} line {n} is not a JSON object with a "text". '
                         "Correct that line.") from None
 
 
@@ -285,8 +285,9 @@ def load_corpus(path=None):
         raise UserError(f"corpus {path} has below 20,000 characters, too few to learn from. "
                         "Give more.")
     wanted = int(0.9 * len(text))
-    # Cut after a speech; where none ends any more (find says -1), between words.
-    cut = max(text.find(BOUNDARY, wanted), text.rfind(" ", 0, wanted))
+    # Cut after a speech; where none ends soon (find says -1), between words.
+    soon = int(0.95 * len(text))
+    cut = max(text.find(BOUNDARY, wanted, soon), text.rfind(" ", 0, wanted))
     return text[:cut].strip(), text[cut:].strip()
 
 

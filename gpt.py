@@ -441,8 +441,8 @@ def descend(loss, model, optimizers, clip=math.inf, weight=None):
     average([p.grad for p in model.parameters()], weight)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     if not norm.isfinite():
-        raise FloatingPointError("a gradient is not finite: try --fp32, a lower --lr, or "
-                                 "another --seed")
+        raise FloatingPointError("a gradient is not finite. Try --fp32, another --seed or, in "
+                                 "PPO, a lower --lr.")
     for optimizer in optimizers:
         optimizer.step()
     return norm

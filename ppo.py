@@ -15,8 +15,10 @@ One iteration, with the numbers of the comments below and of the README:
     5. update the policy on minibatches (clipped ratio)
     6. fit the value function to the returns
 
-Departure from the textbook: the value function reads fixed features of what was written so far
-instead of sharing the policy's trunk, so step 6 costs next to nothing and disturbs no policy.
+Departures from the textbook: the value function is linear in fixed features of what was written so
+far, and fitted by least squares, where others train one more layer on the policy's trunk. So step 6
+costs next to nothing and disturbs no policy. And there is one epoch of updates, not four: most of
+what a second pass over the same samples teaches is their noise.
 
 A completion is T token ids. Where it ended before its full length, PAD (-1) fills the rest, and
 mask (B,T), 1 for real tokens, keeps what lies there out of every sum. Prompts are padded on the
@@ -175,6 +177,7 @@ def policy_loss(logprobs, old_logprobs, advantages, clip=0.2, mask=None):
 def value_loss(values, old_values, returns, clip=0.2, mask=None):
     """Half the squared error, clipped as PPO2 does for values on a shared trunk: loss, info.
 
+    The textbook's, here for the log alone: the values of this project are fitted by least squares.
     0.5 mean(max((v - R)^2, (v_old + clip(v - v_old, -clip, clip) - R)^2)) over unmasked tokens.
     """
     values, mask = _masked(values, mask)
@@ -193,7 +196,8 @@ def kl_estimates(logprobs, ref_logprobs):
     """Schulman's k1, k2, k3 of KL(pi to rho) from tokens drawn from pi, each (B,T), in nats.
 
     k1 = log pi - log rho, unbiased; k2 = k1^2 / 2, biased; k3 = exp(-k1) - 1 + k1, unbiased
-    and never negative. (exp(k1) - 1 - k1, often seen, estimates another quantity.)
+    and never negative. (exp(k1) - 1 - k1, often seen, estimates another quantity.) The loop uses k1
+    and, in policy_loss, k3.
     """
     k1 = logprobs - ref_logprobs
     k2 = k1 ** 2 / 2
@@ -381,9 +385,10 @@ class PPOConfig:
 class ValueFunction(nn.Module):
     """V: the rewards still to come, linear in features of the text before each token. Starts at 0.
 
-    The last `known` of the features are readings of the score so far. They count as they are, times
-    the position t, and squared. Few weights on fixed inputs: a batch decides them in one go, by
-    least squares, where a network would need a learning rate and many steps.
+    Its terms: 1, t and t^2 of the position t, from 0 to 1; the features; and of the last `known` of
+    these, which are readings of the score so far, also their products with t and their squares.
+    Few weights on fixed inputs: a batch decides them in one go, by least squares, where a network
+    would need a learning rate and many steps.
     """
 
     def __init__(self, features, known=0):
@@ -394,8 +399,8 @@ class ValueFunction(nn.Module):
 
     def terms(self, features):
         """features (B,T,F) before each token -> what the weights multiply (B,T,M), float64."""
-        B, T, F = features.shape
-        known = features[..., F - self.known:]
+        B, T, n = features.shape
+        known = features[..., n - self.known:]
         t = torch.arange(T, device=features.device) / T
         t = t.expand(B, T)[..., None]                                   # (B,T,1)
         terms = (torch.ones_like(t), t, t * t, features, known * t, known * known)
@@ -410,7 +415,7 @@ class ValueFunction(nn.Module):
         # Ridge regression: the ones pull weights that nothing else decides to 0.
         covariance = torch.eye(len(self.weight), dtype=torch.float64, device=self.weight.device)
         correlation = torch.zeros_like(self.weight)
-        # A few rows at a time, or all terms would lie in memory.
+        # A few rows at a time: all terms of a large batch, in float64, would fill the memory.
         for x, y, real in zip(features.split(64), returns.split(64), mask.split(64)):
             x = self.terms(x)[real]                                     # (tokens,M)
             covariance += x.T @ x
@@ -450,8 +455,10 @@ class PPO:
         # chooses prompts and minibatches.
         self.sampler = Generator(prompts.device).manual_seed(seed)
         self.shuffler = Generator().manual_seed(seed + 1)
-        size = self.features(prompts[:1], prompts.new_zeros(1, config.length)).size(-1)
-        self.value = ValueFunction(size, size - ref.config.n_embd).to(prompts.device)
+        known = 0
+        if features_fn is not None:
+            known = features_fn(prompts.new_zeros(1, config.length)).size(-1)
+        self.value = ValueFunction(ref.config.n_embd + known, known).to(prompts.device)
         # Adam moves every weight about as far, however small its gradient, for it divides by the
         # gradient's size. But small ones are mostly noise here. With so large an epsilon they move
         # little, as with plain momentum (results/LOG.md compares).
@@ -467,15 +474,15 @@ class PPO:
 
         The policy is still rho, so there is no penalty to come: at every token just the score.
         """
-        features = in_chunks(self.features, prompts, tokens)
-        returns = self.score_fn(tokens)[:, None].expand(tokens.shape)
-        self.value.fit(features, returns, tokens != PAD)
+        read = in_chunks(self.read, prompts, tokens)
+        returns = read["scores"][:, None].expand(tokens.shape)
+        self.value.fit(read["features"], returns, tokens != PAD)
 
-    @torch.no_grad()
-    def features(self, prompts, tokens, hidden=None):
-        """What the value function knows before each token of completions (B,T): (B,T,F)."""
-        if hidden is None:
-            hidden = completion_hidden(self.ref, prompts, tokens)
+    def features(self, tokens, hidden):
+        """What the value function knows before each token of completions (B,T): (B,T,F).
+
+        hidden (B,T,C): rho's hidden states there.
+        """
         if self.features_fn is None:
             return hidden.float()
         # One place later, zeros in front: before token t the text ends with token t-1.
@@ -488,7 +495,7 @@ class PPO:
         hidden = completion_hidden(self.ref, prompts, tokens)
         ref_logprobs = self.ref.logits(hidden).log_softmax(-1)                      # (B,T,V)
         logprobs = completion_logits(self.policy, prompts, tokens).log_softmax(-1)
-        features = self.features(prompts, tokens, hidden)
+        features = self.features(tokens, hidden)
         return {"scores": self.score_fn(tokens),
                 "logprobs": of_tokens(logprobs, tokens),
                 "ref_logprobs": of_tokens(ref_logprobs, tokens),
@@ -525,8 +532,9 @@ class PPO:
                                        beta, mask)
         # 4. advantages and returns, then whitening over the whole batch
         advantages, returns = self.advantages(rewards, batch["values"], mask)
-        # 5. and 6. update the policy, fit the value function
+        # What the policy that sampled is worth, before it moves
         metrics = self.describe(batch, returns, beta)
+        # 5. and 6. update the policy, fit the value function
         metrics |= self.update(batch, whiten(advantages, mask))
         if config.algorithm == "ppo":
             self.value.fit(batch["features"], returns, mask)
@@ -603,7 +611,7 @@ class PPO:
         metrics["beta"] = beta
         if self.config.algorithm == "ppo":      # the others have no use for values
             values = batch["values"]
-            loss, _ = value_loss(values, values, returns, mask=mask)
+            loss, _ = value_loss(values, values, returns, mask=mask)    # nothing to be clipped
             metrics["value_loss"] = loss.item()
             metrics["explained_variance"] = explained_variance(values, returns, mask)
         return metrics
@@ -613,4 +621,5 @@ def check_finite(batch, i):
     """Raise FloatingPointError naming the first thing read in iteration i that is not finite."""
     for name, x in batch.items():
         if not torch.isfinite(x).all():
-            raise FloatingPointError(f"iteration {i + 1}: {name} of the completions are not finite")
+            raise FloatingPointError(f"iteration {i + 1}: {name} of the completions are not "
+                                     "finite. Try --fp32 or a lower --lr.")

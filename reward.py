@@ -120,7 +120,7 @@ class Bag(nn.Module):
     def occurrences(self, tokens):
         """Rows (B,2T), on the CPU, of what tokens (B,T) add: each a word and a pair; 0: nothing."""
         return torch.tensor([[self.rows.get(name, 0) for name in self.names(ids)]
-                             for ids in tokens.tolist()])
+                             for ids in tokens.tolist()], dtype=torch.long)
 
     def forward(self, tokens):
         """Log-odds of positive for every prefix of tokens (B,T): (B,T).

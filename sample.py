@@ -71,7 +71,7 @@ def draw(path, args, num):
     prompts = given.get("prompts")
     if args.prompt or prompts is None:
         prompts = torch.tensor([tokenizer.encode_ordinary(args.prompt or data.BOUNDARY)])
-    length = given["inputs"].get("length", 64)
+    length = given["inputs"].get("length", ppo.PPOConfig.length)
     if prompts.size(1) + length > policy.config.block_size:
         raise data.UserError(f"--prompt and {length} tokens more do not fit the model's context. "
                              "Shorten it.")
@@ -310,7 +310,8 @@ def read_passages(paths, folder):
 def print_ratings(args):
     """What one or two files of ratings say of each model, and how far two readers agree."""
     # Beside the samples are the models that judge them.
-    folder = Path(args.rate[0]).parent if args.rate else args.checkpoint.parent
+    rated = [Path(name) for name in args.rate or [] if name != "plays"]
+    folder = [*rated, args.checkpoint][0].parent
     found = read_passages(args.ratings, folder)
     rho = found.get("pretrain", torch.empty(0, 4))[:, 0]
     lines = []
@@ -326,8 +327,13 @@ def print_ratings(args):
         print(f"feeling and P(positive) correlate {pearson(feeling, positive):.2f}")
     if len(args.ratings) == 2:
         one, two = map(read_ratings, args.ratings)
-        other = {row["text"]: row["rating"] for row in two}
-        both = [(row["rating"], other[row["text"]]) for row in one if row["text"] in other]
+        # By text and model, for two models that are close may have written the same.
+        other = {(row["text"], row["drawn_from"]): row["rating"] for row in two}
+        both = []
+        for row in one:
+            key = (row["text"], row["drawn_from"])
+            if key in other:
+                both.append((row["rating"], other[key]))
         if len(both) > 1:
             a, b = torch.tensor(both).T
             print(f"two readers of {len(both)} passages: quadratic kappa "
@@ -359,8 +365,9 @@ def table(columns, rows):
 def load_study(out):
     """(pretrained, rewarded, judged, rho, runs) of a folder; runs of these samples of rho only."""
     rho = data.load_checkpoint(out / "rho.pt", "rho")
-    stages = [load_beside(out / "rho.pt", rho, kind) for kind in ("pretrain", "reward", "judge")]
-    wanted = {"rho": train.state_digest(rho), "reward": rho["inputs"]["reward"]}
+    kinds = ("pretrain", "reward", "judge")
+    stages = [load_beside(out / "rho.pt", rho, kind) for kind in kinds]
+    wanted = {"rho": train.state_digest(rho), **{kind: rho["inputs"][kind] for kind in kinds}}
     runs = []
     for path in out.glob("ppo_*beta*.pt"):
         # What a run kept on its way is not its end.
@@ -370,7 +377,7 @@ def load_study(out):
         if wanted.items() <= run["inputs"].items():
             runs.append({**run, "name": path.stem})
         else:
-            print(f"{path.name} is of another task or reward model and is left out")
+            print(f"{path.name} is of another task, reward model or judge and is left out")
     if not runs:
         raise data.UserError(f"{out} has no finished PPO run. Run train.py first.")
     runs.sort(key=lambda run: (run["toward"], run["inputs"]["beta"]))
@@ -382,16 +389,6 @@ def label(run):
     return f"{run['toward']} {run['inputs']['beta']:g}".removeprefix("positive ")
 
 
-def scores_of(rho, log_odds, toward, name="reward"):
-    """The scores of log-odds by a reward model, "reward" or "judge": of the same shape."""
-    return reward.score(log_odds, **rho["constants"][name][toward], toward=toward)
-
-
-def rho_scores(rho, toward, name="reward"):
-    """The scores (P,N) of rho's samples, N for each of P prompts, by a reward model."""
-    return scores_of(rho, rho["log_odds"][name], toward, name).view(len(rho["prompts"]), -1)
-
-
 def pool(rho, run):
     """Scores (P,N) of rho's and a run's fresh samples, and their log(rho/q), q the mixture."""
     fresh = run["fresh"]
@@ -400,7 +397,7 @@ def pool(rho, run):
     ratio = torch.cat((run["rho_log_ratio"], fresh["log_ratio"]))
     counts = [len(run["rho_log_ratio"]), len(fresh["log_ratio"])]
     weights = ppo.mixture_log_weights(torch.stack((0 * ratio, ratio)), counts)
-    scores = scores_of(rho, log_odds, run["toward"])
+    scores = train.scores_of(rho, log_odds, run["toward"])
     # A row for each prompt: first rho's samples of it, then the run's.
     return [torch.cat([part.view(len(rho["prompts"]), -1) for part in x.split(counts)], dim=1)
             for x in (scores, weights)]
@@ -424,11 +421,11 @@ def summarise_optimum(rho, run):
 def summarise_run(rho, run):
     """The entry of a run in summary.json: what its fresh samples say, beside the optimum."""
     fresh, toward, beta = run["fresh"], run["toward"], run["beta"]
-    scores = scores_of(rho, fresh["log_odds"], toward)
+    scores = train.scores_of(rho, fresh["log_odds"], toward)
     # Not the exact KL, as right on average: near pi* score - beta log_ratio hardly varies (at pi*
     # it is the constant beta log Z), so this standard error is half as large.
     objective, se = mean_se(scores - beta * fresh["log_ratio"])
-    start = rho_scores(rho, toward).mean().item()
+    start = train.rho_scores(rho, toward).mean().item()
     best = summarise_optimum(rho, run)
     gain = objective - start
     way = best["objective"] - start
@@ -437,7 +434,7 @@ def summarise_run(rho, run):
             "toward": toward,
             "iterations": iterations,
             "score": scores.mean().item(),
-            "judge": scores_of(rho, fresh["judge"], toward, "judge").mean().item(),
+            "judge": train.scores_of(rho, fresh["judge"], toward, "judge").mean().item(),
             "positive": fresh["log_odds"].sigmoid().mean().item(),
             "ref_kl": fresh["ref_kl"].mean().item(),
             "objective": objective,
@@ -541,7 +538,8 @@ def draw_judge(rho, runs):
     for i, run in enumerate(runs):
         axis.plot(*points(run["history"], "exact_kl", "judge"), f"C{i}--")
         # If the two correlate c on rho, a gain of s by one is c s by the other without cheating.
-        both = [rho_scores(rho, run["toward"], name).flatten() for name in ("reward", "judge")]
+        both = [train.rho_scores(rho, run["toward"], name).flatten()
+                for name in ("reward", "judge")]
         kls, scores = points(run["history"], "exact_kl", "score")
         axis.plot(kls, pearson(*both) * np.array(scores), f"C{i}:")
     return figure
@@ -630,7 +628,7 @@ def best_of_rho(rho, toward):
 
     The yardstick that needs no training. n is no more than there are samples of a prompt.
     """
-    scores = rho_scores(rho, toward)
+    scores = train.rho_scores(rho, toward)
     counts = [n for n in (1, 4, 16, 64, 256) if n <= scores.size(1)]
     return [(n, *ppo.best_of_n(scores, n)) for n in counts]
 

@@ -5,7 +5,7 @@ stages are data, pretrain, reward, judge (a second reward model, only to measure
 of the pretrained model, which say what a score is) and one PPO run for each beta. Each writes a
 checkpoint into --out. A stage is done again only if something that it read has changed: an option,
 its input, or the source it runs. One that was cut off, by Ctrl-C or a kill or a crash, goes on from
-its last partial checkpoint, to the same bits.
+its last partial checkpoint, on a CPU (with as many threads and processes) to the same bits.
 
     python train.py                             everything at beta 0.2 (README: how long)
     python train.py --beta 0.02 0.1 0.2 0.4     the sweep; stages already done are reused
@@ -65,7 +65,7 @@ LONGEST_PROMPT = 32             # tokens
 def make_parser():
     """The options of the study. Those that --size sets have no default of their own."""
     parser = data.Parser(description=__doc__.split("\n")[0])
-    count, fraction = number(int, 1), number(float, 0, 10**6)
+    count, amount = number(int, 1), number(float, 0, 10**6)
     study = parser.add_argument_group("the study")
     study.add_argument("--size", choices=list(SIZES),
                        help="model and budget (default: base on CUDA, small on a CPU)")
@@ -90,7 +90,7 @@ def make_parser():
                        "would be faster, to compare with machines that lack it")
     study.add_argument("--keep", action="store_true", help="reuse finished stages although their "
                        "source code has changed since")
-    study.add_argument("--checkpoint-every", type=fraction, default=30.0,
+    study.add_argument("--checkpoint-every", type=amount, default=30.0,
                        help="seconds of work that a crash or Ctrl-C may cost (default 30)")
     texts = parser.add_argument_group("texts")
     texts.add_argument("--corpus", metavar="FILE.txt", help="a text of your own, not the plays")
@@ -104,9 +104,9 @@ def make_parser():
     budgets.add_argument("--pretrain-steps", type=count, help="more make a better writer")
     budgets.add_argument("--judge-steps", type=count, help="of the classifier head on the trunk")
     settings = parser.add_argument_group("PPO")
-    settings.add_argument("--stop-at-kl", type=fraction, metavar="NATS",
+    settings.add_argument("--stop-at-kl", type=amount, metavar="NATS",
                           help="end a run where its drift passes so many nats a completion")
-    kinds = {int: count, float: fraction, str: str}
+    kinds = {int: count, float: amount, str: str}
     for field in dataclasses.fields(ppo.PPOConfig):
         if field.name == "beta":                # stands above, for there may be several
             continue
@@ -230,7 +230,7 @@ class Stage:
         values = {option: getattr(args, option) for option in [*options, "seed"]}
         earlier = {state["kind"]: state_digest(state) for state in states}
         self.inputs = {**more, **values, "dtype": str(args.dtype), "device": args.device.type,
-                       **earlier, **source_digests(code)}
+                       **earlier, **source_digests([*code, seed_of, generator])}
         self.partial = self.path.with_suffix(".partial.pt")
         self.log_path = self.path.with_suffix(".metrics.jsonl")
         self.state = finished(self.path, self.inputs, args.keep)
@@ -280,7 +280,7 @@ class Stage:
         """Keep a step's metrics; print those shown (all), every pause seconds, with time left."""
         metrics = {"step": self.step + 1, **metrics}
         self.history.append(metrics)
-        # The whole file each time: after a kill it has no line of a step that is done again.
+        # The whole file each time: so no step stands in it twice after a kill.
         data.write_file(self.log_path, "".join(json.dumps(row) + "\n" for row in self.history))
         now, done = time.monotonic(), self.step + 1
         if now - self.printed >= pause or done == self.n:
@@ -304,7 +304,8 @@ class Stage:
                       "seconds": time.monotonic() - self.began,
                       **results}
         data.save_checkpoint(self.path, self.state)
-        self.partial.unlink(missing_ok=True)
+        if data.is_first_process():     # the others may be here before it has written
+            self.partial.unlink(missing_ok=True)
         return self.state
 
 
@@ -562,13 +563,12 @@ def measure_reward(model, rated):
     return found
 
 
-def make_prompts(args, text, tokenizer):
+def make_prompts(args, text, tokenizer, start):
     """(prompts (P,T0) of the task, padded on the left with PAD; the token that ends a text).
 
-    speeches: one prompt, the blank line before a speech, and no end. continue: openings of P
+    speeches: one prompt, start, the blank line before a speech, and no end. continue: openings of P
     speeches of the training text, the speaker's name and a line or two. They end as speeches do.
     """
-    start = tokenizer.encode_ordinary(data.BOUNDARY)[0]
     if args.task == "speeches":
         return torch.full((1, 1), start), None
     openings = []
@@ -596,7 +596,8 @@ def rho_stage(args, prompts, end, pretrained, rewarded, judged):
     Holds the log-odds of the samples by both reward models, and the constants of their scores.
     """
     stage = Stage(args, "rho", ["task", "prompts", "rho_samples", "length"],
-                  [pretrained, rewarded, judged], code=[gpt, reward, rho_stage, make_prompts])
+                  [pretrained, rewarded, judged],
+                  code=[gpt, reward, rho_stage, make_prompts, repeat])
     if stage.done:
         return stage.state
     rho = load_gpt(pretrained, args.device, args.dtype)
@@ -644,13 +645,22 @@ def keep_along_kl(args, name, before, history, kl, state):
               "alike, heaps of what scores best: read samples, watch distinct_2.")
 
 
+def scores_of(rho, log_odds, toward, name="reward"):
+    """The scores of log-odds by a reward model, "reward" or "judge": of the same shape."""
+    return reward.score(log_odds, **rho["constants"][name][toward], toward=toward)
+
+
+def rho_scores(rho, toward, name="reward"):
+    """The scores (P,N) of rho's samples, N for each of P prompts, by a reward model."""
+    return scores_of(rho, rho["log_odds"][name], toward, name).view(len(rho["prompts"]), -1)
+
+
 def scorer(args, name, state, rho):
     """A reward model, "reward" or "judge", and its score: tokens (B,T) -> (B,)."""
     model = reward.load_reward(state, args.device, args.dtype)
-    constants = rho["constants"][name][args.toward]
 
     def score_fn(tokens):
-        return reward.score(model(tokens), **constants, toward=args.toward)
+        return scores_of(rho, model(tokens), args.toward, name)
 
     return model, score_fn
 
@@ -677,16 +687,15 @@ def ppo_stage(args, config, tokenizer, pretrained, rewarded, judged, rho):
     name = run_name(args.toward, config.beta)
     stage = Stage(args, name, ["toward", "stop_at_kl", "fresh_samples"],
                   [pretrained, rewarded, judged, rho], **dataclasses.asdict(config), code=[
-        gpt, reward, ppo, ppo_stage, make_run, scorer, repeat, draw_fresh, measure_drift,
-        keep_along_kl, distinct_pairs])
+        gpt, reward, ppo, ppo_stage, make_run, scorer, scores_of, rho_scores, repeat, draw_fresh,
+        measure_drift, keep_along_kl, distinct_pairs])
     if stage.done:
         return stage.state
     constants = rho["constants"]["reward"][args.toward]
     seed = seed_of(args, "ppo", config.beta)
     run, model = make_run(args, config, seed, pretrained, rewarded, rho)
     judge, judge_score = scorer(args, "judge", judged, rho)
-    rho_scores = reward.score(rho["log_odds"]["reward"], **constants, toward=args.toward)
-    rho_scores = rho_scores.view(len(rho["prompts"]), -1)
+    of_rho = rho_scores(rho, args.toward)
     about = {"config": pretrained["config"], "tokenizer": pretrained["tokenizer"],
              "toward": args.toward, "inputs": stage.inputs,
              "prompts": rho["prompts"], "end": rho["end"]}
@@ -700,12 +709,13 @@ def ppo_stage(args, config, tokenizer, pretrained, rewarded, judged, rho):
         metrics = run.step(i)
         keep_along_kl(args, name, before, stage.history, metrics["exact_kl"], about)
         tokens, scores = run.batch["tokens"], run.batch["scores"]
+        # The score undone: P(toward).
         p = (scores * constants["std"] + constants["mean"]).exp().mean().item()
         metrics |= {"positive": p if args.toward == "positive" else 1 - p,
                     "judge": in_chunks(judge_score, tokens).mean().item(),
                     "distinct_2": distinct_pairs(tokens)}
         if metrics["beta"]:             # without a penalty there is no optimum
-            optimum = ppo.optimum(rho_scores, metrics["beta"])
+            optimum = ppo.optimum(of_rho, metrics["beta"])
             if optimum["ess"] >= ppo.MIN_ESS:
                 metrics["optimum"] = optimum["objective"]
         stage.log(pause=0, shown=["score", "judge", "ref_kl", "objective", "optimum", "clipfrac",
@@ -717,9 +727,9 @@ def ppo_stage(args, config, tokenizer, pretrained, rewarded, judged, rho):
             run.policy.load_state_dict(before)      # the policy whose drift was measured
             break
 
-    fresh, of_rho = draw_fresh(args, run, model, judge, rho)
+    fresh, rho_log_ratio = draw_fresh(args, run, model, judge, rho)
     return stage.finish(**about, beta=stage.history[-1]["beta"], model=run.policy.state_dict(),
-                        fresh=fresh, rho_log_ratio=of_rho)
+                        fresh=fresh, rho_log_ratio=rho_log_ratio)
 
 
 def draw_fresh(args, run, model, judge, rho):
@@ -741,9 +751,11 @@ def draw_fresh(args, run, model, judge, rho):
     return {key: x.cpu() for key, x in fresh.items()}, of_rho["log_ratio"].cpu()
 
 
-@torch.no_grad()
 def measure_drift(policy, ref, prompts, tokens):
-    """Of completions (N,T): log pi(y) - log rho(y), and the exact KL summed over tokens: (N,)."""
+    """Of completions (N,T): log_ratio = log pi(y) - log rho(y), and ref_kl: each (N,), in nats.
+
+    ref_kl is the KL summed over tokens from whole distributions, the metrics' exact_kl.
+    """
     def read(prompts, tokens):
         logprobs, ref_logprobs = (gpt.completion_logits(model, prompts, tokens).log_softmax(-1)
                                   for model in (policy, ref))
@@ -765,11 +777,11 @@ def main():
             gpt.wait(args.device)       # for the first process to get corpus and tokenizer
         corpus = data.load_corpus(args.corpus)
         texts, tokenizer = data_stage(args, corpus)
+        start = tokenizer.encode_ordinary(data.BOUNDARY)[0]
+        prompts, end = make_prompts(args, corpus[0], tokenizer, start)
+        rated = rated_passages(args, tokenizer)     # before pretraining: a bad row is told now
         if data.is_first_process():
             gpt.wait(args.device)
-        prompts, end = make_prompts(args, corpus[0], tokenizer)
-        rated = rated_passages(args, tokenizer)     # before pretraining: a bad row is told now
-        start = tokenizer.encode_ordinary(data.BOUNDARY)[0]
         pretrained = pretrain_stage(args, texts, start)
         print(f"pretrain: {pretrained['parameters']:,} parameters, "
               f"{pretrained['val_bits_per_byte']:.3f} bits per byte on held-out plays")

@@ -82,7 +82,9 @@ def main():
     words, log_odds, seconds = reward.read_words(), {}, {}
     zero = reward.RewardModel(reward.GPTConfig(**pretrained["config"]), "trunk")
     log_odds["trunk, step 0"], seconds["trunk, step 0"] = zero, 0
-    state = train.reward_stage(args, "reward", "trunk", pretrained, rated, tokenizer)
+    # The judge, but of the passages that the shipped reward model learns from.
+    same = {**rated, "rows": {**rows, "judge": rows["reward"]}}
+    state = train.reward_stage(args, "judge", pretrained, same, tokenizer)
     log_odds["trunk"], seconds["trunk"] = reward.load_reward(state), state["seconds"]
     bags = {"rated words alone": (words, 1e9, reward.soft_loss),
             "bag, no rated words": ({}, 20.0, reward.soft_loss),

@@ -601,7 +601,7 @@ MEMORY = ("error: out of memory; what was saved is kept. Lower --batch, --miniba
     (UserError("labels x.csv line 3: bad.\nCorrect it."), 2,
      "error: labels x.csv line 3: bad. Correct it.\n"),
     (KeyboardInterrupt(), 130, "stopped. " + AGAIN),
-    (FloatingPointError("loss is nan"), 2, "stopped: loss is nan. " + AGAIN),
+    (FloatingPointError("loss is nan. Try."), 2, "error: loss is nan. Try.\n"),
     (OSError(28, "disk\nfull", "x.pt"), 2, "stopped: [Errno 28] disk full: 'x.pt'. Free some space "
      "or choose another folder. " + AGAIN),
     (MemoryError(), 2, MEMORY), (torch.OutOfMemoryError("CUDA\nout of memory"), 2, MEMORY),

@@ -95,8 +95,7 @@ def new_run(seed=0, score=score_fn, prompts=PROMPT, end=None, **options):
 def warm_start(run):
     """The value function learns the scores of samples of rho first, as train.py has it do."""
     batch = run.rollout(2048)
-    returns = batch["scores"][:, None].expand(-1, 4)
-    run.value.fit(batch["features"], returns, batch["mask"])
+    run.warm_up(batch["prompts"], batch["tokens"])
 
 
 def train(warm=False, **options):

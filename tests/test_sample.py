@@ -614,7 +614,7 @@ def test_a_run_of_another_reward_model_is_left_out(study, tmp_path, command, mon
     data.save_checkpoint(out / "ppo_beta2.pt", state)
     code, said, _ = command(sample, "--report", out)
     assert code == 0, said
-    assert "ppo_beta2.pt is of another task or reward model and is left out" in said, said
+    assert "ppo_beta2.pt is of another task, reward model or judge and is left out" in said, said
     assert [row["beta"] for row in summary_of(out)["ppo"]] == [0.5]
     (out / "ppo_beta0.5.pt").unlink()
     explains(command(sample, "--report", out), "has no finished PPO run")

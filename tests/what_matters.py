@@ -5,8 +5,9 @@
     python tests/what_matters.py --table                      table and figure of the runs kept
 
 Each run is one row of results/what_matters.csv, written when it ends; what is there already is not
-run again, so it can be stopped at any time. J is measured on fresh samples, and the fraction against the J* of the study's own run at that beta. A change within two or three
-standard errors of the default's mean is none that was shown.
+run again, so it can be stopped at any time. J is measured on fresh samples, and the fraction
+against the J* of the study's own run at that beta. A change within two or three standard errors of
+the default's mean is none that was shown.
 """
 
 import csv
@@ -24,11 +25,13 @@ import data  # noqa: E402
 import ppo  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from gpt import in_chunks, sample_completions  # noqa: E402
+from gpt import compute_dtype, in_chunks, sample_completions  # noqa: E402
 
 KEPT = data.HERE / "results" / "what_matters.csv"
-COLUMNS = ["change", "beta", "seed", "iterations", "batch", "score", "kl", "J", "fraction",
+COLUMNS = ["change", "beta", "seed", "iterations", "batch", "code", "score", "kl", "J", "fraction",
            "seconds"]
+# What tells a row from that of another run, of other code among them.
+KEYS = COLUMNS[:6]
 
 
 def own_token_penalty(scores, logprobs, ref_logprobs, beta, mask=None, right=None):
@@ -43,6 +46,8 @@ def scaled_per_batch(scores, logprobs, ref_logprobs, beta, mask=None, right=None
     scores = (scores - scores.mean()) / (scores.std() + 1e-8)
     return right(scores, logprobs, ref_logprobs, beta, mask)
 
+
+CODE = train.digests(ppo.__file__)[""]
 
 # Of each change: the settings it alters, and the functions of ppo.py it puts others in place of
 # (and two things that are no function: whether the values are warmed up, Adam's epsilon).
@@ -68,11 +73,26 @@ CHANGES = {
 RELATIVE = {"batch", "lr"}
 
 
+def weighted_scores(rho, run, beta):
+    """What ppo.optimum takes, of samples of rho and of a run."""
+    scores, log_weights = sample.pool(rho, run)
+    return scores, beta, log_weights
+
+
 def run_once(args, study, change, beta, seed, iterations):
     """One run: a row of the table, a dict of COLUMNS."""
     pretrained, rewarded, _, rho, runs = study
+    known = [run for run in runs if run["beta"] == beta and run["toward"] == "positive"]
+    if not known:
+        raise data.UserError(f"the study has no run at beta {beta:g}, which J* is from. Run "
+                             f"train.py --beta {beta:g} first.")
+    best = ppo.optimum(*weighted_scores(rho, known[0], beta))
+    if best["ess"] < ppo.MIN_ESS:
+        raise data.UserError(f"J* at beta {beta:g} is not known from this study. Choose a "
+                             "larger --beta.")
     settings, patches = CHANGES[change]
-    config = ppo.PPOConfig(beta=beta, batch=args.batch, iterations=iterations)
+    config = ppo.PPOConfig(beta=beta, batch=args.batch, iterations=iterations,
+                           length=args.length)
     for name, value in settings.items():
         old = getattr(config, name)
         setattr(config, name, type(old)(old * value) if name in RELATIVE else value)
@@ -82,7 +102,6 @@ def run_once(args, study, change, beta, seed, iterations):
         setattr(ppo, name, new if name == "whiten" else functools.partial(new, right=right[name]))
     try:
         began = time.process_time()
-        torch.manual_seed(seed)
         run, model = train.make_run(args, config, 1000 + seed, pretrained, rewarded, rho)
         if not patches.get("warm", True):
             run.value.weight.zero_()
@@ -96,14 +115,12 @@ def run_once(args, study, change, beta, seed, iterations):
     generator = torch.Generator().manual_seed(5000 + seed)
     prompts = train.repeat(run.prompts, 1024)
     tokens = sample_completions(run.policy, prompts, config.length, generator)
-    scores = sample.scores_of(rho, in_chunks(model, tokens), "positive")
+    scores = train.scores_of(rho, in_chunks(model, tokens), "positive")
     drift = train.measure_drift(run.policy, run.ref, prompts, tokens)
     objective = (scores - beta * drift["log_ratio"]).mean().item()
-    known = next(r for r in runs if r["inputs"]["beta"] == beta and r["toward"] == "positive")
-    pooled, weights = sample.pool(rho, known)
-    best = ppo.optimum(pooled, beta, weights)["objective"]
-    return dict(zip(COLUMNS, (change, beta, seed, iterations, config.batch, scores.mean().item(),
-                              drift["ref_kl"].mean().item(), objective, objective / best, seconds)))
+    return dict(zip(COLUMNS, (change, f"{beta:g}", str(seed), str(iterations), str(config.batch),
+                              CODE, scores.mean().item(), drift["ref_kl"].mean().item(), objective,
+                              objective / best["objective"], seconds)))
 
 
 def mean_se(values):
@@ -167,15 +184,15 @@ def main():
         draw(kept)
         return print_table(kept)
     args.device, args.toward = torch.device("cpu"), "positive"
-    args.dtype = train.gpt.compute_dtype(args.device)
+    args.dtype = compute_dtype(args.device)
     study = sample.load_study(args.study)
-    keys = ("change", "beta", "seed", "iterations", "batch")
-    done = {tuple(row[key] for key in keys) for row in kept}
+    args.length = study[3]["tokens"].size(1)
+    done = {tuple(row[key] for key in KEYS) for row in kept}
     for seed in range(args.seeds):
         for beta in args.beta:
             for change in args.only:
                 batch = int(args.batch * CHANGES[change][0].get("batch", 1))
-                if (change, f"{beta:g}", str(seed), str(args.iterations), str(batch)) in done:
+                if (change, f"{beta:g}", str(seed), str(args.iterations), str(batch), CODE) in done:
                     continue
                 row = run_once(args, study, change, beta, seed, args.iterations)
                 is_new = not KEPT.exists()
