@@ -13,7 +13,7 @@ One iteration, with the numbers of the comments below and of the README:
     3. rewards: the KL penalty of every token, and the score on the last
     4. advantages and returns
     5. update the policy on minibatches (clipped ratio)
-    6. fit the value function to the returns
+    6. fit the value function to the rewards-to-go
 
 Departures from the textbook: the value function is linear in fixed features of what was written so
 far, and fitted by least squares, where others train one more layer on the policy's trunk. So step 6
@@ -98,7 +98,8 @@ def gae(rewards, values, gamma=1.0, lam=0.95, mask=None):
 
     advantage_t = sum over l >= 0 of (gamma lam)^l delta_{t+l},
     delta_t = reward_t + gamma value_{t+1} - value_t, with value 0 after the last token.
-    returns = advantages + values. Masked positions are skipped over and come out 0.
+    returns = advantages + values (the loop fits its values to rewards_to_go instead). Masked
+    positions are skipped over and come out 0.
     """
     rewards, mask = _masked(rewards, mask)
     values, _ = _masked(values, mask)
@@ -175,9 +176,9 @@ def policy_loss(logprobs, old_logprobs, advantages, clip=0.2, mask=None):
 
 
 def value_loss(values, old_values, returns, clip=0.2, mask=None):
-    """Half the squared error, clipped as PPO2 does for values on a shared trunk: loss, info.
+    """The textbook's loss of values on a shared trunk, clipped as PPO2 does: loss, info.
 
-    The textbook's, here for the log alone: the values of this project are fitted by least squares.
+    Training does not use it, for least squares fits the values: its unclipped value is logged.
     0.5 mean(max((v - R)^2, (v_old + clip(v - v_old, -clip, clip) - R)^2)) over unmasked tokens.
     """
     values, mask = _masked(values, mask)
@@ -436,10 +437,10 @@ class PPO:
 
     ref: the GPT rho, copied and frozen. score_fn: tokens (B,T) -> (B,), on completions without
     their prompt. prompts (P,T0): drawn from at random; one row: unconditional. features_fn:
-    tokens (B,T) -> (B,T,F), what it adds, of the text up to and with each token, to rho's hidden
-    states, which the value function reads. end: the token that ends a completion; None: none does.
-    seed: of sampling and shuffling. The values start at 0: warm_up() first, or lambda below 1
-    hides a score on the last token from the early ones.
+    tokens (B,T) -> (B,T,F), features of the text up to and with each token; the value function
+    reads them beside rho's hidden states. end: the token that ends a completion; None: none does.
+    seed: of sampling and shuffling. The values start at 0: warm_up() first, or at lambda below 1
+    the early tokens hardly see the score.
     """
 
     def __init__(self, ref, score_fn, prompts, config, seed=0, features_fn=None, end=None):
@@ -558,7 +559,7 @@ class PPO:
         return returns, returns
 
     def update(self, batch, advantages):
-        """Step 5: several epochs of minibatches, each completion once an epoch. Mean metrics.
+        """Step 5: epochs of minibatches, each completion once an epoch. Returns mean metrics.
 
         Stops before a step that would start farther than max_update_kl from the policy that
         sampled.

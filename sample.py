@@ -436,7 +436,7 @@ def summarise_run(rho, run):
             "score": scores.mean().item(),
             "judge": train.scores_of(rho, fresh["judge"], toward, "judge").mean().item(),
             "positive": fresh["log_odds"].sigmoid().mean().item(),
-            "ref_kl": fresh["ref_kl"].mean().item(),
+            "ref_kl": fresh["exact_kl"].mean().item(),
             "objective": objective,
             "objective_se": se,
             "reference_objective": start,
@@ -585,7 +585,7 @@ def draw_readers(passages, runs):
         # Every run begins as rho. Where it ends may lie nearer than where it has been.
         names = {0: "pretrain",
                  **{mark: f"{run['name']}_kl{mark:g}" for mark in train.KL_MARKS},
-                 run["fresh"]["ref_kl"].mean().item(): run["name"]}
+                 run["fresh"]["exact_kl"].mean().item(): run["name"]}
         kls = [kl for kl in names if names[kl] in passages]
         # Of two ends, without a mark between them, nobody sees where they part.
         if not set(kls) & set(train.KL_MARKS):

@@ -632,14 +632,14 @@ def distinct_pairs(tokens):
 
 
 def keep_along_kl(args, name, before, history, kl, state):
-    """Write the policy, weights before, whose drift kl is the first to pass a mark of KL_MARKS."""
+    """If drift kl is the first to pass a mark of KL_MARKS, write before, the weights that had it."""
     # From the history, which a resumed run has too: so a kill changes nothing here.
     farthest = max([row["exact_kl"] for row in history], default=0.0)
     for mark in KL_MARKS:
         if farthest < mark <= kl:
             weights = {key: x.to(args.dtype) for key, x in before.items()}
             data.save_checkpoint(args.out / f"{name}_kl{mark:g}.pt",
-                                 {**state, "kind": "ppo", "model": weights, "ref_kl": kl})
+                                 {**state, "kind": "ppo", "model": weights})
     if farthest < 10 <= kl:
         print("warning: the drift has passed 10 nats a completion. Beyond, completions often grow "
               "alike, heaps of what scores best: read samples, watch distinct_2.")
@@ -668,13 +668,13 @@ def scorer(args, name, state, rho):
 def make_run(args, config, seed, pretrained, rewarded, rho):
     """A PPO run at its beginning, and the reward model that scores it.
 
-    Its value function has been warmed up: fitted to the scores of samples of rho that are there.
+    Its value function has been warmed up: fitted to the scores of samples of rho already drawn.
     """
     model, score_fn = scorer(args, "reward", rewarded, rho)
     run = ppo.PPO(load_gpt(pretrained, args.device, args.dtype), score_fn,
                   rho["prompts"].to(args.device), config, seed,
                   features_fn=lambda tokens: model.prefixes(tokens)[..., None], end=rho["end"])
-    # As many of each prompt.
+    # The same number for each prompt, about 2,048 in all.
     each = max(2048 // len(run.prompts), 1)
     tokens = rho["tokens"].view(len(run.prompts), -1, args.length)[:, :each]
     tokens = tokens.flatten(0, 1).long().to(args.device)
@@ -704,7 +704,7 @@ def ppo_stage(args, config, tokenizer, pretrained, rewarded, judged, rho):
         if i == 0:
             for old in args.out.glob(f"{name}_kl*.pt"):
                 old.unlink(missing_ok=True)         # of a run with other options
-        # The metrics of a step are those of the policy before its update.
+        # Score, KL and entropy of a step are those of the policy before its update.
         before = copy.deepcopy(run.policy.state_dict())
         metrics = run.step(i)
         keep_along_kl(args, name, before, stage.history, metrics["exact_kl"], about)
@@ -752,9 +752,8 @@ def draw_fresh(args, run, model, judge, rho):
 
 
 def measure_drift(policy, ref, prompts, tokens):
-    """Of completions (N,T): log_ratio = log pi(y) - log rho(y), and ref_kl: each (N,), in nats.
-
-    ref_kl is the KL summed over tokens from whole distributions, the metrics' exact_kl.
+    """Of completions (N,T): log_ratio = log pi(y) - log rho(y), and exact_kl, the KL summed over
+    their tokens from whole distributions: each (N,), in nats.
     """
     def read(prompts, tokens):
         logprobs, ref_logprobs = (gpt.completion_logits(model, prompts, tokens).log_softmax(-1)
@@ -762,7 +761,7 @@ def measure_drift(policy, ref, prompts, tokens):
         log_ratio = ppo.of_tokens(logprobs - ref_logprobs, tokens)
         mask = tokens != PAD
         return {"log_ratio": (log_ratio * mask).sum(1),
-                "ref_kl": (ppo.exact_kl(logprobs, ref_logprobs) * mask).sum(1)}
+                "exact_kl": (ppo.exact_kl(logprobs, ref_logprobs) * mask).sum(1)}
 
     return in_chunks(read, prompts, tokens)
 
@@ -781,7 +780,7 @@ def main():
         prompts, end = make_prompts(args, corpus[0], tokenizer, start)
         rated = rated_passages(args, tokenizer)     # before pretraining: a bad row is told now
         if data.is_first_process():
-            gpt.wait(args.device)
+            gpt.wait(args.device)       # lets the others, waiting above, go on
         pretrained = pretrain_stage(args, texts, start)
         print(f"pretrain: {pretrained['parameters']:,} parameters, "
               f"{pretrained['val_bits_per_byte']:.3f} bits per byte on held-out plays")

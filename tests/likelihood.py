@@ -60,7 +60,7 @@ def main():
         fresh = sample_completions(policy, prompts[:1024], args.length,
                                    torch.Generator().manual_seed(98))
         drift = train.measure_drift(policy, ref, prompts[:1024], fresh)
-        reached, kl = in_chunks(score_fn, fresh), drift["ref_kl"]
+        reached, kl = in_chunks(score_fn, fresh), drift["exact_kl"]
         objective, error = sample.mean_se(reached - beta * drift["log_ratio"])
         known = next(run for run in runs if run["inputs"]["beta"] == beta
                      and run["toward"] == "positive")

@@ -475,7 +475,7 @@ def test_the_numbers_of_the_summary_hang_together(drifted):
         best, J = row["optimum"], row["objective"]
         run = data.load_checkpoint(drifted / f"{train.run_name(row['toward'], row['beta'])}.pt")
         fresh = run["fresh"]
-        k1, kl = fresh["log_ratio"].double(), fresh["ref_kl"].double()
+        k1, kl = fresh["log_ratio"].double(), fresh["exact_kl"].double()
         assert_close(row["ref_kl"], kl.mean().item(), "exact KL", atol=1e-5, rtol=0)
         assert_close(J, row["score"] - row["beta"] * k1.mean().item(), "J", atol=1e-5, rtol=0)
         noise = row["beta"] * (k1 - kl).std().item() / len(kl) ** 0.5
@@ -545,7 +545,7 @@ def test_of_samples_of_the_optimum_the_objective_is_known_without_error():
     log_ratio = r / beta - log_z
     kl = ((r / beta).softmax(0) * log_ratio).sum()
     fresh = {"log_odds": log_odds[texts], "judge": log_odds[texts], "log_ratio": log_ratio[texts],
-             "ref_kl": kl.expand(64)}
+             "exact_kl": kl.expand(64)}
     both = {"reward": log_odds, "judge": log_odds}
     rho = {"prompts": torch.zeros(1, 1), "log_odds": both,
            "constants": {name: {"positive": constants} for name in both}}
@@ -587,7 +587,7 @@ def test_ratings_add_a_figure_and_the_readers_sense(drifted, tmp_path, monkeypat
     assert set(lines) == {f"{name}, {NEGATIVE}" for name in expected}
     for name, ys in expected.items():
         x, y = lines[f"{name}, {NEGATIVE}"].get_data()
-        end = data.load_checkpoint(out / f"{NEGATIVE}.pt")["fresh"]["ref_kl"].mean().item()
+        end = data.load_checkpoint(out / f"{NEGATIVE}.pt")["fresh"]["exact_kl"].mean().item()
         assert_close(list(map(float, x)), [0.0, mark, end], "rho is at 0, the end where it ended")
         assert_close(list(map(float, y)), ys, name, atol=1e-5, rtol=0)
 

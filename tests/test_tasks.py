@@ -1,6 +1,7 @@
 """What the study can do besides: prompts with an end, comparisons, more than one process."""
 
 import contextlib
+import csv
 import itertools
 import json
 import math
@@ -23,6 +24,7 @@ import ppo
 import reward
 import sample
 import train
+import what_matters
 from conftest import TOY, argv, assert_close, content, explains, randn, run_script
 from gpt import PAD
 
@@ -85,7 +87,7 @@ def test_completions_end_where_speeches_do_and_each_prompt_has_its_share(continu
         expected = ((policy - ref) * (tokens != PAD)).sum(1)
         assert_close(found, expected, "log pi - log rho", atol=0.15, rtol=0)
         assert expected.std() > 0.3, "too little drift to see"
-    assert_close(run["fresh"]["ref_kl"].mean().item(), run["fresh"]["log_ratio"].mean().item(),
+    assert_close(run["fresh"]["exact_kl"].mean().item(), run["fresh"]["log_ratio"].mean().item(),
                  "two estimates of the same KL", atol=0.3, rtol=0)
 
 
@@ -348,3 +350,32 @@ def test_shares_hold_every_row_once(processes, monkeypatch):
             assert abs(part.stop - part.start - n / processes) < 1
             rows += range(n)[part]
         assert rows == list(range(n))
+
+
+# ---- the measuring scripts ----------------------------------------------------------------------
+
+def test_what_matters_changes_one_thing_at_a_time_and_keeps_its_rows(study, tmp_path, monkeypatch,
+                                                                     command):
+    """Every change runs, on a study of its own length; what is kept is not run again."""
+    monkeypatch.setattr(what_matters, "KEPT", tmp_path / "kept.csv")
+    monkeypatch.setattr(ppo, "MIN_ESS", 10)
+    right, seen = (ppo.kl_penalised_rewards, ppo.whiten), []
+    step = ppo.PPO.step
+    monkeypatch.setattr(ppo.PPO, "step", lambda run, i: seen.append(run) or step(run, i))
+    arguments = ["--study", study, "--beta", 2, "--iterations", 1, "--batch", 8, "--seeds", 1]
+    code, said, errors = command(what_matters, *arguments)
+    assert code == 0, errors
+    rows = list(csv.DictReader((tmp_path / "kept.csv").read_text().splitlines()))
+    assert [row["change"] for row in rows] == list(what_matters.CHANGES) and len(seen) == len(rows)
+    assert (ppo.kl_penalised_rewards, ppo.whiten) == right, "what was changed stays changed"
+    runs = dict(zip(what_matters.CHANGES, seen))
+    assert {run.config.length for run in seen} == {16}
+    assert runs["twice the batch"].config.batch == 16 and runs["lambda 1"].config.lam == 1
+    assert_close(runs["learning rate / 2"].config.lr, runs["default"].config.lr / 2, "half")
+    assert runs["Adam's epsilon 1e-5"].optimizer.param_groups[0]["eps"] == 1e-5
+    assert runs["default"].optimizer.param_groups[0]["eps"] == 1e-3, "the shipped one"
+    # The values that the batch was read with: 0 but where they were warmed up.
+    assert not runs["values start at 0"].batch["values"].any()
+    assert runs["default"].batch["values"].any()
+    assert command(what_matters, *arguments)[0] == 0 and len(seen) == len(rows), "run once more"
+    explains(command(what_matters, *arguments, "--beta", 3), "no run at beta 3")
