@@ -17,8 +17,8 @@ One iteration, with the numbers of the comments below and of the README:
 
 Departures from the textbook: the value function is linear in fixed features of what was written so
 far, and fitted by least squares, where others train one more layer on the policy's trunk. So step 6
-costs next to nothing and disturbs no policy. And there is one epoch of updates, not four: most of
-what a second pass over the same samples teaches is their noise.
+costs next to nothing and disturbs no policy. And there is one epoch of updates, not four: in a run
+of full length the time is better spent on fresh samples.
 
 A completion is T token ids. Where it ended before its full length, PAD (-1) fills the rest, and
 mask (B,T), 1 for real tokens, keeps what lies there out of every sum. Prompts are padded on the

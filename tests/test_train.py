@@ -328,7 +328,22 @@ def test_the_seed_reaches_every_use_of_randomness(texts, tmp_path, monkeypatch):
 
 # ---- pretraining --------------------------------------------------------------------------
 
-def test_half_of_the_windows_begin_where_a_speech_does(options, monkeypatch):
+@pytest.fixture
+def steps(monkeypatch):
+    """What each call of gpt.descend was given: the rate as a share of its peak, and the clip."""
+    descend, seen = gpt.descend, []
+
+    def spy(loss, model, optimizers, clip=math.inf, weight=None):
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        shares = {round(group["lr"] / group["peak"], 6) for group in groups}
+        seen.append((*shares, clip))
+        return descend(loss, model, optimizers, clip, weight)
+
+    monkeypatch.setattr(gpt, "descend", spy)
+    return seen
+
+
+def test_half_of_the_windows_begin_where_a_speech_does(options, monkeypatch, steps):
     """Samples have only the blank line before them, so that context must be seen in training."""
     windows, seen = train.windows, []
 
@@ -346,6 +361,8 @@ def test_half_of_the_windows_begin_where_a_speech_does(options, monkeypatch):
     assert len(starts) == TOY["pretrain_steps"] and (tokens[starts[:, ::2]] == start).all()
     assert (tokens[starts[:, 1::2]] == start).float().mean() < 0.5, "the others begin anywhere"
     assert starts.unique().numel() > 0.7 * starts.numel(), "the same windows again and again"
+    n = TOY["pretrain_steps"]
+    assert steps == [(round(train.trapezoid(i, n), 6), math.inf) for i in range(n)], "its rates"
 
 
 def test_the_learning_rate_rises_and_falls():
@@ -419,7 +436,8 @@ def test_the_passages_of_a_text_of_ones_own_are_split_too(options, texts, monkey
     assert train.rated_passages(options(), tokenizer)["digest"] != digest, "another split is news"
 
 
-def test_each_reader_learns_soft_targets_of_its_own_passages(options, texts, study, monkeypatch):
+def test_each_reader_learns_soft_targets_of_its_own_passages(options, texts, study, monkeypatch,
+                                                             steps):
     """(rating + 2) / 4 of the part that bears its name; "choose" calibrates both."""
     args, seen = options(), {}
     fit, loss, calibrate = reward.Bag.fit, reward.classifier_loss, reward.calibrate
@@ -455,6 +473,9 @@ def test_each_reader_learns_soft_targets_of_its_own_passages(options, texts, stu
     assert set(seen["judge"]) <= set(wanted("judge")), "the judge has read others' passages"
     assert len(set(seen["judge"])) > 0.9 * len(set(wanted("judge"))), "12 batches of 32 reach most"
     assert seen["choose bag"] == seen["choose trunk"] == wanted("choose")
+    n = TOY["judge_steps"]
+    rates = [round(min(1, (i + 1) / 20) * (1 - i / n), 6) for i in range(n)]
+    assert steps == [(rate, 1.0) for rate in rates], "rates and clips of the judge"
 
 
 @pytest.mark.parametrize("name", ["reward", "judge"])
