@@ -672,11 +672,13 @@ def test_an_edit_repeats_the_stages_that_run_the_code_alone(redone, monkeypatch,
     assert names == again_done and said.count("done again") == len(again_done), said
 
 
-def test_other_iterations_repeat_ppo_alone_and_say_so(redone, again):
+@pytest.mark.parametrize("option, value", [("--iterations", 2), ("--stop-at-kl", 1000)])
+def test_other_options_of_ppo_repeat_ppo_alone_and_say_so(redone, again, option, value):
     """Each stage depends on its own inputs only."""
-    names, said = redone("--iterations", 2, "--until", "ppo")
+    names, said = redone(option, value, "--until", "ppo")
     assert names == {"ppo_beta0.5", "ppo_beta2"}
-    assert "ppo_beta2.pt: iterations changed, so this stage is done again" in said, said
+    changed = option[2:].replace("-", "_")
+    assert f"ppo_beta2.pt: {changed} changed, so this stage is done again" in said, said
 
 
 def test_more_samples_to_measure_on_do_not_change_training(redone, again, study, monkeypatch):
