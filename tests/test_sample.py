@@ -605,11 +605,12 @@ def test_a_second_report_says_the_same(study, tmp_path, texts, monkeypatch):
     assert without_times(summary_of(out)) == without_times(summary_of(study))
 
 
-def test_a_run_of_another_reward_model_is_left_out(study, tmp_path, command, monkeypatch):
+@pytest.mark.parametrize("kind", ["pretrain", "reward", "judge", "rho"])
+def test_a_run_of_another_study_is_left_out(study, tmp_path, command, monkeypatch, kind):
     """Its scores mean something else; where no run is left, one line says so."""
     out = shutil.copytree(study, tmp_path / "out")
     state = data.load_checkpoint(out / "ppo_beta2.pt")
-    state["inputs"]["reward"] = "another"
+    state["inputs"][kind] = "another"
     monkeypatch.setattr(sample, "save_figure", lambda *_: None)     # figures only take time here
     data.save_checkpoint(out / "ppo_beta2.pt", state)
     code, said, _ = command(sample, "--report", out)
