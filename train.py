@@ -632,7 +632,7 @@ def distinct_pairs(tokens):
 
 
 def keep_along_kl(args, name, before, history, kl, state):
-    """If drift kl is the first to pass a mark of KL_MARKS, write before, the weights that had it."""
+    """If drift kl is the first past a mark of KL_MARKS, write before, the weights that had it."""
     # From the history, which a resumed run has too: so a kill changes nothing here.
     farthest = max([row["exact_kl"] for row in history], default=0.0)
     for mark in KL_MARKS:

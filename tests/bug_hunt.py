@@ -220,7 +220,8 @@ BUGS = [
         "After the end it is taught numbers that no token earned, and real tokens get what is left "
         "of its capacity.",
         "loop", "ppo.py",
-        [("x = self.terms(x)[real] ", "real = torch.ones_like(real)\n            x = self.terms(x)[real] ")]),
+        [("            x = self.terms(x)[real] ",
+          "            real = torch.ones_like(real)\n            x = self.terms(x)[real] ")]),
     Bug("mask shifted by one", "trlx #582",
         "The loss reads the first padding token and leaves out the last real one.",
         "loop", "ppo.py",
@@ -257,8 +258,8 @@ BUGS = [
         [('            if infos and info["approx_kl"] > config.max_update_kl:\n',
           "            loss.backward()\n"
           '            if infos and info["approx_kl"] > config.max_update_kl:\n'),
-         ('            info["grad_norm"] = descend(loss, self.policy, [self.optimizer], 1.0, weight)\n',
-          '            info["grad_norm"] = nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)\n'
+         ("descend(loss, self.policy, [self.optimizer], 1.0, weight)\n",
+          "nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)\n"
           "            self.optimizer.step()\n"
           "            self.optimizer.zero_grad(set_to_none=True)\n")]),
     Bug("early stop at a multiple of what was set", "Spinning Up, 1.5 times, as its text says",

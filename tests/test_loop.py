@@ -368,14 +368,16 @@ def test_the_value_function_learns_the_returns_and_sees_no_token_before_it_is_dr
 
 
 def test_values_are_the_least_squares_fit_over_real_tokens_alone():
-    """Against torch.linalg.lstsq on the terms of the docstring, ridge and all; masks may hide NaN."""
+    """Against torch.linalg.lstsq on the terms of the docstring; masks may hide NaN."""
     value, features = ppo.ValueFunction(3, known=1), randn(90, 4, 3, dtype=torch.float32)
     returns, mask = randn(90, 4, seed=1), randn(90, 4, seed=2) > 0
     x, k, t = features.double(), features[..., 2:].double(), torch.arange(4)[:, None] / 4
     t = t.double().expand(90, 4, 1)
     terms = torch.cat((t ** 0, t, t ** 2, x, k * t, k ** 2), -1)
+    # A ridge of 1 is a row more for each weight, that wants it to be 0.
     rows = torch.cat((terms[mask], torch.eye(8, dtype=torch.float64)))
-    expected = torch.linalg.lstsq(rows, torch.cat((returns[mask], torch.zeros(8))).double()).solution
+    wanted = torch.cat((returns[mask], torch.zeros(8))).double()
+    expected = torch.linalg.lstsq(rows, wanted).solution
     assert not value(features).any(), "values should start at 0"
     value.fit(features, returns.masked_fill(~mask, math.nan), mask)
     assert_close(value.weight, expected, "another fit", atol=1e-6, rtol=0)

@@ -108,8 +108,8 @@ def test_values_are_warmed_up_on_real_tokens_of_every_prompt(continued, monkeypa
     assert torch.equal(seen["mask"], tokens != PAD), "what is no token has no value"
     assert_close(seen["returns"], scores[:, None].expand(512, 16), "the score at every token")
     prompts = train.repeat(rho["prompts"], 512)
-    assert_close(seen["features"], run.read(prompts, tokens)["features"], "of these prompts", atol=1e-4,
-                 rtol=0)
+    assert_close(seen["features"], run.read(prompts, tokens)["features"], "of these prompts",
+                 atol=1e-4, rtol=0)
 
 
 def test_rho_is_given_the_prompts_that_its_policies_are(continued, monkeypatch, capsys):

@@ -119,8 +119,8 @@ def run_once(args, study, change, beta, seed, iterations):
     drift = train.measure_drift(run.policy, run.ref, prompts, tokens)
     objective = (scores - beta * drift["log_ratio"]).mean().item()
     return dict(zip(COLUMNS, (change, f"{beta:g}", str(seed), str(iterations), str(config.batch),
-                              CODE, scores.mean().item(), drift["exact_kl"].mean().item(), objective,
-                              objective / best["objective"], seconds)))
+                              CODE, scores.mean().item(), drift["exact_kl"].mean().item(),
+                              objective, objective / best["objective"], seconds)))
 
 
 def mean_se(values):
