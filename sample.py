@@ -578,22 +578,30 @@ def draw_reward(rewarded, judged, pretrained):
     return figure
 
 
+def first_past(run):
+    """[(mark, the first row of a run's history whose drift has passed it)], of all marks passed."""
+    past = [(mark, [row for row in run["history"] if row["exact_kl"] >= mark])
+            for mark in train.KL_MARKS]
+    return [(mark, rows[0]) for mark, rows in past if rows]
+
+
 def draw_readers(passages, runs):
     """What readers and both models say of the same texts along the drift, all from 0 to 1."""
     figure, axis = drift_figure("Where the models and readers part", "from 0 to 1")
     for run, style in zip(runs, itertools.cycle(("o-", "s--", "^:", "v-."))):
         # Every run begins as rho. Where it ends may lie nearer than where it has been.
-        names = {0: "pretrain",
-                 **{mark: f"{run['name']}_kl{mark:g}" for mark in train.KL_MARKS},
-                 run["fresh"]["exact_kl"].mean().item(): run["name"]}
-        kls = [kl for kl in names if names[kl] in passages]
-        # Of two ends, without a mark between them, nobody sees where they part.
-        if not set(kls) & set(train.KL_MARKS):
+        models = [("pretrain", 0.0),
+                  *[(f"{run['name']}_kl{mark:g}", row["exact_kl"])
+                    for mark, row in first_past(run)],
+                  (run["name"], run["fresh"]["exact_kl"].mean().item())]
+        rated = {name: kl for name, kl in models if name in passages}
+        # Of two ends, with nothing between them, nobody sees where they part.
+        if not any("_kl" in name for name in rated):
             continue
         for i, (measure, (least, most)) in enumerate(MEASURES.items()):
-            values = [(passages[names[kl]][:, i] - least) / (most - least) for kl in kls]
+            values = [(passages[name][:, i] - least) / (most - least) for name in rated]
             means, errors = zip(*map(mean_se, values))
-            axis.errorbar(kls, means, errors, fmt=f"C{i}{style}",
+            axis.errorbar(list(rated.values()), means, errors, fmt=f"C{i}{style}",
                           label=f"{measure}, {run['name']}")
     return figure
 
@@ -674,21 +682,19 @@ def strip_along_kl(path, run, args, passages):
     path: of the run. passages: those that were rated, for the sense that readers find in them.
     """
     rows = []
-    for mark in train.KL_MARKS:
+    for mark, step in first_past(run):
         kept = at_kl(path, mark)
-        passed = [row for row in run["history"] if row["exact_kl"] >= mark]
-        # Of a run that was resumed on another machine a file may be there, and no step.
-        if kept.exists() and passed:
+        if kept.exists():
             sense = mean_se(passages[kept.stem][:, 1])[0] if kept.stem in passages else None
             # A newline or a bar would end the cell.
             text = draw(kept, args, 1)[0]["text"].replace("\n", " / ").replace("|", "")
-            numbers = [passed[0][key] for key in ("score", "positive", "distinct_2")]
+            numbers = [step[key] for key in ("exact_kl", "score", "positive", "distinct_2")]
             rows.append([mark, *numbers, sense, text])
     if not rows:
         return []
     return [f"## {path.stem} along its drift\n",
-            *table(["KL", "score", "P(positive)", "distinct pairs of tokens", "readers' sense",
-                    "a sample"], rows)]
+            *table(["past", "KL", "score", "P(positive)", "distinct pairs of tokens",
+                    "readers' sense", "a sample"], rows)]
 
 
 def draw_figures(study, summary, passages):

@@ -575,7 +575,7 @@ def test_ratings_add_a_figure_and_the_readers_sense(drifted, tmp_path, monkeypat
     assert run_script(sample, "--report", out, "--ratings", tmp_path / "mine.csv") == 0
     report = (out / "report.md").read_text()
     strip = report.partition(f"## {NEGATIVE} along its drift")[2].splitlines()[2:]
-    column = [line.split("|")[5].strip() for line in itertools.takewhile(bool, strip)]
+    column = [line.split("|")[6].strip() for line in itertools.takewhile(bool, strip)]
     assert column[0] == "readers' sense" and column[2] == "3.5" and not any(column[3:]), column
     assert "(figures/readers.png)" in report
     lines = {line.get_label(): line.lines[0] for line in figures["readers"].axes[0].containers}
@@ -587,8 +587,10 @@ def test_ratings_add_a_figure_and_the_readers_sense(drifted, tmp_path, monkeypat
     assert set(lines) == {f"{name}, {NEGATIVE}" for name in expected}
     for name, ys in expected.items():
         x, y = lines[f"{name}, {NEGATIVE}"].get_data()
-        end = data.load_checkpoint(out / f"{NEGATIVE}.pt")["fresh"]["exact_kl"].mean().item()
-        assert_close(list(map(float, x)), [0.0, mark, end], "rho is at 0, the end where it ended")
+        run = data.load_checkpoint(out / f"{NEGATIVE}.pt")
+        past = next(row["exact_kl"] for row in run["history"] if row["exact_kl"] >= mark)
+        end = run["fresh"]["exact_kl"].mean().item()
+        assert_close(list(map(float, x)), [0.0, past, end], "each stands where its drift was")
         assert_close(list(map(float, y)), ys, name, atol=1e-5, rtol=0)
 
 
