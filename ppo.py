@@ -461,8 +461,8 @@ class PPO:
             known = features_fn(prompts.new_zeros(1, config.length)).size(-1)
         self.value = ValueFunction(ref.config.n_embd + known, known).to(prompts.device)
         # Adam moves every weight about as far, however small its gradient, for it divides by the
-        # gradient's size. But small ones are mostly noise here. With so large an epsilon they move
-        # little, as with plain momentum (results/LOG.md compares).
+        # gradient's size. But a small one may be mostly noise. With so large an epsilon it moves
+        # its weight little, as plain momentum does (results/LOG.md compares).
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=config.lr, eps=1e-3,
                                            betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.controller = AdaptiveKL(config.beta, config.adaptive_kl_target,
