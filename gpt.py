@@ -1,27 +1,24 @@
-"""The transformer: a small GPT, its key-value cache, and sampling from it.
+"""The transformer: a small GPT, sampling from it, scoring with it, and its pretraining.
 
-Second on the reader's path, after data.py. The model follows nanoGPT (Karpathy) with the
-changes that paid most at this size: rotary positions (Su 2021), layer norm without weights,
-normalised queries and keys, squared ReLU (So 2021), output projections that start at zero,
-and Muon for the matrices. Two things differ from nanoGPT because PPO needs them:
+Read this file first. The model follows nanoGPT (Karpathy) with the changes that paid most at this
+size: rotary positions (Su 2021), layer norm without weights, normalised queries and keys, squared
+ReLU (So 2021), output projections that start at zero, and Muon (Jordan 2024) for the matrices.
+Two things differ from nanoGPT because PPO needs them:
 
 - forward() returns logits at *every* position: sampling looks at the last one, scoring at all;
-- hidden() returns the final hidden states, which a value function or a classifier head can read.
+- hidden() returns the final hidden states, which the reward model's classifier head reads.
+
+On a first reading skip "several processes": a process alone works on all rows and sends nothing.
 
 Precision, the same on every device. Weights are float32. Each model has one compute dtype,
 bfloat16 where the machine is fast at it: the residual stream, matrix products and attention
-are in it. Norms are computed in float32 within. Logits are rounded to it too and then turned into
-float32, in which all that follows is done (softmax, log-probabilities, losses): in bfloat16 a
-log-probability is off by some hundredths of a nat, equally often up and down.
+are in it. Norms are computed in float32 within. Logits are rounded to it, then turned into float32,
+in which everything after them is done (softmax, log-probabilities, losses).
 
 Lines that depend on the device: attention() calls torch's fused kernel on CUDA; compute_dtype()
-asks what the machine is good at; join_processes() gives each process a GPU of its own;
-data.keep_freed_memory() speaks to glibc's allocator.
-Everything else is one path, and the tests walk it on a CPU.
+asks what the machine is good at; join_processes() gives each process a GPU of its own.
 
-Several processes, if torchrun started them: see share(), which says what each works on.
-
-`pytest tests/test_gpt.py` proves it.
+`pytest tests/test_gpt.py` checks it.
 """
 
 import copy
@@ -35,8 +32,8 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-# The id of "no token": it pads prompts on the left, and completions after their end.
-PAD = -1
+import data
+from data import PAD
 
 
 @dataclass
@@ -64,33 +61,27 @@ class Linear(nn.Linear):
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, in buffers for all that will be read."""
+    """Keys and values of the tokens read so far, for each layer."""
 
-    def __init__(self, config, batch, size, device, dtype, pad=None):
-        if size > config.block_size:
-            raise ValueError(f"{size} tokens do not fit the context of {config.block_size}")
-        head = config.n_embd // config.n_head
-        shape = (config.n_layer, batch, config.n_head, size, head)
-        self.k = torch.empty(shape, device=device, dtype=dtype)
-        self.v = torch.empty_like(self.k)
+    def __init__(self, config):
+        self.layers = [None] * config.n_layer
         self.length = 0                             # tokens read so far
-        self.pad = torch.zeros(batch, size, dtype=torch.bool, device=device)
-        if pad is not None:
-            self.pad[:, :pad.size(1)] = pad         # where the prompt has no token
 
     def append(self, layer, k, v):
-        """Store k, v (B,H,T,head) of the newest tokens; return all so far (B,H,S,head)."""
-        end = self.length + k.size(2)
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        """Add k, v (B,H,T,head) of the newest tokens; return all so far (B,H,S,head)."""
+        if self.layers[layer]:
+            # New tensors: a slice of a preallocated buffer would be copied by every product.
+            old_k, old_v = self.layers[layer]
+            k = torch.cat((old_k, k), dim=2)
+            v = torch.cat((old_v, v), dim=2)
+        self.layers[layer] = k, v
+        return k, v
 
 
 def norm(x):
     """Layer norm over features, no weights (Ba 2016): in x's dtype, computed in float32.
 
-    torch's kernel keeps mean, variance and products in float32 and rounds at the end (a test holds
-    it to that), on the CPU fused; the RMS norm that most new models have is not fused there.
+    torch's CPU kernel fuses it, which it does not do for the RMS norm of most newer models.
     """
     return F.layer_norm(x, (x.size(-1),))
 
@@ -107,15 +98,16 @@ def rotate(x, cos, sin):
 def blocked_keys(queries, keys, device, pad=None):
     """Which of S keys each of the last T queries must not see: (T,S), or with padding (B,1,T,S).
 
-    Those of its future, and those of padding, pad (B,S). A padded query sees itself: nobody reads
-    what comes of it, but a softmax over nothing would be NaN.
+    Blocked are the future and padding, pad (B,S). A padded query sees itself, or its softmax over
+    nothing would be NaN; its output is never used.
     """
     key = torch.arange(keys, device=device)
     query = torch.arange(keys - queries, keys, device=device)[:, None]
-    blocked = key > query
+    future = key > query
     if pad is None:
-        return blocked
-    return blocked | (pad[:, None, None, :] & (key != query))
+        return future
+    padding = pad[:, None, None, :]
+    return future | (padding & (key != query))
 
 
 def attention(q, k, v, blocked):
@@ -123,8 +115,10 @@ def attention(q, k, v, blocked):
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=~blocked)
     # On the CPU, at 64 tokens in bfloat16, the written-out products are faster than the kernel.
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))        # (B,H,T,S)
-    return scores.masked_fill(blocked, -math.inf).softmax(-1) @ v
+    q = q / math.sqrt(q.size(-1))
+    scores = q @ k.transpose(-2, -1)                                # (B,H,T,S)
+    weights = scores.masked_fill(blocked, -math.inf).softmax(-1)
+    return weights @ v
 
 
 class Block(nn.Module):
@@ -140,17 +134,18 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, blocked, layer=0, cache=None):
         B, T, C = x.shape
-        q, k, v = (y.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-                   for y in self.qkv(norm(x)).split(C, dim=-1))     # each (B,H,T,head)
+        qkv = self.qkv(norm(x)).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B,H,T,head)
         # Norms of q and k bound the attention scores: training stays calm at high rates.
         q = rotate(norm(q), cos, sin)
         k = rotate(norm(k), cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)                        # (B,H,S,head)
-        # Mix what other positions know into this one ...
+        # Attention mixes positions ...
         y = attention(q, k, v, blocked)
-        x = x + self.proj(y.transpose(1, 2).reshape(B, T, C))
-        # ... then think about it, each position alone. relu(y)^2 learns faster than GELU here.
+        y = y.transpose(1, 2).reshape(B, T, C)
+        x = x + self.proj(y)
+        # ... and the MLP works on each alone. relu(y)^2 learns faster than GELU here.
         y = F.relu(self.fc(norm(x)))
         return x + self.out(y * y)
 
@@ -170,32 +165,29 @@ class GPT(nn.Module):
         angle = position * 10_000.0 ** (-torch.arange(half) / half)
         self.register_buffer("cos", angle.cos(), persistent=False)      # (block_size, head/2)
         self.register_buffer("sin", angle.sin(), persistent=False)
-        for name, weight in self.named_parameters():
-            if name.endswith(("proj.weight", "out.weight", "lm_head.weight")):
-                nn.init.zeros_(weight)          # each layer starts as the identity, logits uniform
-            elif name == "embed.weight":
-                nn.init.normal_(weight)
-            else:
-                nn.init.normal_(weight, std=weight.size(1) ** -0.5)
+        nn.init.normal_(self.embed.weight)
+        nn.init.zeros_(self.lm_head.weight)             # logits start uniform
+        for block in self.blocks:
+            nn.init.normal_(block.qkv.weight, std=config.n_embd ** -0.5)
+            nn.init.normal_(block.fc.weight, std=config.n_embd ** -0.5)
+            nn.init.zeros_(block.proj.weight)           # each layer starts as the identity
+            nn.init.zeros_(block.out.weight)
 
     def hidden(self, tokens, cache=None, pad=None):
         """Final hidden states (B,T,C), in the compute dtype, of tokens (B,T).
 
-        With a cache, tokens are those that follow what it has read. pad (B,T) is True where
-        there is no token; a cache knows that by itself.
+        With a cache, tokens are those that follow what it has read. pad (B,S) is True where there
+        is no token, of all that were read so far.
         """
         T = tokens.size(1)
         start = 0 if cache is None else cache.length
         end = start + T
-        # Angles exist for block_size positions.
-        if end > self.config.block_size:
+        if end > self.config.block_size:        # there are no angles beyond
             raise ValueError(f"{end} tokens do not fit the context of {self.config.block_size}")
-        if cache is not None:
-            pad = cache.pad[:, :end]
         blocked = blocked_keys(T, end, tokens.device, pad)
         cos = self.cos[start:end].to(self.dtype)
         sin = self.sin[start:end].to(self.dtype)
-        # PAD has no row in the table; it borrows that of token 0; nobody reads what comes of it.
+        # PAD has no row in the table; it borrows that of token 0, and its output is never used.
         x = norm(self.embed(tokens.clamp(min=0)).to(self.dtype))        # (B,T,C)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, blocked, layer, cache)
@@ -211,72 +203,10 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens, cache, pad))
 
 
-# ---- several processes --------------------------------------------------------------------
-# torchrun starts N copies of train.py. All hold the same weights and draw the same random
-# numbers. Of what takes long (pretraining, sampling, reading, updates) each computes a share of
-# the rows and is given the others' results; the rest each does by itself, with the same outcome.
-# A process alone works on all rows, and nothing is sent.
-
-def join_processes(device):
-    """Meet the other processes that torchrun started, if it did. Returns this one's device."""
-    if not dist.is_torchelastic_launched():
-        return device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")    # the first speaks for all
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    return device
-
-
-def share(n):
-    """The slice of n rows that this process works on."""
-    if not dist.is_initialized():
-        return slice(0, n)
-    i, processes = dist.get_rank(), dist.get_world_size()
-    return slice(n * i // processes, n * (i + 1) // processes)
-
-
-def add_up(x):
-    """The sum of a tensor over all processes, in its place. ConnectionError if one has ended."""
-    try:
-        dist.all_reduce(x)
-    except RuntimeError:
-        raise ConnectionError("another process of this run has ended") from None
-    return x
-
-
-def wait(device):
-    """Return when every process has come here."""
-    if dist.is_initialized():
-        add_up(torch.zeros(1, device=device))
-
-
-def gather(rows, n):
-    """All n rows, of which this process has made its share. No gradient flows through it."""
-    if not dist.is_initialized():
-        return rows
-    # Zeros where the others' rows belong: shares may differ in size.
-    whole = rows.new_zeros(n, *rows.shape[1:])
-    whole[share(n)] = rows
-    return add_up(whole)
-
-
-def average(tensors, weight):
-    """Each tensor's mean over all processes, in its place; the weights add up to 1.
-
-    weight None: every process has the same already.
-    """
-    if dist.is_initialized() and weight is not None:
-        for x in tensors:
-            add_up(x.mul_(weight))
-
-
 # ---- sampling -----------------------------------------------------------------------------
 
 class Generator(torch.Generator):
-    """A stream of randomness of its own, whose state goes into checkpoints."""
+    """A random stream of its own, whose state goes into checkpoints."""
 
     def state_dict(self):
         return {"state": self.get_state()}
@@ -294,24 +224,24 @@ def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    # A sum of 2,048 float32 probabilities would miss the rarest tokens.
-    logits = logits.double()
     if temperature != 1:             # the largest first: then no temperature above 0 overflows
         logits = (logits - logits.amax(-1, keepdim=True)) / temperature
-    if top_k is not None and top_k < logits.size(-1):
-        best = logits.topk(top_k)
-        logits = torch.full_like(logits, -math.inf).scatter(1, best.indices, best.values)
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
     # Invert the cumulative distribution: one uniform number a row, where torch.multinomial
     # draws one for each token of the vocabulary, and is slower.
-    cdf = logits.softmax(-1).cumsum(-1)                                 # (B,V)
+    # Summed in float64: a float32 sum of 2,048 probabilities would miss the rarest tokens.
+    cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)            # (B,V)
     # The first token whose cdf exceeds u: one of probability 0 never does first. Where logits are
     # NaN none does, and clamp keeps the index legal until the NaN is reported.
-    drawn = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True).squeeze(-1)
-    return drawn.clamp(max=cdf.size(-1) - 1)
+    threshold = uniform * cdf[:, -1:]
+    drawn = torch.searchsorted(cdf, threshold, right=True)
+    return drawn.squeeze(-1).clamp(max=cdf.size(-1) - 1)
 
 
 def draw_uniform(length, batch, device, generator=None):
-    """The random numbers (length,batch,1) that sampling so many tokens takes."""
+    """The random numbers (length,batch,1) that decide so many tokens."""
     return torch.rand(length, batch, 1, dtype=torch.float64, device=device, generator=generator)
 
 
@@ -343,18 +273,20 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None,
     if uniform is None:
         uniform = draw_uniform(length, B, prompt.device, generator)
     model = cast_weights(model)
-    cache = KVCache(model.config, B, T0 + length, prompt.device, model.dtype, padding(prompt))
+    cache = KVCache(model.config)
+    pad = padding(prompt)
     # The first pass reads the prompt, each later one the token just drawn.
     new, tokens = prompt, [prompt]
     for t in range(length):
-        logits = model(new, cache)[:, -1]                               # (B,V)
+        so_far = pad if pad is None else F.pad(pad, (0, t))             # (B,T0+t)
+        logits = model(new, cache, so_far)[:, -1]                       # (B,V)
         new = sample_tokens(logits, uniform[t], temperature, top_k)[:, None]
         tokens.append(new)
     return torch.cat(tokens, dim=1)
 
 
 def cut_after(tokens, end):
-    """Completions tokens (B,T) with PAD in the place of all that follows the first end token.
+    """Completions tokens (B,T) with everything after the first end token replaced by PAD.
 
     end None: texts have no end, and stay as they are.
 
@@ -382,7 +314,8 @@ def sample_completions(model, prompts, length, generator, end=None, batch=512):
         rows = share(len(part))
         tokens = generate(model, part[rows], length, uniform=uniform[:, rows])
         parts.append(gather(tokens, len(part)))
-    return cut_after(torch.cat(parts)[:, prompts.size(1):], end)
+    completions = torch.cat(parts)[:, prompts.size(1):]
+    return cut_after(completions, end)
 
 
 # ---- scoring ------------------------------------------------------------------------------
@@ -390,14 +323,13 @@ def sample_completions(model, prompts, length, generator, end=None, batch=512):
 def completion_hidden(model, prompts, tokens):
     """Hidden states (B,T,C) before each token of completions tokens (B,T) of prompts (B,T0).
 
-    Those at the position of the token before, so that token t is predicted, and valued, by what
-    was known before it.
+    Those one position earlier, which predict the token.
     """
     inputs = torch.cat((prompts, tokens), dim=1)[:, :-1]
     hidden = model.hidden(inputs, pad=padding(inputs))
     hidden = hidden[:, prompts.size(1) - 1:]
-    # Of a strided input torch computes the product in one way if weights need a gradient and in
-    # another if not: rho and a policy equal to it would differ in the last bit.
+    # torch multiplies a strided input in one way if weights need a gradient and in another if not:
+    # rho and a policy equal to it would differ in the last bit.
     return hidden.contiguous()
 
 
@@ -410,33 +342,96 @@ def completion_logits(model, prompts, tokens):
 def in_chunks(function, *tensors, size=64):
     """function over the rows of tensors, a few at a time so that logits stay small.
 
-    What it returns, a tensor or a dict of tensors, for all rows.
+    The function returns a tensor or a dict of tensors; so does this, for all rows.
     """
     n = len(tensors[0])
     mine = [x[share(n)].split(size) for x in tensors]
-    found = [function(*chunk) for chunk in zip(*mine)]
-    if not isinstance(found[0], dict):
-        return gather(torch.cat(found), n)
-    return {key: gather(torch.cat([part[key] for part in found]), n) for key in found[0]}
+    parts = [function(*chunk) for chunk in zip(*mine)]
+    if torch.is_tensor(parts[0]):
+        return gather(torch.cat(parts), n)
+    whole = {}
+    for key in parts[0]:
+        rows = torch.cat([part[key] for part in parts])
+        whole[key] = gather(rows, n)
+    return whole
 
 
-# ---- training and loading -----------------------------------------------------------------
+# ---- gradient steps -----------------------------------------------------------------------
+
+def orthogonalise(x, dtype, steps=5):
+    """Matrices x (N,R,C) with their singular values moved to about 1, .7 to 1.2: (N,R,C).
+
+    Newton-Schulz iteration (Jordan 2024): an odd polynomial of x, of products alone. The exact
+    result, the polar factor U V' of x = U S V', would take an SVD.
+    """
+    tall = x.size(1) > x.size(2)
+    if tall:
+        x = x.mT
+    x = x.to(dtype).contiguous()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)               # no singular value above 1
+    for _ in range(steps):
+        gram = x @ x.mT
+        # 3.4445 x - 4.7750 (x x') x + 2.0315 (x x')^2 x
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, gram, x, beta=3.4445)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum SGD whose steps are orthogonalised (Jordan 2024), so that all directions of a matrix
+    move alike. Matrices of one shape are stacked; dtype: of the products.
+    """
+
+    def __init__(self, parameters, lr, dtype, momentum=0.95):
+        super().__init__(parameters, {"lr": lr})
+        self.dtype, self.momentum = dtype, momentum
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                by_shape.setdefault(p.shape, []).append(p)
+            for (R, C), matrices in by_shape.items():
+                updates = []
+                for p in matrices:
+                    average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    average.lerp_(p.grad, 1 - self.momentum)
+                    updates.append(p.grad.lerp(average, self.momentum))         # Nesterov
+                updates = orthogonalise(torch.stack(updates), self.dtype)
+                # Steps as large as Adam's, 0.2 an element (Liu 2025).
+                rate = 0.2 * group["lr"] * max(R, C) ** 0.5
+                for p, update in zip(matrices, updates):
+                    p.sub_(update, alpha=rate)
+
+
+def make_optimizers(model, matrix_lr=0.015, embed_lr=0.004):
+    """Muon for the matrices inside the blocks, AdamW for all else: a list of two optimizers.
+
+    Embeddings and the output layer, whose rows are tokens, do better with Adam.
+    """
+    # Every parameter of a block is a matrix.
+    rest = [model.embed.weight, model.lm_head.weight]
+    return [Muon(model.blocks.parameters(), matrix_lr, model.dtype),
+            torch.optim.AdamW(rest, lr=embed_lr, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0,
+                              fused=True)]
+
 
 def set_rates(optimizers, part):
-    """Every learning rate to this part of the one its optimizer was made with."""
+    """Set every learning rate to this part of the one its optimizer was made with."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = part * group.setdefault("peak", group["lr"])
 
 
-def descend(loss, model, optimizers, clip=math.inf, weight=None):
+def optimizer_step(loss, model, optimizers, clip=math.inf, weight=None):
     """One step down the gradient of loss, a scalar. Returns the gradient's norm before clipping.
 
     weight: this process's share of the batch that the loss is a mean over; None: all of it.
     Raises FloatingPointError, before any weight changes, where the gradient is not finite.
     """
     for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)       # nothing is left of an earlier batch
+        optimizer.zero_grad(set_to_none=True)       # no gradient of an earlier batch is left
     loss.backward()
     average([p.grad for p in model.parameters()], weight)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -448,19 +443,201 @@ def descend(loss, model, optimizers, clip=math.inf, weight=None):
     return norm
 
 
-def make_optimizers(model, matrix_lr, embed_lr):
-    """Muon for the matrices inside the blocks, AdamW for all else: a list of two optimizers.
+# ---- pretraining --------------------------------------------------------------------------
 
-    Muon (Jordan 2024) orthogonalises each matrix's momentum; embeddings and the output
-    layer, whose rows are tokens, do better with Adam.
+def windows(tokens, starts, length):
+    """tokens[s : s + length] for each of starts: (B,length), int64."""
+    rows = starts[:, None] + torch.arange(length)
+    return tokens[rows].long()
+
+
+def draw_starts(n, openings, batch, generator):
+    """Where a batch of windows begins, of n places: half of them at openings, (batch,).
+
+    Samples will begin there too, with nothing before.
     """
-    # Every parameter of a block is a matrix.
-    matrices = list(model.blocks.parameters())
-    rest = [model.embed.weight, model.lm_head.weight]
-    return [torch.optim.Muon(matrices, lr=matrix_lr, momentum=0.95, weight_decay=0.0,
-                             adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=embed_lr, betas=(0.8, 0.95), eps=1e-10,
-                              weight_decay=0.0, fused=True)]
+    starts = torch.randint(n, (batch,), generator=generator)
+    half = (batch + 1) // 2
+    chosen = torch.randint(len(openings), (half,), generator=generator)
+    starts[::2] = openings[chosen]
+    return starts
+
+
+def trapezoid(i, steps):
+    """Learning rate as a share of its peak: 40 steps up, level, down to 0 over the last 60 %."""
+    up = (i + 1) / 40
+    down = (1 - i / steps) / 0.6
+    return min(1.0, up, down)
+
+
+@torch.no_grad()
+def bigram_start(model, tokens, smooth=20.0):
+    """Set embedding and output layer so that the model predicts the bigrams of tokens (N,).
+
+    Log-frequencies of the next token after each token, smoothed, factorised to n_embd numbers a
+    token by SVD (Levy 2014 explain word vectors so). The blocks start as the identity, so this is
+    what the model says before its first step; it saves half of the steps.
+    """
+    V, C = model.embed.weight.shape
+    pairs = tokens[:-1].long() * V + tokens[1:].long()
+    counts = torch.bincount(pairs, minlength=V * V)
+    counts = counts.view(V, V).float()                  # (this, next)
+    seen = counts.sum(1, keepdim=True)
+    share = (counts.sum(0) + 1) / (counts.sum() + V)
+    smoothed = (counts + smooth * share) / (seen + smooth)
+    logits = smoothed.log()
+    logits = logits - logits.mean(1, keepdim=True)
+    u, s, _ = torch.svd_lowrank(logits, C)
+    embed = norm(u * s.sqrt())
+    weight = (seen + 5).sqrt()                          # frequent tokens matter more
+    solved = torch.linalg.lstsq(embed * weight, logits * weight)
+    model.embed.weight.copy_(embed)
+    model.lm_head.weight.copy_(solved.solution.T)
+
+
+@torch.no_grad()
+def bits_per_byte(model, tokens, vocabulary):
+    """-log2 P(tokens (N,)) over their bytes, in windows of the model's context.
+
+    vocabulary: the bytes of each token. Per byte, for tokens of different tokenizers are not
+    comparable.
+    """
+    T = model.config.block_size
+    sizes = torch.tensor([len(token) for token in vocabulary])
+    starts = torch.arange(0, len(tokens) - T, T)
+    nats = size = 0.0
+    for rows in starts.split(32):
+        batch = windows(tokens, rows, T + 1).to(model.embed.weight.device)
+        inputs, targets = batch[:, :-1], batch[:, 1:]
+        logits = model(inputs).flatten(0, 1)
+        loss = F.cross_entropy(logits, targets.flatten(), reduction="sum")
+        nats += loss.item()
+        size += sizes[targets.cpu()].sum().item()
+    bits = nats / math.log(2)
+    return bits / size
+
+
+def pretrain(options, texts, loop):
+    """Train a GPT to predict the next token of the plays: what pretrain.pt holds, a dict.
+
+    options: those of this stage (train.OPTIONS), texts: what data.prepare made, loop: the
+    train.Stage that counts the steps and goes on after a kill.
+    """
+    train = texts["train"]
+    vocabulary = texts["vocabulary"]
+    T, steps, batch = options.block_size, options.pretrain_steps, 16
+    config = GPTConfig(len(vocabulary), T, options.n_layer, options.n_head, options.n_embd)
+    model = GPT(config, options.dtype)
+    if config.n_embd < config.vocab_size:
+        bigram_start(model, train)
+    model.to(options.device)
+    muon, adam = make_optimizers(model)
+    sampler = Generator().manual_seed(options.seed)
+    start = torch.full((1, 1), texts["start"], device=options.device)
+    # The boundary before a speech, so that the next token opens one; any place if there is none.
+    is_start = train[:-T] == texts["start"]
+    openings = is_start.nonzero().squeeze(1)
+    if len(openings) == 0:
+        openings = torch.arange(len(train) - T)
+    rows = share(batch)                             # of several processes each reads its part
+    weight = (rows.stop - rows.start) / batch
+
+    for i in loop.steps(steps, model=model, muon=muon, adam=adam, sampler=sampler):
+        if i % 100 == 0 or i == 50:                 # always from the same random numbers
+            same = torch.Generator(options.device)
+            tokens = generate(model, start, min(48, T - 1), generator=same)
+            text = data.decode(vocabulary, tokens[0])
+            loop.show(f"after {i} steps the model writes:", text)
+        set_rates([muon, adam], trapezoid(i, steps))
+        starts = draw_starts(len(train) - T, openings, batch, sampler)
+        tokens = windows(train, starts[rows], T + 1).to(options.device)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        logits = model(inputs).flatten(0, 1)
+        loss = F.cross_entropy(logits, targets.flatten())
+        optimizer_step(loss, model, [muon, adam], weight=weight)
+        average([loss.detach()], weight)
+        metrics = {"loss": loss.item()}
+        if (i + 1) % 100 == 0:
+            held_out = texts["held_out"][:10_000]
+            metrics["val_bits_per_byte"] = bits_per_byte(model, held_out, vocabulary)
+        if (i + 1) % 10 == 0 or i + 1 == steps:
+            loop.log(**metrics)
+
+    return {"config": vars(config),
+            "model": model.state_dict(),
+            "vocabulary": vocabulary,
+            "start": texts["start"],
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "val_bits_per_byte": bits_per_byte(model, texts["held_out"], vocabulary)}
+
+
+def load_gpt(state, device="cpu", dtype=torch.float32):
+    """The GPT of a checkpoint: its "config" and "model" are all it takes."""
+    model = GPT(GPTConfig(**state["config"]), dtype)
+    model.load_state_dict(state["model"])
+    return model.to(device)
+
+
+# ---- several processes --------------------------------------------------------------------
+# torchrun starts N copies of train.py. All hold the same weights and draw the same random
+# numbers. In what takes long (pretraining, sampling, reading, updates) each computes a share of
+# the rows and receives the others' results; everything else each does by itself, with the same
+# outcome. A process alone works on all rows, and nothing is sent.
+
+def join_processes(device):
+    """Meet the other processes that torchrun started, if it did. Returns this one's device."""
+    if not dist.is_torchelastic_launched():
+        return device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")    # the first prints for all
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
+
+
+def share(n):
+    """The slice of n rows that this process works on."""
+    if not dist.is_initialized():
+        return slice(0, n)
+    i, processes = dist.get_rank(), dist.get_world_size()
+    return slice(n * i // processes, n * (i + 1) // processes)
+
+
+def all_reduce(x):
+    """The sum of a tensor over all processes, in place. ConnectionError if one has ended."""
+    try:
+        dist.all_reduce(x)
+    except RuntimeError:
+        raise ConnectionError("another process of this run has ended") from None
+    return x
+
+
+def barrier(device):
+    """Return when every process has come here."""
+    if dist.is_initialized():
+        all_reduce(torch.zeros(1, device=device))
+
+
+def gather(rows, n):
+    """All n rows, of which this process has made its share. No gradient flows through it."""
+    if not dist.is_initialized():
+        return rows
+    # Zeros in the others' rows: shares may differ in size.
+    whole = rows.new_zeros(n, *rows.shape[1:])
+    whole[share(n)] = rows
+    return all_reduce(whole)
+
+
+def average(tensors, weight):
+    """Each tensor's mean over all processes, in place; the weights add up to 1.
+
+    weight None: every process has the same already.
+    """
+    if dist.is_initialized() and weight is not None:
+        for x in tensors:
+            all_reduce(x.mul_(weight))
 
 
 def compute_dtype(device):
@@ -474,10 +651,3 @@ def compute_dtype(device):
         intel = "Intel" in capable.get("cpu_name", "")
         fast = capable.get("amx_bf16") or (capable.get("avx512_bf16") and not intel)
     return torch.bfloat16 if fast else torch.float32
-
-
-def load_gpt(state, device="cpu", dtype=torch.float32):
-    """The GPT of a checkpoint: its "config" and "model" are all it takes."""
-    model = GPT(GPTConfig(**state["config"]), dtype)
-    model.load_state_dict(state["model"])
-    return model.to(device)

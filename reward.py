@@ -1,20 +1,18 @@
-"""The reward model: how positive does a passage feel? Two readers, and what they are worth.
+"""The reward model: how positive does a passage feel? A classifier head on the GPT.
 
-Third on the reader's path. The curriculum's exercise asks for a classifier trained on soft
-targets (rating + 2) / 4. A RewardModel is one of two readers, each of which gives the log-odds
-of "positive" for every prefix of a passage:
+Read this file second, after gpt.py. The exercise asks for a classifier trained on soft targets
+(rating + 2) / 4. RewardModel is the first block of the pretrained GPT, frozen, with a linear head:
+every token adds to the log-odds of "positive" how it feels where it stands, and a prefix's log-odds
+are the sum over its tokens. It is told how single words feel (labels/words.csv), for five megabytes
+of plays teach a transformer little of that; from the passages it learns when to believe it.
 
-- "bag": a bag of words. Which words and which pairs of tokens have occurred, each with one
-  weight, summed: logistic regression. It starts from what a reader said of single words
-  (labels/words.csv) and is fitted in seconds;
-- "trunk": a classifier head on the pretrained GPT without its output layer, fine-tuned.
-
-The bag is the default, because it is better: five megabytes of plays teach a trunk little of what
-words feel like (the README has the numbers). The trunk then serves as the judge, a second reader of
-another kind, trained on other plays, that measures what PPO did and is never optimised.
+Bag, a bag of words, is the other kind of model here. Trained on other plays and without the rated
+words, it is the judge: it measures what PPO did and is never optimised.
 
 The reward of PPO is the score r(y) = (log P(positive given y) - mean) / std, with mean and std
 taken once over samples of the pretrained model.
+
+On a first reading skip "ratings and measures".
 
     python train.py --until reward               trains both, prints what they reach
     python reward.py --score FILE.jsonl          prints each line {"text": ...} with "positive": p
@@ -25,33 +23,187 @@ import csv
 import io
 import json
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from gpt import GPT, PAD, GPTConfig, in_chunks
+from data import PAD
+from gpt import GPT, GPTConfig, in_chunks
 
 SHORTEST = 8            # tokens: shorter prefixes say too little to train on
 LETTERS = 7             # of a word that are read: then kindness and kindnesses share a weight
-WORDS = data.HERE / "labels/words.csv"
+
+
+# ---- the models ---------------------------------------------------------------------------
+
+class PrefixClassifier(nn.Module):
+    """Log-odds of positive for every prefix: scale * (bias + the sum of what each token adds).
+
+    Subclasses say what: contributions(tokens (B,T)) -> (B,T). vocabulary: the bytes of each token.
+    scale and bias are set by calibrate().
+    """
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary = vocabulary
+        # " Love", "LOVE" and "love" are one word to a reader. PAD, which is -1, finds the last: "".
+        self.spelling = [token.decode("latin-1").lower() for token in [*vocabulary, b""]]
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("bias", torch.zeros(()))
+
+    def prefixes(self, tokens):
+        """Log-odds (B,T+1) of the prefixes, of 0 to T tokens, of tokens (B,T), padded right."""
+        added = self.contributions(tokens).masked_fill(tokens == PAD, 0.0)
+        sums = F.pad(added.cumsum(1), (1, 0))
+        return self.scale * (self.bias + sums)
+
+    def forward(self, tokens, mask=None):
+        """Log-odds of positive (B,) of tokens (B,T); without a mask, PAD is not read."""
+        mask = (tokens != PAD if mask is None else mask).int()
+        # Real tokens first, in their order, padding after: so padding anywhere is not read.
+        order = mask.argsort(dim=1, descending=True, stable=True)
+        tokens = tokens.masked_fill(mask == 0, PAD).gather(1, order)
+        return self.prefixes(tokens)[:, -1]
+
+    def find_words(self, ids):
+        """For each token of a passage the word so far, a list: its first LETTERS letters.
+
+        Of the tokens "My", " gra", "cious", " lord": "my", "gra", "graciou", "lord". Case does not
+        matter. A word that was there before is "", for saying it again adds nothing; so is padding.
+        """
+        word = last = ""
+        seen = {""}
+        words = []
+        for i in ids:
+            token = self.spelling[i]
+            # BPE cuts words into tokens; letters after letters belong to the same word.
+            goes_on = (last[-1:] + token[:1]).isalpha()
+            word = word + token.strip() if goes_on else token.strip()
+            name = word[:LETTERS] if token else ""
+            words.append("" if name in seen else name)
+            seen.add(name)
+            last = token
+        return words
+
+    def fit(self, tokens, targets, weights, loss):
+        """Ridge logistic regression on soft targets (N,) of passages tokens (N,T).
+
+        Convex: sums() are linear in what is fitted. weights (N,): how much each passage counts.
+        """
+        parameters, sums, shrinkage = self.linear(tokens)
+        bias = torch.zeros_like(self.bias, requires_grad=True)
+
+        def penalised():
+            misfit = weights * loss(bias + sums(), targets)
+            return misfit.sum() + shrinkage()
+
+        lbfgs(penalised, [*parameters, bias])
+        self.bias = bias.detach()
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+class RewardModel(PrefixClassifier):
+    """The reward model: RewardModel(config, vocabulary, words)(tokens (B,T)) -> log-odds (B,).
+
+    A GPT of config.n_layer blocks and a linear head. words: {first LETTERS letters of a word: how
+    it feels alone, -2 to 2}; each token has the rating of the word that it completes, 0 if none.
+    The head reads a token's hidden state, and the hidden state times its rating: so what stands
+    around a word decides how much its rating counts.
+    """
+
+    def __init__(self, config, vocabulary, words, dtype=torch.float32):
+        super().__init__(vocabulary)
+        self.words = words
+        self.trunk = GPT(config, dtype)
+        self.trunk.lm_head = nn.Identity()              # the trunk predicts no tokens here
+        self.head = nn.Linear(2 * config.n_embd + 2, 1, bias=False)
+        nn.init.zeros_(self.head.weight)
+
+    def features(self, tokens):
+        """What the head reads at each token (B,T,2C+2): x and rating * x, x = (hidden state, 1)."""
+        rows = []
+        for ids in tokens.tolist():
+            words = self.find_words(ids)
+            rows.append([self.words.get(word, 0.0) for word in words])
+        ratings = torch.tensor(rows, device=tokens.device)[..., None]       # (B,T,1)
+        # Causal attention: no state knows what follows.
+        hidden = self.trunk.hidden(tokens).float()                          # (B,T,C)
+        x = F.pad(hidden, (0, 1), value=1.0)
+        return torch.cat((x, ratings * x), dim=-1)
+
+    def contributions(self, tokens):
+        return self.head(self.features(tokens)).squeeze(-1)
+
+    def linear(self, tokens, ridge=300.0):
+        """What fit() takes: the head's weight, the log-odds of tokens (N,T) by it, its ridge.
+
+        The trunk stays as it was pretrained: fine-tuning it takes longer and reads new passages no
+        better (results/README.md).
+        """
+        def summed(tokens):
+            real = (tokens != PAD)[..., None]
+            return (self.features(tokens) * real).sum(1)
+
+        x = in_chunks(summed, tokens)                                       # (N,2C+2)
+        weight = self.head.weight
+        return [weight], lambda: x @ weight[0], lambda: ridge / 2 * weight.square().sum()
+
+
+class Bag(PrefixClassifier):
+    """A bag of words: each word that has occurred adds its weight, once.
+
+    words: as for RewardModel; none for the judge. names: the words that have weights, after "",
+    whose weight is 0, for all others.
+    """
+
+    def __init__(self, vocabulary, words, names=("",)):
+        super().__init__(vocabulary)
+        self.words = words
+        self.rows = {name: row for row, name in enumerate(names)}
+        self.register_buffer("weight", torch.zeros(len(names)))
+
+    def occurrences(self, tokens):
+        """The row (B,T) of the word that each token adds; 0: nothing."""
+        rows = []
+        for ids in tokens.tolist():
+            words = self.find_words(ids)
+            rows.append([self.rows.get(word, 0) for word in words])
+        return torch.tensor(rows, device=tokens.device)
+
+    def contributions(self, tokens):
+        return self.weight[self.occurrences(tokens)]
+
+    def linear(self, tokens, ridge=20.0):
+        """What fit() takes; a word's weight is shrunk toward its rating times a fitted strength."""
+        counts = collections.Counter()
+        for ids in tokens.tolist():
+            counts.update(self.find_words(ids))
+        # A word that occurs in a single passage would only teach that passage's rating.
+        often = {name for name, count in counts.items() if count > 1}
+        names = sorted(often | self.words.keys() | {""})        # "" comes first: row 0
+        self.rows = {name: row for row, name in enumerate(names)}
+        prior = torch.tensor([self.words.get(name, 0.0) for name in names], device=tokens.device)
+        known = torch.ones_like(prior)
+        known[0] = 0.0
+        rows = self.occurrences(tokens)
+        weight = self.weight = torch.zeros_like(prior, requires_grad=True)
+        strength = torch.zeros_like(prior[0], requires_grad=True)
+
+        def sums():
+            # gather, where weight[rows] is the same: its backward pass is many times as fast.
+            return (weight * known).gather(0, rows.flatten()).view_as(rows).sum(1)
+
+        def shrinkage():
+            return ridge / 2 * (weight - strength * prior).square().sum()
+
+        return [weight, strength], sums, shrinkage
 
 
 # ---- losses -------------------------------------------------------------------------------
-
-def minimise(loss, parameters):
-    """Lower loss(), which is convex, over tensors parameters: L-BFGS needs no learning rate."""
-    optimizer = torch.optim.LBFGS(parameters, max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-
 
 def soft_loss(log_odds, targets):
     """Cross-entropy with soft targets from 0 to 1, elementwise, in nats.
@@ -63,201 +215,74 @@ def soft_loss(log_odds, targets):
 
 
 def comparison_loss(log_odds, targets, rounds=8):
-    """Bradley-Terry: -log sigmoid(r(better) - r(worse)), the usual loss of RLHF (N,), in nats.
+    """Bradley-Terry: -log sigmoid(r(better) - r(worse)), the usual loss of RLHF, in nats.
 
-    In each round every passage (N,) is compared with another, drawn at random. The one of the
-    higher target is the better one; ties are left out (Ziegler 2019, Stiennon 2020).
+    log_odds, targets (N,) -> (N,). In each round every passage is compared with another at random.
+    The one of the higher target is the better one; ties are left out (Ziegler 2019).
     """
     loss = 0.0
-    for seed in range(rounds):
-        other = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(rounds):
+        other = torch.randperm(len(targets), generator=generator)
         better = (targets - targets[other]).sign()          # 1, -1, or 0: a tie
         gap = better * (log_odds - log_odds[other])
         loss = loss - better.abs() * F.logsigmoid(gap)
     return loss / rounds
 
 
-# ---- the bag of words ---------------------------------------------------------------------
-
-class Bag(nn.Module):
-    """Logistic regression on which words and pairs of tokens have occurred, for every prefix.
-
-    vocabulary: the bytes of each token. rows: {name of a word or pair: its row of weight}; row 0,
-    whose weight is 0, is for what was never seen.
-    """
-
-    def __init__(self, vocabulary=(), names=()):
-        super().__init__()
-        # " Love", "LOVE" and "love" are one word to a reader. PAD, which is -1, finds the last: "".
-        self.spelling = [token.decode("latin-1").lower() for token in [*vocabulary, b""]]
-        self.rows = {name: row for row, name in enumerate(["", *names])}
-        self.register_buffer("weight", torch.zeros(len(self.rows)))
-        self.register_buffer("bias", torch.zeros(()))
-
-    def names(self, ids):
-        """What each token of a passage adds: the word it ends or goes on with, then its pair.
-
-        Of the tokens "My", " gra", "cious", " lord": "my", " my", "gra", "my gra", "graciou",
-        "gra cious", "lord", "cious lord". Case and spaces do not matter. What was there before
-        adds nothing, and neither does padding: "".
-        """
-        word = ""
-        last = ""
-        seen = set()
-        named = []
-        for i in ids:
-            token = self.spelling[i]
-            new = token.strip(" ")
-            # BPE cuts words into tokens; letters after letters belong to the same word.
-            goes_on = (last[-1:] + token[:1]).isalpha()
-            word = word + new if goes_on else new
-            for name in (word[:LETTERS], f"{last} {new}"):
-                named.append(name if token and name not in seen else "")
-                seen.add(name)
-            last = new
-        return named
-
-    def occurrences(self, tokens):
-        """Rows (B,2T), on the CPU, of what tokens (B,T) add: each a word and a pair; 0: nothing."""
-        return torch.tensor([[self.rows.get(name, 0) for name in self.names(ids)]
-                             for ids in tokens.tolist()], dtype=torch.long)
-
-    def forward(self, tokens):
-        """Log-odds of positive for every prefix of tokens (B,T): (B,T).
-
-        What is said again adds nothing, so repeating a kind word does not please.
-        """
-        new = self.weight[self.occurrences(tokens)].view(*tokens.shape, 2).sum(-1)      # (B,T)
-        return self.bias + new.cumsum(1)
-
-    def fit(self, tokens, targets, weights, words, ridge=20.0, pair_ridge=100.0, loss=soft_loss):
-        """Fit to soft targets (N,) of passages tokens (N,T), padded with PAD.
-
-        loss: soft_loss, then this is logistic regression, or comparison_loss. weights (N,): how
-        much each passage counts. The weight of each word is shrunk toward its rating by a reader
-        (words: see read_words), times a strength that is fitted too; those of pairs, which are
-        many and rare, more strongly, toward 0.
-        """
-        counts = collections.Counter(name for ids in tokens.tolist() for name in self.names(ids))
-        # What occurs in a single passage teaches its weight that passage's rating, no more.
-        often = {name for name, count in counts.items() if count > 1}
-        names = sorted(often | words.keys() | {""})         # "" comes first: row 0
-        self.rows = {name: row for row, name in enumerate(names)}
-        prior = torch.tensor([words.get(name, 0.0) for name in names])
-        penalty = torch.tensor([pair_ridge if " " in name else ridge for name in names])
-        rows = self.occurrences(tokens)
-        targets = targets.cpu()
-        weights = weights.cpu()
-        # What the passages teach beyond the rated words. It starts at 0; the ridge pulls it back.
-        change = torch.zeros_like(prior, requires_grad=True)
-        strength = torch.zeros((), requires_grad=True)
-        bias = torch.zeros((), requires_grad=True)
-
-        def penalised():
-            weight = change + strength * prior
-            weight[0] = 0.0             # what was never seen weighs nothing
-            # gather, where weight[rows] says the same: its backward pass is many times as fast.
-            sums = weight.gather(0, rows.flatten()).view_as(rows).sum(1)
-            misfit = weights * loss(bias + sums, targets)
-            shrinkage = penalty * change.square() / 2
-            return misfit.sum() + shrinkage.sum()
-
-        minimise(penalised, [change, strength, bias])
-        self.weight = (change + strength * prior).detach()
-        if loss is comparison_loss:
-            # The bias cancels in comparisons, so it is still 0; P(positive) needs one.
-            sums = self.weight[rows].sum(1)
-            minimise(lambda: (weights * soft_loss(bias + sums, targets)).sum(), [bias])
-        self.bias = bias.detach()
-        return self
+LOSSES = {"ratings": soft_loss, "comparisons": comparison_loss}
 
 
-# ---- the reward model ---------------------------------------------------------------------
+def lbfgs(loss, parameters):
+    """Minimise loss(), which is convex, over tensors parameters: L-BFGS needs no learning rate."""
+    optimizer = torch.optim.LBFGS(parameters, max_iter=100, line_search_fn="strong_wolfe")
 
-class RewardModel(nn.Module):
-    """RewardModel(config)(tokens (B,T), mask=None) -> log-odds of positive (B,).
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
 
-    reader: "bag", of tokens spelt as in vocabulary (their bytes) and of words and pairs called
-    names; or "trunk". Without a mask, what is PAD is not read.
-    """
-
-    def __init__(self, config, reader="bag", dtype=torch.float32, vocabulary=(), names=()):
-        super().__init__()
-        self.reader = reader
-        self.register_buffer("scale", torch.ones(()))       # 1 / temperature: see calibrate()
-        if reader == "bag":
-            self.bag = Bag(vocabulary, names)
-        else:
-            self.trunk = GPT(config, dtype)
-            self.trunk.lm_head = nn.Identity()              # the trunk predicts no tokens here
-            self.head = nn.Linear(2 * config.n_embd, 1)
-            for parameter in self.head.parameters():
-                nn.init.zeros_(parameter)
-
-    def prefixes(self, tokens):
-        """Log-odds of positive (B,T) of every prefix of tokens (B,T), padded on the right."""
-        if self.reader == "bag":
-            return self.scale * self.bag(tokens)
-        # Causal attention: the state of each prefix does not know what follows, nor the padding.
-        hidden = self.trunk.hidden(tokens).float()                      # (B,T,C)
-        count = torch.ones_like(tokens).cumsum(1)                       # (B,T)
-        mean = hidden.cumsum(1) / count[..., None]
-        log_odds = self.head(torch.cat((mean, hidden), -1))             # of mean so far, and last
-        return self.scale * log_odds.squeeze(-1)
-
-    def forward(self, tokens, mask=None):
-        mask = (tokens != PAD if mask is None else mask).int()
-        # Real tokens first, in their order, padding after: so padding anywhere is not read.
-        order = mask.argsort(dim=1, descending=True, stable=True)
-        tokens = tokens.gather(1, order)
-        last = mask.sum(1, keepdim=True).clamp(min=1) - 1
-        return self.prefixes(tokens).gather(1, last).squeeze(1)
+    optimizer.step(closure)
 
 
-def classifier_loss(model, tokens, targets, weights, generator, noise=0.1):
-    """Mean loss of the trunk's reader on all prefixes of passages tokens (B,T): a scalar, in nats.
-
-    targets, weights (B,). Every prefix of SHORTEST tokens or more is an example of its own. A
-    share of the tokens, noise, is replaced at random, so that no single word decides.
-    """
-    mask = tokens != PAD
-    # Drawn on the CPU, so that every device sees the same noise.
-    replaced = torch.rand(tokens.shape, generator=generator) < noise
-    random = torch.randint(model.trunk.config.vocab_size, tokens.shape, generator=generator)
-    replaced = replaced.to(tokens.device) & mask
-    tokens = torch.where(replaced, random.to(tokens.device), tokens)
-    weights = mask * weights[:, None]
-    weights[:, :SHORTEST - 1] = 0.0         # of prefixes that are too short
-    loss = soft_loss(model.prefixes(tokens), targets[:, None]) * weights
-    return loss.sum() / weights.sum().clamp(min=1e-6)
-
-
-def make_optimizer(model):
-    """Adam for the trunk's reader: words must learn what they feel like, layers know the rest."""
-    return torch.optim.Adam([
-        {"params": model.trunk.blocks.parameters(), "lr": 2e-4},
-        {"params": model.trunk.embed.parameters(), "lr": 1e-2},
-        {"params": model.head.parameters(), "lr": 1e-3},
-    ], betas=(0.9, 0.99), fused=True)
-
+# ---- training ---------------------------------------------------------------------------
 
 def calibrate(model, tokens, targets):
-    """Set the model's scale, so that P(positive) is neither over- nor underconfident.
+    """Set the model's scale and bias (Platt 1999) on passages that it was not trained on.
 
-    One number, 1 / temperature (Guo 2017): calibration_slope of passages that the model was not
-    trained on.
+    So P(positive) is neither over- nor underconfident. These two numbers a model of comparisons,
+    which have no zero, learns from ratings too.
     """
-    model.scale *= calibration_slope(in_chunks(model, tokens), targets)
+    log_odds = in_chunks(model, tokens)
+    scale, bias = platt(log_odds, targets)
+    # scale (scale' (bias' + sum)) + bias = (scale scale') (bias' + bias / (scale scale') + sum)
+    model.scale *= scale
+    model.bias += bias / model.scale
 
 
-def calibration_slope(log_odds, targets):
-    """The slope of a logistic regression of soft targets (N,) on log-odds (N,): 1 if calibrated.
+def platt(log_odds, targets):
+    """Slope and intercept of a logistic regression of soft targets (N,) on log-odds (N,).
 
-    Above 1 the model is too unsure of itself, below 1 too sure.
+    Slope 1: calibrated; above: the model is too unsure of itself; below: too sure.
     """
     slope = torch.ones((), device=log_odds.device, requires_grad=True)
-    minimise(lambda: soft_loss(slope * log_odds, targets).mean(), [slope])
-    return slope.detach()
+    intercept = torch.zeros((), device=log_odds.device, requires_grad=True)
+    lbfgs(lambda: soft_loss(slope * log_odds + intercept, targets).mean(), [slope, intercept])
+    return slope.detach(), intercept.detach()
+
+
+# ---- the score ----------------------------------------------------------------------------
+
+def log_p(log_odds, toward="positive"):
+    """log P(positive), or log P(negative), of log-odds of positive, in nats."""
+    return F.logsigmoid(log_odds if toward == "positive" else -log_odds)
+
+
+def score_constants(log_odds, toward="positive"):
+    """Mean and std of log P(toward) over samples of rho, log-odds (N,): what scales the score."""
+    values = log_p(log_odds, toward)
+    return {"mean": values.mean().item(), "std": values.std().item()}
 
 
 def score(log_odds, mean, std, toward="positive"):
@@ -265,80 +290,164 @@ def score(log_odds, mean, std, toward="positive"):
     return (log_p(log_odds, toward) - mean) / std
 
 
-def constants(log_odds, toward="positive"):
-    """What makes a score of log P(toward): mean and std over samples of rho, log-odds (N,)."""
-    values = log_p(log_odds, toward)
-    return {"mean": values.mean().item(), "std": values.std().item()}
+# ---- ratings and measures -----------------------------------------------------------------
+
+# The use of a rated passage, by a fold of the play it is from (of its words, where it is from
+# none): so no line of a play is on two sides. Fold 0, never trained on, are the plays that the
+# GPT has not read either; "choose" is for whatever is tuned.
+PARTS = ["report", "choose", "judge", "judge", *["reward"] * 6]
 
 
-def log_p(log_odds, toward="positive"):
-    """log P(positive), or log P(negative), of log-odds of positive, in nats."""
-    return F.logsigmoid(log_odds if toward == "positive" else -log_odds)
+def read_ratings(labels=None, corpus=None):
+    """What readers rated: passages (text, rating, fold 0 to 9, whether a sample) and words, a dict.
 
-
-# ---- passages and measures ----------------------------------------------------------------
-
-def read_words(path=WORDS):
-    """The rated words of a CSV file word,rating: {first LETTERS letters: rating from -2 to 2}.
-
-    Words that share these letters are one to the bag: it has their mean.
+    labels: CSV files of one's own, corpus: the text they may quote. words: {first LETTERS letters:
+    mean rating of the words that share them}.
     """
+    folder = data.HERE / "labels"
+    names = ("passages.csv", "more_passages.csv", "samples.csv")
+    own = corpus and Path(corpus).stem          # one text: its passages are split, not it
+    passages = []
+    for path in labels or [folder / name for name in names]:
+        for text, rating, play in data.read_labels(path, corpus):
+            key = text if play in (None, own) else play
+            passages.append((text, rating, data.fold(key, 10), play is None))
     ratings = collections.defaultdict(list)
-    for row in csv.DictReader(io.StringIO(data.read_text(path, "rated words"))):
-        ratings[row["word"][:LETTERS]].append(data.parse_rating(row["rating"]))
-    return {word: sum(found) / len(found) for word, found in ratings.items()}
+    file = io.StringIO(data.read_text(folder / "words.csv", "rated words"))
+    for row in csv.DictReader(file):
+        word = row["word"][:LETTERS]
+        ratings[word].append(data.parse_rating(row["rating"]))
+    words = {word: sum(found) / len(found) for word, found in ratings.items()}
+    return {"passages": passages, "words": words}
 
 
-def pad(passages, length):
-    """Lists of token ids, cut to length, as a tensor (N,length) padded with PAD on the right."""
-    return torch.tensor([ids[:length] + [PAD] * (length - len(ids)) for ids in passages])
+def prepare(rated, vocabulary, length, device="cpu"):
+    """Ratings as tensors: tokens (N,length), ratings, targets, weights (N,), and rows of PARTS."""
+    tokenizer = data.make_tokenizer(vocabulary)
+    texts, ratings, folds, is_sample = zip(*rated["passages"])
+    ids = [tokenizer.encode_ordinary(text) for text in texts]
+    ratings, is_sample = torch.tensor(ratings), torch.tensor(is_sample)
+    # A rating is of the whole passage: it counts by the share that is read. Samples of models,
+    # which is what PPO shows the reward model, count twice.
+    lengths = torch.tensor([max(len(i), 1) for i in ids])
+    weights = (length / lengths).clamp(max=1) * torch.where(is_sample, 2, 1)
+    rows = {name: [] for name in PARTS}
+    for i, fold in enumerate(folds):
+        rows[PARTS[fold]].append(i)
+    if min(map(len, rows.values())) < 3:
+        raise data.UserError("the labels have too few passages to train and to measure on. "
+                             "Give a hundred or more.")
+    targets = (ratings + 2) / 4
+    return {"tokens": data.pad(ids, length).to(device),
+            "ratings": ratings.to(device),
+            "targets": targets.to(device),
+            "weights": weights.to(device),
+            "is_sample": is_sample,
+            "rows": {part: torch.tensor(found) for part, found in rows.items()}}
 
 
 def rating_metrics(p, ratings):
     """How well P(positive) p (N,) predicts ratings (N,) from -2 to 2: a dict of floats.
 
-    pearson with the rating, pearson_se its standard error; auc of ratings above 0 against below 0;
-    pair_accuracy: how often the higher-rated of two has the higher p; log_loss with soft targets,
-    nats, and that of the best constant.
+    pearson with the rating; auc of ratings above 0 against below 0; slope of the calibration;
+    log_loss with soft targets, nats.
     """
     p = p.double()
     ratings = ratings.double()
     targets = (ratings + 2) / 4
-    # Pearson's r is the cosine of the angle between what is left without the means.
-    pearson = F.cosine_similarity(p - p.mean(), targets - targets.mean(), dim=0).item()
+    # Pearson's r is the cosine of the angle between both without their means.
+    pearson = F.cosine_similarity(p - p.mean(), targets - targets.mean(), dim=0)
     # Of every two passages, what the first wins by its p: 1, 0, or 1/2, a tie.
     wins = ((p[:, None] - p).sign() + 1) / 2
-    is_better = ratings[:, None] > ratings
     opposite = (ratings[:, None] > 0) & (ratings < 0)
-    constant = targets.mean().expand(len(p))
-    return {"n": len(p),
-            "pearson": pearson,
-            "pearson_se": (1 - pearson ** 2) / max(len(p) - 1, 1) ** 0.5,
-            "auc": wins[opposite].mean().nan_to_num(0.5).item(),
-            "pair_accuracy": wins[is_better].mean().nan_to_num(0.5).item(),
-            "slope": calibration_slope(p.logit(eps=1e-6), targets).item(),
-            "log_loss": F.binary_cross_entropy(p, targets).item(),
-            "constant_log_loss": F.binary_cross_entropy(constant, targets).item()}
+    slope, _ = platt(p.logit(eps=1e-6), targets)
+    metrics = {"pearson": pearson,
+               "auc": wins[opposite].mean().nan_to_num(0.5),
+               "slope": slope,
+               "log_loss": F.binary_cross_entropy(p, targets)}
+    return {"n": len(p), **{name: x.item() for name, x in metrics.items()}}
 
 
-def reliability(p, ratings, bins=10):
-    """Is P(positive) what it says? Of tenths of the passages by p: lists of three numbers each.
+def measure(model, rated):
+    """rating_metrics on the ratings kept for the report, of plays' passages and of samples."""
+    rows = rated["rows"]["report"]
+    log_odds = in_chunks(model, rated["tokens"][rows])
+    p = log_odds.sigmoid().cpu()
+    ratings = rated["ratings"][rows].cpu()
+    is_sample = rated["is_sample"][rows]
+    report = {}
+    for name, chosen in (("passages", ~is_sample), ("samples", is_sample)):
+        if chosen.sum() > 1:
+            report[name] = rating_metrics(p[chosen], ratings[chosen])
+    return report
 
-    Mean p, mean soft target, its standard error. In a calibrated model the first two agree within
-    a few of the third.
-    """
-    targets = (ratings + 2) / 4
-    return [[p[rows].mean().item(),
-             targets[rows].mean().item(),
-             targets[rows].std().item() / len(rows) ** 0.5]
-            for rows in p.argsort().chunk(bins)
-            if len(rows) > 1]
+
+# ---- the study's stages -------------------------------------------------------------------
+
+def fit_reward(options, pretrained, rated, loop):
+    """The reward model that PPO optimises: what reward.pt holds, a dict."""
+    vocabulary, words = pretrained["vocabulary"], rated["words"]
+    if options.reward_model == "bag":
+        model = Bag(vocabulary, words)
+    else:
+        config = GPTConfig(**{**pretrained["config"], "n_layer": 1})
+        model = RewardModel(config, vocabulary, words, options.dtype)
+        for name, weight in model.trunk.state_dict().items():
+            weight.copy_(pretrained["model"][name])
+    return fit_to_ratings(options, model, rated, "reward", LOSSES[options.feedback], loop)
+
+
+def fit_judge(options, pretrained, rated, loop):
+    """The judge, which is never optimised: what judge.pt holds, a dict."""
+    model = Bag(pretrained["vocabulary"], {})
+    return fit_to_ratings(options, model, rated, "judge", soft_loss, loop)
+
+
+def fit_to_ratings(options, model, rated, part, loss, loop):
+    """Fit a model to its part of the ratings, calibrate and measure it on others: a dict."""
+    rated = prepare(rated, model.vocabulary, options.length, options.device)
+    tokens, targets, rows = rated["tokens"], rated["targets"], rated["rows"][part]
+    model.to(options.device)
+    model.fit(tokens[rows], targets[rows], rated["weights"][rows], loss)
+    model.requires_grad_(False)
+    choose = rated["rows"]["choose"]
+    is_sample = rated["is_sample"][choose]
+    if is_sample.sum() >= 100:              # calibrated for what PPO will show it
+        choose = choose[is_sample]
+    calibrate(model, tokens[choose], targets[choose])
+    report = measure(model, rated)
+    for kind, found in report.items():
+        print(f"{part} model, {found['n']} held-out {kind}: Pearson {found['pearson']:.3f}, AUC "
+              f"{found['auc']:.3f}, calibration slope {found['slope']:.2f}")
+    if part == "reward":
+        show_extremes(model, tokens[rated["rows"]["report"]][:500], loop)
+    names = list(model.rows) if isinstance(model, Bag) else None
+    config = vars(model.trunk.config) if names is None else None
+    return {"model": model.state_dict(),
+            "config": config,
+            "vocabulary": model.vocabulary,
+            "words": model.words,
+            "names": names,
+            "length": options.length,
+            "labels": len(rows),
+            "report": report}
+
+
+def show_extremes(model, tokens, loop):
+    """Print the three most negative and the three most positive of held-out passages (N,T)."""
+    p = in_chunks(model, tokens).sigmoid()
+    order = p.argsort().tolist()
+    for i in [*order[:3], *order[-3:]]:
+        loop.show(f"P(positive) {p[i]:.2f}", data.decode(model.vocabulary, tokens[i]))
 
 
 def load_reward(state, device="cpu", dtype=torch.float32):
-    """The RewardModel of a checkpoint, frozen."""
-    model = RewardModel(GPTConfig(**state["config"]), state["reader"], dtype, state["vocabulary"],
-                        state["names"])
+    """The model of a reward or judge checkpoint, frozen."""
+    if state["names"] is None:
+        config = GPTConfig(**state["config"])
+        model = RewardModel(config, state["vocabulary"], state["words"], dtype)
+    else:
+        model = Bag(state["vocabulary"], state["words"], state["names"])
     model.load_state_dict(state["model"])
     return model.requires_grad_(False).to(device)
 
@@ -350,22 +459,23 @@ def main():
                                      "(python train.py --until reward trains it.)")
     parser.add_argument("--score", metavar="FILE.jsonl", required=True,
                         help='print each line {"text": ...} of this file with "positive" added')
-    parser.add_argument("--out", default="out", help="the folder of reward.pt (default out)")
+    parser.add_argument("--out", default="out", type=Path,
+                        help="the folder of reward.pt (default out)")
     args = parser.parse_args()
-    state = data.load_checkpoint(f"{args.out}/reward.pt", "reward")
-    tokenizer = data.load_tokenizer(f"{args.out}/tokenizer.tiktoken", state)
+    state = data.load_checkpoint(args.out / "reward.pt", "reward")
+    tokenizer = data.make_tokenizer(state["vocabulary"])
     model = load_reward(state)
-    length = state["length"]
-    cut = 0
+    too_long = 0
     for row in data.read_jsonl(args.score):
         ids = tokenizer.encode_ordinary(row["text"].strip())
-        cut += len(ids) > length
-        p = model(pad([ids], length)).sigmoid().item()
+        too_long += len(ids) > state["length"]
+        with torch.no_grad():
+            p = model(data.pad([ids], state["length"])).sigmoid().item()
         row["positive"] = round(p, 6)
         print(json.dumps(row, ensure_ascii=False))
-    if cut:
-        print(f"note: {cut} texts are longer than {length} tokens; only their beginning was read",
-              file=sys.stderr)
+    if too_long:
+        print(f"note: {too_long} texts are longer than {state['length']} tokens; only their "
+              "beginning was read", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,252 @@
+"""What is each part of the reward model worth, and what fools it? Tables, of a finished study.
+
+    python results/reward_models.py --study out         4 minutes of one core; writes no file
+
+First table: every model is fitted to the same passages (part "reward" of labels/), the judge to
+plays of its own, calibrated on others ("choose"), and measured on the part "report", which nothing
+was trained on. Pearson's standard error is by bootstrap: passages of plays share lines, so blocks
+of 200 lines of a play are drawn with replacement, samples one by one. "minus the head's": the
+difference from the shipped head, on the same draws. Pairs: how often the higher rated of two is
+the more positive one. A random trunk is as GPT() makes it: its block is the identity.
+
+Second table: P(positive), by the study's reward model and judge, of texts spoilt in ways that
+neither was trained against. A model that is not fooled likes each less than the text as written.
+"""
+
+import csv
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+import gpt  # noqa: E402
+import ppo  # noqa: E402
+import reward  # noqa: E402
+import sample  # noqa: E402
+from gpt import in_chunks  # noqa: E402
+from reward import Bag, RewardModel  # noqa: E402
+
+SHIPPED = "head, 1 block (shipped)"
+
+
+class TokenWeights(Bag):
+    """A weight for each token, every time it occurs, and a strength times its word's rating."""
+
+    alone = False           # True: the strength alone; the weights of tokens stay 0
+
+    def ratings(self, tokens):                              # (B,T)
+        return torch.tensor([[self.words.get(word, 0.0) for word in self.find_words(ids)]
+                             for ids in tokens.tolist()])
+
+    def contributions(self, tokens):
+        return self.weight[tokens.clamp(min=0)] + self.strength * self.ratings(tokens)
+
+    def linear(self, tokens, ridge=60.0):
+        weight = self.weight = torch.zeros(len(self.vocabulary), requires_grad=True)
+        strength = self.strength = torch.zeros((), requires_grad=True)
+        real, ratings = (tokens != data.PAD).float(), self.ratings(tokens).sum(1)
+        counts = torch.zeros(len(tokens), len(weight))
+        counts.scatter_add_(1, tokens.clamp(min=0), real)                   # (N,V)
+        return ([strength] if self.alone else [strength, weight],
+                lambda: counts @ weight + strength * ratings,
+                lambda: ridge / 2 * weight.square().sum())
+
+
+class PairBag(Bag):
+    """A bag of words and of pairs of tokens, each with a weight: what earlier versions shipped."""
+
+    def find_words(self, ids):
+        """For each token two names: the word so far, and the pair "last token, this token"."""
+        names, seen, last = [], {""}, ""
+        for i, word in zip(ids, super().find_words(ids)):
+            token = self.spelling[i].strip(" ")
+            pair = "" if i == data.PAD else f"{last} {token}"
+            names += [word, "" if pair in seen else pair]
+            seen.add(pair)
+            last = token
+        return names
+
+    def contributions(self, tokens):
+        return self.weight[self.occurrences(tokens)].view(*tokens.shape, 2).sum(-1)
+
+    def linear(self, tokens, ridge=20.0, pair_ridge=100.0):
+        (weight, strength), sums, shrinkage = super().linear(tokens, ridge)
+        # Pairs are many and rare: more ridge.
+        more = torch.tensor([(pair_ridge - ridge) / 2 * (" " in name) for name in self.rows])
+        return [weight, strength], sums, lambda: shrinkage() + (more * weight.square()).sum()
+
+
+def make_models(pretrained, words, dtype):
+    """Yield (name, model, what is special about its fit)."""
+    vocabulary, n_layer = pretrained["vocabulary"], pretrained["config"]["n_layer"]
+
+    def head(blocks=1, words=words, is_random=False):
+        config = gpt.GPTConfig(**{**pretrained["config"], "n_layer": blocks})
+        model = RewardModel(config, vocabulary, words, dtype)
+        model.trunk.requires_grad_(False)
+        for name, weight in model.trunk.state_dict().items():
+            weight.copy_(weight if is_random else pretrained["model"][name])
+        return model
+
+    yield SHIPPED, head(), {}
+    for blocks in sorted({min(2, n_layer), n_layer} - {1}):
+        yield f"head, {blocks} blocks", head(blocks), {}
+    yield "head, no ratings of words: hidden states only", head(words={}), {}
+    yield "head, random trunk, never pretrained", head(is_random=True), {}
+    yield "head, then one pass of Adam over its block too", head(), {"tune": True}
+    yield "head, from comparisons", head(), {"loss": reward.comparison_loss}
+    strength = TokenWeights(vocabulary, words)
+    strength.alone = True
+    yield "rated words alone", strength, {}
+    yield "a weight a token, no rated words", TokenWeights(vocabulary, {}), {}
+    yield "a weight a token and rated words", TokenWeights(vocabulary, words), {}
+    yield "bag of words, no rated words", Bag(vocabulary, {}), {}
+    yield "bag of words and rated words", Bag(vocabulary, words), {}
+    yield "bag of words, pairs and rated words", PairBag(vocabulary, words), {}
+    yield "the judge: bag of words, other plays", Bag(vocabulary, {}), {"part": "judge"}
+
+
+def fit(model, rated, part="reward", loss=reward.soft_loss, tune=False):
+    """Fit and calibrate a model: its P(positive) of the part "report", and the CPU seconds."""
+    began = time.process_time()
+    tokens, targets, rows = rated["tokens"], rated["targets"], rated["rows"]
+    learnt = tokens[rows[part]], targets[rows[part]], rated["weights"][rows[part]]
+    model.fit(*learnt, loss)
+    if tune:
+        fine_tune(model, *learnt)
+    model.requires_grad_(False)
+    reward.calibrate(model, tokens[rows["choose"]], targets[rows["choose"]])
+    seconds = time.process_time() - began
+    return in_chunks(model, tokens[rows["report"]]).sigmoid(), seconds
+
+
+def fine_tune(model, tokens, targets, weights, batch=64):
+    """One pass of Adam over blocks and head, from the head that fit() has found."""
+    model.trunk.blocks.requires_grad_(True)
+    optimizer = torch.optim.Adam([{"params": model.trunk.blocks.parameters(), "lr": 5e-4},
+                                  {"params": model.head.parameters(), "lr": 1e-3}])
+    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0)).split(batch)
+    for i, rows in enumerate(order):
+        gpt.set_rates([optimizer], min(1, (i + 1) / 20) * (1 - i / len(order)))
+        losses = weights[rows] * reward.soft_loss(model(tokens[rows]), targets[rows])
+        gpt.optimizer_step(losses.sum() / weights[rows].sum(), model, [optimizer], 1.0)
+
+
+def read_blocks(lines=200):
+    """The block of each rated passage, in the order of reward.read_ratings: numbers (N,)."""
+    numbers, blocks = {}, []
+    for name in ("passages.csv", "more_passages.csv", "samples.csv"):
+        for row in csv.DictReader((data.HERE / "labels" / name).open(encoding="utf-8")):
+            place = len(blocks)                             # a sample is a block of its own
+            if "play" in row:
+                place = row["play"], int(row["first_line"]) // lines
+            blocks.append(numbers.setdefault(place, len(numbers)))
+    return torch.tensor(blocks)
+
+
+def bootstrap(p, ratings, blocks, times=1000):
+    """Pearson correlations (times,) of p and ratings (N,) where blocks are drawn again."""
+    p, ratings = p.double(), ratings.double()
+    _, blocks = blocks.unique(return_inverse=True)
+    n = int(blocks.max()) + 1
+    products = torch.stack((torch.ones_like(p), p, ratings, p * p, ratings * ratings, p * ratings))
+    sums = products.new_zeros(6, n).index_add(1, blocks, products)
+    drawn = torch.randint(n, (times, n), generator=torch.Generator().manual_seed(0))
+    total = sums[:, drawn].sum(-1)                          # (6,times)
+    _, x, y, xx, yy, xy = total / total[0]
+    return (xy - x * y) / ((xx - x * x) * (yy - y * y)).sqrt()
+
+
+def print_models(read, seconds, rated, blocks):
+    """The first table, of passages and of samples. read: {model's name: P(positive)}."""
+    rows = rated["rows"]["report"]
+    is_sample = rated["is_sample"][rows]
+    for kind, chosen in (("passages", ~is_sample), ("samples", is_sample)):
+        ratings, places, lines = rated["ratings"][rows][chosen], blocks[rows][chosen], []
+        better = ratings[:, None] > ratings
+        for name, p in read.items():
+            m = reward.rating_metrics(p[chosen], ratings)
+            pearson, again = m["pearson"], bootstrap(p[chosen], ratings, places)
+            if name == SHIPPED:
+                heads, heads_again = pearson, again
+            wins = ((p[chosen][:, None] - p[chosen]).sign() + 1) / 2
+            lines.append([name, f"{pearson:.3f} ± {again.std():.3f}",
+                          f"{pearson - heads:+.3f} ± {(again - heads_again).std():.3f}",
+                          m["auc"], m["slope"], wins[better].mean().item(), f"{seconds[name]:.0f}"])
+        print(f"{len(ratings)} {kind}, in {len(places.unique())} blocks\n")
+        print(*sample.table(["model", "Pearson", "minus the head's", "AUC", "slope", "pairs",
+                             "seconds"], lines), sep="\n", flush=True)
+
+
+def spoilt(texts, tokenizer, model, length):
+    """Kinds of text that should not please: {name: texts}, made of passages of plays."""
+    shuffled, generator = [], torch.Generator().manual_seed(0)
+    for text in texts:
+        ids = torch.tensor(tokenizer.encode_ordinary(text))
+        ids = ids[torch.randperm(len(ids), generator=generator)]
+        shuffled.append(tokenizer.decode(ids.tolist()))
+    verb = re.compile(r" (is|am|are|will|do) ")
+    with_verb = [text for text in texts if verb.search(text)]
+    words = sorted(set(re.findall(r"[a-z]{3,}", " ".join(texts))))
+    p = in_chunks(model, data.pad([tokenizer.encode_ordinary(word) for word in words], length))
+    best = [words[i] for i in p.argsort(descending=True)[:60].tolist()]
+    return {"as written": texts, "shuffled tokens": shuffled,
+            "in capitals": [text.upper() for text in texts],
+            "first half twice": [text[:len(text) // 2] * 2 for text in texts],
+            "as written, with is, am, are, will, do": with_verb,
+            "the same, negated: is not, ...": [verb.sub(r" \1 not ", text) for text in with_verb],
+            "a favourite word, once": best,
+            "a favourite word, 60 times": [" ".join([word] * 60) for word in best],
+            "heaps of 15 favourite words": [" ".join(best[i::4]) for i in range(4)]}
+
+
+def print_spoilt(study, rewarded, texts, dtype):
+    """The second table, and quantiles of log P(positive) on rho's samples."""
+    judged, rho = [data.load_checkpoint(study / f"{name}.pt", name) for name in ("judge", "rho")]
+    model, judge = [reward.load_reward(state, dtype=dtype) for state in (rewarded, judged)]
+    tokenizer, length = data.make_tokenizer(rewarded["vocabulary"]), rewarded["length"]
+    groups = {"samples of rho": rho["tokens"].long()}
+    for run in sample.load_runs(study, rho):
+        groups[f"samples of PPO, beta {sample.label(run)}"] = gpt.sample_completions(
+            gpt.load_gpt(run, dtype=dtype), ppo.repeat(run["prompts"], 500), length,
+            torch.Generator().manual_seed(0), run["end"])
+    for name, group in spoilt(texts, tokenizer, model, length).items():
+        groups[name] = data.pad([tokenizer.encode_ordinary(text) for text in group], length)
+    lines = []
+    for name, tokens in groups.items():
+        p = in_chunks(model, tokens).sigmoid()
+        judges = in_chunks(judge, tokens).sigmoid().mean()
+        lines.append([name, len(p), p.mean().item(), p.quantile(0.99).item(), judges.item()])
+    print(*sample.table(["text", "n", "mean P(positive)", "99 % quantile", "the judge's mean"],
+                        lines), sep="\n")
+    log_p = reward.log_p(in_chunks(model, groups["samples of rho"]))
+    values = log_p.quantile(torch.tensor([0.001, 0.01, 0.1, 0.5, 0.9, 0.99])).tolist()
+    print("log P(positive) of rho's samples, quantiles at 0.1, 1, 10, 50, 90, 99 %:",
+          ", ".join(f"{x:.2f}" for x in values))
+
+
+def main():
+    parser = data.Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--study", default="out", type=Path, help="a finished study (default out)")
+    study = parser.parse_args().study
+    pretrained, rewarded = [data.load_checkpoint(study / f"{name}.pt", name)
+                            for name in ("pretrain", "reward")]
+    dtype, labels = gpt.compute_dtype(torch.device("cpu")), reward.read_ratings()
+    rated = reward.prepare(labels, rewarded["vocabulary"], rewarded["length"])
+    torch.manual_seed(0)
+    read, seconds = {}, {}
+    for name, model, special in make_models(pretrained, labels["words"], dtype):
+        read[name], seconds[name] = fit(model, rated, **special)
+    print_models(read, seconds, rated, read_blocks())
+    report = rated["rows"]["report"]
+    plays = rated["tokens"][report][~rated["is_sample"][report]]
+    texts = [data.decode(rewarded["vocabulary"], row) for row in plays]
+    print_spoilt(study, rewarded, texts, dtype)
+
+
+if __name__ == "__main__":
+    data.run(main)

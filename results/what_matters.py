@@ -1,0 +1,220 @@
+"""What is each ingredient of PPO worth? PPO again on a finished study, with one thing changed.
+
+    python results/what_matters.py --study out                  66 runs: an hour of one core
+    python results/what_matters.py --study out --table          the table of the runs there are
+
+Each run is a row of --csv, written when it ends; a run that is there is not done again. Rows name
+the study (the key of its rho.pt), the machine and the code: a digest of the scripts that PPO is
+made of, not of this one, so who edits a change here deletes its rows. The table shows the present
+code's. J is measured on 1,024 fresh samples; fraction = (J - J(rho)) / (J* - J(rho)) with the J* of
+the study's own run at that beta, whose settings hold but for what is said here.
+"""
+
+import csv
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data  # noqa: E402
+import ppo  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from gpt import completion_hidden, load_gpt  # noqa: E402
+
+COLUMNS = ["change", "beta", "seed", "iterations", "batch", "study", "machine", "code", "score",
+           "ref_kl", "J", "fraction", "seconds"]
+
+
+class HiddenValue:
+    """Values by ridge regression on the position and rho's hidden states: x (B,T,F), of read()."""
+
+    x = weight = None
+
+    def __call__(self, so_far):
+        return so_far if self.weight is None else (self.x @ self.weight).float()
+
+    def fit(self, x, returns, mask):
+        x, y = x[mask], returns[mask].double()
+        self.weight = torch.linalg.solve(x.T @ x + torch.eye(x.size(1)).to(x), x.T @ y)
+
+
+class HiddenValues(ppo.PPO):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.polynomial, self.value = self.value, HiddenValue()
+
+    def read(self, prompts, tokens):
+        hidden = completion_hidden(self.ref, prompts, tokens).double()
+        position = self.polynomial.terms(torch.zeros_like(hidden[..., 0]))[..., :3]
+        self.value.x = torch.cat((position, hidden), dim=-1)
+        return {**super().read(prompts, tokens), "so_far": self.value.x}
+
+
+class Unwhitened(ppo.PPO):
+    def advantages(self, rewards, values, mask):
+        advantages, _ = ppo.gae(rewards, values, lam=self.config.lam, mask=mask)
+        return advantages, ppo.rewards_to_go(rewards, mask)
+
+
+class OwnPenalty(ppo.PPO):
+    """A bug: every token is charged its own log-ratio alone, not those of the tokens after it."""
+
+    def advantages(self, rewards, values, mask):
+        k1 = self.batch["logprobs"] - self.batch["ref_logprobs"]
+        penalty = self.controller.beta * k1.masked_fill(~mask, 0.0)
+        advantages, _ = ppo.gae(rewards + penalty, values, lam=self.config.lam, mask=mask)
+        returns = ppo.rewards_to_go(rewards + penalty, mask)        # the score, at every token
+        return ppo.whiten(advantages - penalty, mask), returns
+
+
+class BatchScale(ppo.PPO):
+    """A bug: scores are whitened in every batch, so beta has no fixed meaning."""
+
+    def advantages(self, rewards, values, mask):
+        batch, scores = self.batch, self.batch["scores"]
+        scores = (scores - scores.mean()) / (scores.std() + 1e-8)
+        rewards = ppo.kl_penalised_rewards(scores, batch["logprobs"], batch["ref_logprobs"],
+                                           self.controller.beta, mask)
+        return super().advantages(rewards, values, mask)
+
+
+# Each change: what differs (batch, minibatch, lr: times so much), and the class. warm_up: values
+# are fitted before the first step; reading: they know the score so far; eps: Adam's.
+CHANGES = {
+    "default": ({}, ppo.PPO),
+    "no baseline (simple)": ({"algorithm": "simple"}, ppo.PPO),
+    "leave-one-out baseline (rloo)": ({"algorithm": "rloo"}, ppo.PPO),
+    "values start at 0": ({"warm_up": False}, ppo.PPO),
+    "values from the position alone": ({"reading": False}, ppo.PPO),
+    "values from rho's hidden states": ({}, HiddenValues),
+    "lambda 1": ({"lam": 1.0}, ppo.PPO),
+    "lambda 0.95": ({"lam": 0.95}, ppo.PPO),
+    "lambda 0": ({"lam": 0.0}, ppo.PPO),
+    "no whitening, rate x 5": ({"lr": 5}, Unwhitened),
+    "half the minibatch": ({"minibatch": 0.5}, ppo.PPO),
+    "half the batch": ({"batch": 0.5}, ppo.PPO),
+    "twice the batch": ({"batch": 2}, ppo.PPO),
+    "twice the batch and minibatch": ({"batch": 2, "minibatch": 2}, ppo.PPO),
+    "two epochs": ({"epochs": 2}, ppo.PPO),
+    "four epochs": ({"epochs": 4}, ppo.PPO),
+    "rate / 2": ({"lr": 0.5}, ppo.PPO),
+    "rate x 2": ({"lr": 2}, ppo.PPO),
+    "Adam's epsilon 1e-5, rate x 0.4": ({"lr": 0.4, "eps": 1e-5}, ppo.PPO),
+    "no clipping, no early stop": ({"clip": 1e9, "max_update_kl": 1e9}, ppo.PPO),
+    "bug: penalty of the token alone": ({}, OwnPenalty),
+    "bug: score scaled in each batch": ({}, BatchScale),
+}
+
+
+def load_study(folder, beta):
+    """Of a study: what its run at beta reached, its options, pretrain.pt, reward.pt, rho.pt."""
+    path = folder / f"ppo_beta{beta:g}.pt"
+    tuned = data.load_checkpoint(path, "ppo")
+    if tuned["result"]["optimum"]["objective"] is None:
+        raise data.UserError(f"{path}: J* is not known. Choose a larger --beta.")
+    options = SimpleNamespace(**tuned["inputs"])
+    options.device = torch.device(options.device)
+    options.dtype = getattr(torch, options.dtype.removeprefix("torch."))
+    beside = [sample.load_beside(path, tuned, kind) for kind in ("pretrain", "reward", "rho")]
+    return tuned["result"], options, *beside
+
+
+def run_once(study, change, seed, iterations, batch):
+    """One run: score, ref_kl, J, fraction and CPU seconds, a dict of floats."""
+    reached, options, pretrained, rewarded, rho = study
+    settings, algorithm = CHANGES[change]
+    config = ppo.make_config(options, options.beta)
+    config.iterations, config.batch = iterations, batch
+    for name, value in settings.items():
+        if name in ("batch", "minibatch", "lr"):
+            old = getattr(config, name)
+            value = type(old)(old * value)
+        setattr(config, name, value)
+    score_fn = ppo.load_scorer(options, rewarded, rho)
+    began = time.process_time()
+    run = algorithm(load_gpt(pretrained, options.device, options.dtype), score_fn,
+                    rho["prompts"].to(options.device), config, 1000 + seed, rho["end"])
+    if not settings.get("reading", True):
+        run.score_fn = lambda tokens: score_fn(tokens)[:, -1]
+    run.optimizer.param_groups[0]["eps"] = settings.get("eps", 1e-3)
+    if config.algorithm == "ppo" and settings.get("warm_up", True):
+        run.warm_up()
+    for i in range(iterations):
+        run.step(i)
+    seconds = time.process_time() - began
+    run.sampler.manual_seed(5000 + seed)
+    run.prompts, run.group = rho["test_prompts"].to(options.device), 1
+    fresh = run.rollout(1024)           # from the same random numbers whatever was changed
+    k1 = (fresh["logprobs"] - fresh["ref_logprobs"]).masked_fill(~fresh["mask"], 0.0)
+    score, ref_kl = fresh["scores"].mean().item(), k1.sum(1).mean().item()
+    objective, start = score - options.beta * ref_kl, reached["reference_objective"]
+    return {"score": score, "ref_kl": ref_kl, "J": objective, "seconds": seconds,
+            "fraction": (objective - start) / (reached["optimum"]["objective"] - start)}
+
+
+def read_rows(path):
+    """The rows of a file of runs, dicts of text; a new file if there is none."""
+    if not path.exists():
+        data.write_file(path, ",".join(COLUMNS) + "\n")
+    reader = csv.DictReader(data.read_text(path, "runs").splitlines())
+    if reader.fieldnames != COLUMNS:
+        raise data.UserError(f"{path} has other columns. Move it away or name another --csv.")
+    return list(reader)
+
+
+def print_table(rows):
+    """Means and standard errors over seeds."""
+    groups, lines = {}, []
+    for row in rows:
+        key = (row["study"][:6], row["beta"], row["iterations"], row["batch"], row["change"])
+        groups.setdefault(key, []).append(row)
+    for key, runs in groups.items():
+        cells = []
+        for name in ("score", "ref_kl", "J", "fraction", "seconds"):
+            mean, se = ppo.mean_se(torch.tensor([float(row[name]) for row in runs]))
+            cells.append((mean, se) if len(runs) > 1 else mean)
+        lines.append([*key, len(runs), *cells])
+    print(*sample.table(["study", "beta", "iterations", "batch", "change", "seeds", "score",
+                         "ref_kl", "J", "fraction of optimum", "seconds"], lines), sep="\n")
+
+
+def main():
+    parser = data.Parser(description=__doc__.split("\n")[0])
+    add, count = parser.add_argument, data.number(int, 1)
+    add("--study", default="out", type=Path, help="folder of a finished study (default out)")
+    add("--csv", type=Path, help="file of rows (default: what_matters.csv in that folder)")
+    add("--beta", type=data.number(float, 1e-6), default=0.2, help="of a run of it (default 0.2)")
+    add("--iterations", type=count, default=8, help="of each run (default 8)")
+    add("--batch", type=count, default=192, help="of the default (192); changes are relative to it")
+    add("--seeds", type=count, default=3, help="runs of each change (default 3)")
+    add("--only", nargs="+", choices=list(CHANGES), default=list(CHANGES), help="these changes")
+    add("--table", action="store_true", help="print the rows there are, run nothing")
+    args = parser.parse_args()
+    path = args.csv or args.study / "what_matters.csv"
+    code = data.digest(" ".join(train.source(file) for file in train.FILES["ppo"]))
+    rows = [row for row in read_rows(path) if row["code"] == code]
+    if args.table:
+        return print_table(rows)
+    study = load_study(args.study, args.beta)
+    cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU")
+    about = {"beta": f"{args.beta:g}", "iterations": str(args.iterations),
+             "batch": str(args.batch), "study": study[-1]["key"], "code": code}
+    for seed in range(args.seeds):
+        for change in args.only:
+            row = {"change": change, "seed": str(seed), **about}
+            if any(row.items() <= old.items() for old in rows):
+                continue
+            found = run_once(study, change, seed, args.iterations, args.batch)
+            row["machine"] = f"{cpu}, {torch.get_num_threads()} threads"
+            row |= {key: f"{x:.4g}" for key, x in found.items()}
+            with open(path, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+            print(f"{change}, seed {seed}: J {row['J']}, fraction {row['fraction']}", flush=True)
+
+
+if __name__ == "__main__":
+    data.run(main)
