@@ -368,10 +368,16 @@ def prepare(options, corpus, loop):
                        for text in corpus]
     print(f"{len(train):,} training tokens, {len(held_out):,} held out, of {len(vocabulary):,} "
           "kinds")
-    return {"vocabulary": vocabulary, "start": tokenizer.encode_ordinary(BOUNDARY)[0],
-            "train": train, "held_out": held_out,
-            "openings": find_openings(corpus[0], tokenizer),
-            "test_openings": find_openings(corpus[1], tokenizer)}
+    openings = find_openings(corpus[0], tokenizer)
+    test_openings = find_openings(corpus[1], tokenizer)
+    known = set(map(tuple, openings.tolist()))
+    is_new = [tuple(row) not in known for row in test_openings.tolist()]
+    return {"vocabulary": vocabulary,
+            "start": tokenizer.encode_ordinary(BOUNDARY)[0],
+            "train": train,
+            "held_out": held_out,
+            "openings": openings,
+            "test_openings": test_openings[torch.tensor(is_new, dtype=torch.bool)]}
 
 
 def find_openings(text, tokenizer):
@@ -383,7 +389,7 @@ def find_openings(text, tokenizer):
     for lines in (2, 3):                # the name is one
         openings += re.findall(r"\n\n(?:.+\n){%d}(?=.)" % lines, text)
     prompts = []
-    for opening in openings:
+    for opening in sorted(set(openings)):
         ids = tokenizer.encode_ordinary(opening)
         if len(ids) <= LONGEST_PROMPT:
             prompts.append(ids[::-1])

@@ -433,7 +433,7 @@ def optimizer_step(loss, model, optimizers, clip=math.inf, weight=None):
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)       # no gradient of an earlier batch is left
     loss.backward()
-    average([p.grad for p in model.parameters()], weight)
+    average([p.grad for p in model.parameters() if p.requires_grad], weight)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     if not norm.isfinite():
         raise FloatingPointError("a gradient is not finite. Try --fp32, another --seed or, in "
@@ -490,9 +490,12 @@ def bigram_start(model, tokens, smooth=20.0):
     u, s, _ = torch.svd_lowrank(logits, C)
     embed = norm(u * s.sqrt())
     weight = (seen + 5).sqrt()                          # frequent tokens matter more
-    solved = torch.linalg.lstsq(embed * weight, logits * weight)
+    # Normal equations in float64: lstsq gives other last bits in every process.
+    x, y = (embed * weight).double(), (logits * weight).double()
+    ridge = torch.eye(C, dtype=torch.float64)
+    output = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
     model.embed.weight.copy_(embed)
-    model.lm_head.weight.copy_(solved.solution.T)
+    model.lm_head.weight.copy_(output.T)
 
 
 @torch.no_grad()

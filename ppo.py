@@ -336,13 +336,14 @@ class PPOConfig:
     """The settings of a PPO run; train.OPTIONS says why one would change them."""
     beta: float = 0.2
     algorithm: str = "ppo"              # or simple, rloo, grpo
-    iterations: int = 22
+    iterations: int = 24
     length: int = 64                    # tokens of a completion
     batch: int = 512                    # completions an iteration
     group: int = 4                      # of each prompt; with one prompt, all are of it
     minibatch: int = 32                 # completions an optimizer step
+    unfrozen: int = 1                   # blocks, the last ones
     epochs: int = 1
-    lr: float = 2e-3
+    lr: float = 1.2e-3
     clip: float = 0.2
     lam: float = 0.8
     max_update_kl: float = 0.02         # nats per token
@@ -419,7 +420,12 @@ class PPO:
                              f"of one prompt, {self.group}")
         # A copy: shared weights would move along, and KL would be 0 for ever.
         self.ref = copy.deepcopy(ref).requires_grad_(False)
-        self.policy = copy.deepcopy(ref).requires_grad_(True)
+        # The last blocks and the output layer are trained. The others stay as they were pretrained:
+        # fewer weights for noise to move, and less to compute.
+        self.policy = copy.deepcopy(ref).requires_grad_(False)
+        self.policy.lm_head.requires_grad_(True)
+        self.policy.blocks[-config.unfrozen:].requires_grad_(True)
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
         # Two streams, two seeds: from the same one both would draw the same numbers. The second
         # chooses prompts and minibatches.
         self.sampler = Generator(prompts.device).manual_seed(seed)
@@ -428,8 +434,8 @@ class PPO:
         # Adam moves every weight about as far, however small its gradient, for it divides by the
         # gradient's size. But a small one may be mostly noise. With so large an epsilon Adam is
         # close to momentum SGD, and its rates are not comparable with published ones.
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), lr=config.lr, eps=1e-3,
-                                           betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(trained, lr=config.lr, eps=1e-3, betas=(0.9, 0.95),
+                                           weight_decay=0.0, fused=True)
         self.controller = AdaptiveKL(config.beta, config.adaptive_kl_target,
                                      config.adaptive_kl_horizon)
         names = ("policy", "value", "optimizer", "controller", "sampler", "shuffler")

@@ -34,6 +34,7 @@ from data import PAD
 from gpt import GPT, GPTConfig, in_chunks
 
 SHORTEST = 8            # tokens: shorter prefixes say too little to train on
+ENOUGH = 100            # samples to calibrate on
 LETTERS = 7             # of a word that are read: then kindness and kindnesses share a weight
 
 
@@ -312,6 +313,10 @@ def read_ratings(labels=None, corpus=None):
         for text, rating, play in data.read_labels(path, corpus):
             key = text if play in (None, own) else play
             passages.append((text, rating, data.fold(key, 10), play is None))
+    sizes = collections.Counter(PARTS[fold] for _, _, fold, _ in passages)
+    if min(sizes[part] for part in PARTS) < 3:
+        raise data.UserError("the labels have too few passages to train and to measure on. "
+                             "Give a hundred or more.")
     ratings = collections.defaultdict(list)
     file = io.StringIO(data.read_text(folder / "words.csv", "rated words"))
     for row in csv.DictReader(file):
@@ -334,9 +339,6 @@ def prepare(rated, vocabulary, length, device="cpu"):
     rows = {name: [] for name in PARTS}
     for i, fold in enumerate(folds):
         rows[PARTS[fold]].append(i)
-    if min(map(len, rows.values())) < 3:
-        raise data.UserError("the labels have too few passages to train and to measure on. "
-                             "Give a hundred or more.")
     targets = (ratings + 2) / 4
     return {"tokens": data.pad(ids, length).to(device),
             "ratings": ratings.to(device),
@@ -412,7 +414,7 @@ def fit_to_ratings(options, model, rated, part, loss, loop):
     model.requires_grad_(False)
     choose = rated["rows"]["choose"]
     is_sample = rated["is_sample"][choose]
-    if is_sample.sum() >= 100:              # calibrated for what PPO will show it
+    if is_sample.sum() >= ENOUGH:           # calibrated for what PPO will show it
         choose = choose[is_sample]
     calibrate(model, tokens[choose], targets[choose])
     report = measure(model, rated)

@@ -54,12 +54,13 @@ OPTIONS = [Option(*row) for row in [
     ("ppo", "algorithm", "ppo", "ppo", "ppo", "simple: rewards-to-go as advantages; rloo: minus "
      "those of the other completions; grpo: scores whitened in their group, KL in the loss; ppo: "
      "GAE on a value function"),
-    ("ppo", "iterations", 6, 22, 40, "more come closer to the optimum"),
+    ("ppo", "iterations", 8, 24, 40, "more come closer to the optimum"),
     ("ppo", "batch", 128, 512, 2048, "completions an iteration: more mean less noise"),
     ("ppo", "group", 4, 4, 4, "of these, completions of each prompt (one prompt: all)"),
     ("ppo", "minibatch", 16, 32, 128, "completions an optimizer step"),
+    ("ppo", "unfrozen", 1, 1, 4, "last blocks that PPO trains: more learn more, noise included"),
     ("ppo", "epochs", 1, 1, 1, "passes over each batch: more use it better, and go further off it"),
-    ("ppo", "lr", 2e-3, 2e-3, 2e-3, "learning rate at the start; too high spends KL on noise"),
+    ("ppo", "lr", 1.2e-3, 1.2e-3, 1.2e-3, "learning rate at the start; too high spends KL on noise"),
     ("ppo", "clip", 0.2, 0.2, 0.2, "PPO's clip range"),
     ("ppo", "lam", 0.8, 0.8, 0.8, "GAE's lambda: lower trusts the value function more"),
     ("ppo", "max_update_kl", 0.02, 0.02, 0.02,
@@ -279,11 +280,12 @@ def run(args, name, function, *inputs, **outside):
     content.
     """
     earlier = []
-    for i, x in enumerate(inputs):
+    for x in inputs:
         if "key" in x:
             earlier.append(x)
         else:
-            outside[f"input {i}"] = data.digest(json.dumps(x))
+            name_of = "labels" if isinstance(x, dict) else "corpus"
+            outside[name_of] = data.digest(json.dumps(x))
     stage = Stage(args, name, earlier, outside)
     if stage.state:
         stage.partial_path.unlink(missing_ok=True)      # left by a kill at the end of finish()

@@ -9,7 +9,7 @@ None of these bugs crashes. The loss goes down, samples change, plots look like 
 found in repositories that people had trained with and learnt from. Each is told in one
 sentence and is an edit of a few words, applied to a temporary copy of the project. The fast
 tests run there, those of the files most likely to fail first, and the first that fails is
-the answer. The exit code is 0 only if every bug was caught.
+the answer, unless it fails without the bug too. The exit code is 0 only if every bug was caught.
 
 The exercise: take a bug of --list. Say what would be seen in the plots (often: nothing), which
 equation no longer holds, and which test you would write; then look who caught it. Harder:
@@ -29,306 +29,307 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-# The tests/test_*.py that a bug is shown to.
-FAST = ["ppo", "gpt", "loop", "reward", "data", "train", "tasks"]
+# The tests/test_*.py that a bug is shown to, after those that it names.
+FAST = ["ppo", "gpt", "reward", "data", "loop", "sample", "train", "tasks"]
 
 
 class Bug(NamedTuple):
     title: str
     seen: str           # where
+    where: str          # our file, and the test files most likely to catch it
     wrong: str          # what goes wrong, in a sentence
-    tests: str          # the test files most likely to catch it
-    file: str           # of ours
-    edits: list         # (old text, new text); old text occurs exactly once in file
+    edits: list         # (old text, new text); old text occurs exactly once in the file
 
+
+OURS = "made up for this list"
+LOSS = "            # The first step is"        # there a minibatch's loss is complete
 
 BUGS = [
     # ---- sampling is scoring
-    Bug("sampling without the causal mask", "ZiyueWang25/RLHF-Shakespeare",
-        "The sampler re-reads the text with no mask, the scorer with one, so tokens are drawn from "
-        "another distribution than their log-probabilities say.",
-        "gpt loop", "gpt.py",
-        [("    blocked = key > query\n",
-          '    blocked = (key > query) & globals().get("causal", True)\n'),
-         ("        logits = model(new, cache)[:, -1] ",
+    Bug("sampling without the causal mask", "ZiyueWang25/RLHF-Shakespeare", "gpt.py: gpt",
+        "Tokens are drawn without the mask and scored with it, so from another distribution.",
+        [("    future = key > query\n",
+          '    future = (key > query) & globals().get("causal", True)\n'),
+         ("        logits = model(new, cache, so_far)[:, -1] ",
           "        global causal\n        causal, text = False, torch.cat(tokens, dim=1)\n"
           "        logits = model(text, pad=padding(text))[:, -1]\n        causal = True ")]),
-    Bug("temperature in the sampler, not in the scorer", "ARENA, no-magic",
+    Bug("temperature in the sampler, not in the scorer", "ARENA, no-magic", "gpt.py: gpt",
         "Completions come from a sharper distribution than the one whose KL is computed.",
-        "gpt loop", "gpt.py",
-        [("length, uniform=uniform[:, rows])",
-          "length, temperature=0.7, uniform=uniform[:, rows])")]),
+        [("length, uniform=", "length, temperature=0.7, uniform=")]),
     Bug("top-k in the sampler, full softmax in the scorer", "nanochat, ttumiel/minRLHF",
-        "Tokens outside the top k are never drawn but share the probability, so KL estimates are "
-        "biased and can be negative.",
-        "gpt loop", "gpt.py",
-        [("length, uniform=uniform[:, rows])",
-          "length, top_k=50, uniform=uniform[:, rows])")]),
+        "gpt.py: gpt", "Tokens outside the top k share the probability: KL estimates are biased.",
+        [("length, uniform=", "length, top_k=50, uniform=")]),
     Bug("positions counted otherwise in sampling than in scoring", "trlx #509, OpenRLHF #217",
-        "With the cache every token is read as if it stood at position 0, and the ratio is not 1 "
-        "before the first step.",
-        "gpt loop", "gpt.py",
+        "gpt.py: gpt", "With the cache every token is read as if it stood at position 0, and the "
+        "ratio is not 1 before the first step.",
         [("self.cos[start:end]", "self.cos[:T]"), ("self.sin[start:end]", "self.sin[:T]")]),
-    Bug("the scorer attends to padding", "NeMo-Aligner #68",
-        "The sampler skips the padding before a prompt, the scorer reads it as tokens, so a "
-        "completion's log-probability depends on the longest prompt of its batch.",
-        "loop gpt", "gpt.py",
-        [("    hidden = model.hidden(inputs, pad=padding(inputs))",
-          "    hidden = model.hidden(inputs)")]),
-    Bug("token t scored by the logits at t", "lucidrains/PaLM-rlhf-pytorch #31",
+    Bug("the scorer attends to padding", "NeMo-Aligner #68", "gpt.py: gpt loop",
+        "A completion's log-probability depends on the longest prompt of its batch.",
+        [("hidden(inputs, pad=padding(inputs))", "hidden(inputs)")]),
+    Bug("token t scored by the logits at t", "lucidrains/PaLM-rlhf-pytorch #31", "gpt.py: gpt",
         "A token's log-probability is read one position too late, off the logits of the next.",
-        "gpt loop", "gpt.py",
-        [("    inputs = torch.cat((prompts, tokens), dim=1)[:, :-1]",
-          "    inputs = torch.cat((prompts, tokens), dim=1)"),
-         ("hidden = hidden[:, prompts.size(1) - 1:]", "hidden = hidden[:, prompts.size(1):]")]),
-    Bug("logits of the last position only", "nanoGPT's shortcut, taken over into RLHF code",
+        [("inputs = torch.cat((prompts, tokens), dim=1)[:, :-1]",
+          "inputs = torch.cat((prompts, tokens), dim=1)"),
+         ("prompts.size(1) - 1:]", "prompts.size(1):]")]),
+    Bug("logits of the last position only", "nanoGPT's shortcut, in RLHF code", "gpt.py: gpt",
         "forward() returns one position, which is enough to sample and too little to score.",
-        "gpt", "gpt.py",
-        [("return self.logits(self.hidden(tokens, cache, pad))",
-          "return self.logits(self.hidden(tokens, cache, pad)[:, -1:])")]),
-    Bug("dropout on while scoring", "vallari24",
-        "Two passes over the same text disagree, so ratios are not 1 and the KL of a policy to "
-        "itself is not 0.",
-        "gpt loop", "gpt.py",
-        [("return x + self.out(y * y)",
-          "return x + self.out(F.dropout(y * y, 0.1, self.training))")]),
-    Bug("log-softmax in half precision", "minimind #814",
+        [("hidden(tokens, cache, pad))", "hidden(tokens, cache, pad)[:, -1:])")]),
+    Bug("dropout on while scoring", "vallari24", "gpt.py: gpt loop",
+        "Two passes over a text disagree: ratios are not 1, the KL of a policy to itself is not 0.",
+        [("self.out(y * y)", "self.out(F.dropout(y * y, 0.1, self.training))")]),
+    Bug("log-softmax in half precision", "minimind #814", "ppo.py: ppo",
         "Log-probabilities carry errors of a hundredth, which look like a change of the policy.",
-        "ppo", "ppo.py",
-        [("of_tokens(logits.float().log_softmax(-1), tokens)",
-          "of_tokens(logits.bfloat16().log_softmax(-1), tokens)")]),
+        [("logits.float().log_softmax(-1)", "logits.bfloat16().log_softmax(-1).float()")]),
+    Bug("completions read after another prompt, warming up too", OURS, "ppo.py: loop",
+        "Log-probabilities are of texts that nobody sampled, so the ratio is not 1 at first.",
+        [("in_chunks(self.read, prompts, tokens", "in_chunks(self.read, prompts.flip(0), tokens")]),
+    Bug("targets not shifted", "nanoGPT's forks", "gpt.py: gpt tasks",
+        "Pretraining asks for the token just read: the loss falls to 0, the model only copies.",
+        [("tokens[:, :-1], tokens[:, 1:]", "tokens[:, :-1], tokens[:, :-1]")]),
+    Bug("held-out text trained on", OURS, "gpt.py: gpt tasks",
+        "Bits per byte on held-out text come out too good, and no plot tells.",
+        [('train = texts["train"]\n', 'train = torch.cat((texts["train"], texts["held_out"]))\n')]),
 
     # ---- the reward model
     Bug("the last sampled token never reaches the reward model", "ZiyueWang25, ckkissane, minRLHF",
-        "The token that earns the score is not in the text that is scored, so it is rewarded at "
-        "random.",
-        "loop", "ppo.py",
-        [('"scores": self.score_fn(tokens)', '"scores": self.score_fn(tokens[:, :-1])')]),
-    Bug("reward z-scored in every batch", "ZiyueWang25, ckkissane",
-        "The score's unit changes from batch to batch, so beta has no fixed meaning and the "
-        "optimum is another one.",
-        "loop", "ppo.py",
-        [('        rewards = kl_penalised_rewards(batch["scores"], ',
-          '        raw = batch["scores"]\n        rewards = kl_penalised_rewards('
-          "(raw - raw.mean()) / (raw.std() + 1e-8), ")]),
-    Bug("sign of the score flipped", "a refactoring at OpenAI (Ziegler 2019, section 4.4)",
+        "ppo.py: loop", "The token that earns the score is not in the text that is scored, so it "
+        "is rewarded at random.",
+        [("        scores = self.score_fn(tokens)\n",
+          "        scores = self.score_fn(tokens[:, :-1])\n        if scores.dim() == 2:\n"
+          "            scores = torch.cat((scores, scores[:, -1:]), dim=1)\n")]),
+    Bug("reward z-scored in every batch", "ZiyueWang25, ckkissane", "ppo.py: loop",
+        "The score's unit changes from batch to batch, so beta has no fixed meaning.",
+        [('rewards(batch["scores"], ', 'rewards(whiten(batch["scores"][:, None])[:, 0], ')]),
+    Bug("sign of the score flipped", "OpenAI, a refactoring (Ziegler 2019, 4.4)", "ppo.py: ppo",
         "The policy becomes as bad as it can be, in fluent English.",
-        "ppo", "ppo.py",
         [("scores = scores.detach()", "scores = -scores.detach()")]),
-    Bug("train/test split shuffled twice", "ckkissane",
-        "The rows to train on and the rows to measure on come from two shuffles, so test items are "
-        "trained on and all looks well.",
-        "train", "train.py",
-        [('    rows, choose = rated["rows"][name], rated["rows"]["choose"]\n',
-          '    rows, choose = rated["rows"][name], rated["rows"]["choose"]\n'
-          '    rows = torch.randperm(len(rated["ratings"]))[:len(rows)]\n')]),
-    Bug("softmax applied before cross-entropy", "nanoChatGPT",
-        "A probability from 0 to 1 is read as log-odds, so no passage can come out below one half, "
-        "and gradients are small.",
-        "reward", "reward.py",
-        [("binary_cross_entropy_with_logits(log_odds, ",
-          "binary_cross_entropy_with_logits(log_odds.sigmoid(), ")]),
+    Bug("train/test split shuffled twice", "ckkissane", "reward.py: reward",
+        "Rows to train on and to measure on come from two shuffles: test items are trained on.",
+        [('rated["rows"][part]\n', 'rated["rows"][part]\n'
+          "    rows = torch.randperm(len(targets))[:len(rows)]\n")]),
+    Bug("softmax applied before cross-entropy", "nanoChatGPT", "reward.py: reward",
+        "A probability is read as log-odds, so no passage comes out below one half.",
+        [("with_logits(log_odds, ", "with_logits(log_odds.sigmoid(), ")]),
+    Bug("the worse one preferred", OURS, "reward.py: reward",
+        "The reward model learns what readers like least.",
+        [("(targets - targets[other]).sign()", "(targets[other] - targets).sign()")]),
+    Bug("calibrated on the rows of the report", OURS, "reward.py: reward",
+        "The calibration slope that is reported is 1 whatever the model is worth.",
+        [('choose = rated["rows"]["choose"]', 'choose = rated["rows"]["report"]')]),
+    Bug("the trunk of the reward model trained", OURS, "reward.py: reward",
+        "A million weights are fitted to a few thousand ratings, which they learn by heart.",
+        [("[weight], lambda: x @ weight[0],",
+          "[*self.trunk.parameters(), weight], lambda: summed(tokens) @ weight[0],")]),
+    Bug("the judge told the rated words", OURS, "reward.py: reward",
+        "Judge and reward model share what they know, so the judge is fooled along.",
+        [('Bag(pretrained["vocabulary"], {})', 'Bag(pretrained["vocabulary"], rated["words"])')]),
 
     # ---- reward shaping and KL
-    Bug("KL penalty inside the surrogate, own token only", "ZiyueWang25",
-        "The penalty is a live term of the loss: a token pays for its own drift and not for "
-        "where it leads, and the fixed point is not pi*.",
-        "loop", "ppo.py",
-        [("                                       beta, mask)\n",
-          "                                       0.0, mask)\n"),
-         ("            # The first step is",
-          '            ratio = (logprobs - batch["logprobs"][rows]).exp()\n'
+    Bug("KL penalty inside the surrogate, own token only", "ZiyueWang25", "ppo.py: loop",
+        "A token pays for its own drift and not for where it leads: the fixed point is not pi*.",
+        [("beta - in_loss, mask)", "0.0, mask)"),
+         (LOSS, '            ratio = (logprobs - batch["logprobs"][rows]).exp()\n'
           '            k1 = logprobs - batch["ref_logprobs"][rows]\n'
           "            loss = loss + self.controller.beta * masked_mean(ratio * k1, mask)\n"
-          "            # The first step is")]),
-    Bug("gradient through the reward", "ZiyueWang25",
-        "Rewards are data; without the detach their own gradient, -beta grad log pi, joins the "
-        "policy's.",
-        "ppo", "ppo.py",
+          + LOSS)]),
+    Bug("gradient through the reward", "ZiyueWang25", "ppo.py: ppo",
+        "Rewards are data; without the detach their own gradient joins the policy's.",
         [("(logprobs - ref_logprobs).detach()", "(logprobs - ref_logprobs)")]),
-    Bug("k1's sign flipped", "rlhf-book",
+    Bug("k1's sign flipped", "rlhf-book", "ppo.py: ppo",
         "Drift from the reference is paid for, not charged.",
-        "ppo", "ppo.py",
         [("(logprobs - ref_logprobs).detach()", "(ref_logprobs - logprobs).detach()")]),
-    Bug("k3 inverted", "ZiyueWang25, trlx, llm_optimization, rlhf-book",
+    Bug("k3 inverted", "ZiyueWang25, trlx, llm_optimization, rlhf-book", "ppo.py: ppo",
         "exp(k1) - 1 - k1 is positive and looks like a KL, but estimates another quantity.",
-        "ppo", "ppo.py",
         [("torch.expm1(-k1) + k1", "torch.expm1(k1) - k1")]),
-    Bug("reference shares weights with the policy", "nanoChatGPT",
+    Bug("GRPO's k3 from exchanged policies", "rlhf-book", "ppo.py: loop",
+        "The penalty in the loss is that of drifting from pi, its gradient another one.",
+        [('(logprobs, batch["ref_logprobs"][rows])', '(batch["ref_logprobs"][rows], logprobs)')]),
+    Bug("GRPO's penalty in the rewards and in the loss", OURS, "ppo.py: loop",
+        "Drift is paid for twice, and beta is not what it says.",
+        [("beta - in_loss, mask)", "beta, mask)")]),
+    Bug("reference shares weights with the policy", "nanoChatGPT", "ppo.py: loop",
         "The reference moves along, KL is always 0, and nothing holds the policy.",
-        "loop", "ppo.py",
-        [("self.policy = copy.deepcopy(ref).requires_grad_(True)",
-          "self.policy = self.ref.requires_grad_(True)")]),
-    Bug("score added on padding", "trl #3750, miles #1827",
-        "The score lands on the last column and not on the last real token, so short completions "
-        "earn nothing.",
-        "loop", "ppo.py",
+        [("self.policy = copy.deepcopy(ref)", "self.policy = self.ref")]),
+    Bug("score added on padding", "trl #3750, miles #1827", "ppo.py: ppo", "The score lands on "
+        "the last column and not on the last real token, so short completions earn nothing.",
         [("last = (mask * position).argmax(1, keepdim=True)",
           "last = torch.full((len(k1), 1), k1.size(1) - 1, device=mask.device)")]),
-    Bug("controller fed per-token KL", "trlx #438",
-        "The target is in nats per completion, the measurement per token, so beta falls for ever.",
-        "loop", "ppo.py",
-        [('self.controller.update(metrics["ref_kl"], ',
-          'self.controller.update(metrics["ref_kl"] / config.length, ')]),
+    Bug("controller fed per-token KL", "trlx #438", "ppo.py: loop", "The target is in nats per "
+        "completion, the measurement per token, so beta falls for ever.",
+        [('update(metrics["ref_kl"], ', 'update(metrics["ref_kl"] / config.length, ')]),
 
     # ---- advantages and losses
-    Bug("rewards used where returns belong", "rlhf-book #216",
-        "A token's advantage is its own reward: what it leads to, the score above all, does not "
-        "count.",
-        "ppo loop", "ppo.py",
+    Bug("rewards used where returns belong", "rlhf-book #216", "ppo.py: ppo",
+        "A token's advantage is its own reward: what it leads to, the score, does not count.",
         [("delta = rewards[:, t] + gamma * next_value - values[:, t]", "delta = rewards[:, t]"),
          ("delta + gamma * lam * advantage, advantage)", "delta, advantage)")]),
-    Bug("padding leaks into returns", "rlhf-book #216",
-        "What stands on padding, where log-probabilities mean nothing, is added to the returns of "
-        "the real tokens before it.",
-        "ppo", "ppo.py",
-        [("    rewards, mask = _masked(rewards, mask)\n    return rewards.flip",
-          "    _, mask = _masked(rewards, mask)\n    return rewards.flip")]),
-    Bug("a completion among the others it is compared with", "made up for this list",
-        "Its own return is in its baseline, which then depends on its tokens: all gradients are a "
-        "share too small, and differ with the size of the group.",
-        "ppo loop", "ppo.py",
+    Bug("padding leaks into returns", "rlhf-book #216", "ppo.py: ppo", "What stands on padding is "
+        "added to the returns of the real tokens before it.",
+        [("    rewards, mask = _masked(rewards, mask)\n    to_go",
+          "    _, mask = _masked(rewards, mask)\n    to_go")]),
+    Bug("a completion among the others it is compared with", OURS, "ppo.py: ppo",
+        "Its own return is in its baseline: gradients are too small, the more so in small groups.",
         [("others = (total - grouped) / (group - 1)", "others = total / group")]),
-    Bug("advantages whitened inside each sequence, padding included", "thomfoster/minRLHF",
-        "Good and bad completions come out alike, for each has mean 0.",
-        "ppo", "ppo.py",
-        [("    mean = masked_mean(x, mask)\n", "    mean = x.mean(1, keepdim=True)\n"),
-         ("variance = masked_mean((x - mean) ** 2, mask)",
-          "variance = ((x - mean) ** 2).mean(1, keepdim=True)")]),
-    Bug("whitening over padding", "thomfoster/minRLHF",
-        "The zeros of padding count as advantages, so mean and deviation depend on how many "
-        "completions end early.",
-        "loop", "ppo.py",
-        [("self.update(batch, whiten(advantages, mask))",
-          "self.update(batch, whiten(advantages))")]),
-    Bug("returns built from whitened advantages", "ash80/RLHF_in_notebooks",
+    Bug("a group of several prompts", OURS, "ppo.py: loop",
+        "Completions are compared with those of other prompts: easy prompts look like good texts.",
+        [("rows[:many].repeat_interleave(self.group)", "rows[:many].repeat(self.group)")]),
+    Bug("GRPO's scores whitened over the batch", OURS, "ppo.py: ppo",
+        "A prompt whose completions all score well teaches that each of them was good.",
+        [("scores = returns[:, 0].view(-1, group)", "scores = returns[:, 0].view(1, -1)")]),
+    Bug("advantages whitened inside each sequence", "thomfoster/minRLHF", "ppo.py: ppo",
+        "Good and bad completions come out alike, for each has mean 0, padding included.",
+        [("whitened = (x - mean) * torch.rsqrt(variance + 1e-8)", "whitened = "
+          "(x - x.mean(1, keepdim=True)) / (x.std(1, correction=0, keepdim=True) + 1e-8)")]),
+    Bug("whitening over padding", "thomfoster/minRLHF", "ppo.py: loop", "The zeros of padding "
+        "count as advantages, so the scale depends on how many completions end early.",
+        [("return whiten(advantages, mask), returns", "return whiten(advantages), returns")]),
+    Bug("returns built from whitened advantages", "ash80/RLHF_in_notebooks", "ppo.py: ppo",
         "The value function is fitted to numbers in another unit than rewards have.",
-        "ppo", "ppo.py",
-        [("return advantages, advantages + values",
-          "return advantages, whiten(advantages, mask) + values")]),
-    Bug("whitening that adds the mean back", "ash80/RLHF_in_notebooks",
+        [("advantages, advantages + values", "advantages, whiten(advantages, mask) + values")]),
+    Bug("whitening that adds the mean back", "ash80/RLHF_in_notebooks", "ppo.py: ppo",
         "Advantages keep their mean, so every token drawn is pushed up, or every one down.",
-        "ppo", "ppo.py",
-        [("def whiten(x, mask=None, shift_mean=True)",
-          "def whiten(x, mask=None, shift_mean=False)")]),
+        [("mask=None, shift_mean=True)", "mask=None, shift_mean=False)")]),
     Bug("value function sees the token it is a baseline for", "asked at alibaba/ROLL #3",
-        "The value before token t is read after it, so good tokens are explained away and earn no "
-        "advantage.",
-        "loop", "ppo.py",
-        [("F.pad(self.features_fn(tokens), (0, 0, 1, -1))", "self.features_fn(tokens)")]),
-    Bug("value function fitted to padding", "made up for this list",
-        "After the end it is taught numbers that no token earned, and real tokens get what is left "
-        "of its capacity.",
-        "loop", "ppo.py",
-        [("            x = self.terms(x)[real] ",
-          "            real = torch.ones_like(real)\n            x = self.terms(x)[real] ")]),
-    Bug("mask shifted by one", "trlx #582",
+        "ppo.py: loop", "The value before token t is read after it: good tokens earn no advantage.",
+        [("so_far, scores = scores[:, :-1],", "so_far, scores = scores[:, 1:],")]),
+    Bug("value function fitted to padding", OURS, "ppo.py: loop",
+        "After the end it is taught numbers that no token earned, at the real tokens' expense.",
+        [("x, y = self.terms(so_far)[mask], returns[mask].double()",
+          "x, y = self.terms(so_far).flatten(0, 1), returns.flatten().double()")]),
+    Bug("mask shifted by one", "trlx #582", "ppo.py: loop",
         "The loss reads the first padding token and leaves out the last real one.",
-        "loop", "ppo.py",
         [("   config.clip, mask)", "   config.clip, mask.roll(1, 1))")]),
-    Bug("prompt tokens in the loss", "Search-R1 #21, of what tools answered",
-        "Tokens that the policy was given are credited with what followed, so it learns to write "
-        "prompts.",
-        "loop", "ppo.py",
-        [("            # The first step is",
-          '            given = batch["prompts"][rows]\n'
+    Bug("prompt tokens in the loss", "Search-R1 #21, of what tools answered", "ppo.py: loop",
+        "Tokens that the policy was given are credited with what followed: it learns prompts.",
+        [(LOSS, '            given = batch["prompts"][rows]\n'
           "            logits = self.policy(given, pad=given == PAD)[:, :-1]\n"
           "            own = advantages[rows][:, :1] * token_logprobs(logits, given[:, 1:])\n"
-          "            loss = loss - masked_mean(own, given[:, :-1] != PAD)\n"
-          "            # The first step is")]),
+          "            loss = loss - masked_mean(own, given[:, :-1] != PAD)\n" + LOSS)]),
     Bug("clip taken with max for negative advantages", "rasbt/reasoning-from-scratch",
-        "For A < 0 the larger term is taken: a token that has become unlikelier is pushed down "
-        "without end, one that has become likelier is let go.",
-        "ppo", "ppo.py",
-        [("    surrogate = torch.min(ratio * advantages, clipped * advantages)",
-          "    one, two = ratio * advantages, clipped * advantages\n"
-          "    surrogate = torch.where(advantages < 0, torch.max(one, two),\n"
-          "                            torch.min(one, two))")]),
-    Bug("old log-probabilities taken from the policy of now", "tensorforce #312",
+        "ppo.py: ppo", "For A < 0 an unlikelier token is pushed down without end.",
+        [("(ratio * advantages, clipped * advantages)", "(ratio, clipped) * advantages")]),
+    Bug("old log-probabilities taken from the policy of now", "tensorforce #312", "ppo.py: loop",
         "The ratio is always 1, nothing is ever clipped, and approx_kl never stops an update.",
-        "loop", "ppo.py",
-        [('policy_loss(logprobs, batch["logprobs"][rows],',
-          "policy_loss(logprobs, logprobs.detach(),")]),
+        [('loss(logprobs, batch["logprobs"][rows]', "loss(logprobs, logprobs.detach()")]),
 
     # ---- the loop
-    Bug("early stop leaks stale gradients", "thomfoster/minRLHF",
-        "The minibatch that stops an update has been through backward(), and its gradient joins "
-        "the first step of the next one.",
-        "loop", "ppo.py",
-        [('            if infos and info["approx_kl"] > config.max_update_kl:\n',
-          "            loss.backward()\n"
-          '            if infos and info["approx_kl"] > config.max_update_kl:\n'),
-         ("descend(loss, self.policy, [self.optimizer], 1.0, weight)\n",
+    Bug("early stop leaks stale gradients", "thomfoster/minRLHF", "ppo.py: loop",
+        "The gradient of the minibatch that stops an update joins the first step of the next one.",
+        [("            if infos and", "            loss.backward()\n            if infos and"),
+         ("optimizer_step(loss, self.policy, [self.optimizer], 1.0, weight)\n",
           "nn.utils.clip_grad_norm_(self.policy.parameters(), 1.0)\n"
-          "            self.optimizer.step()\n"
-          "            self.optimizer.zero_grad(set_to_none=True)\n")]),
+          "            self.optimizer.step()\n            self.optimizer.zero_grad()\n")]),
     Bug("early stop at a multiple of what was set", "Spinning Up, 1.5 times, as its text says",
-        "An update goes farther from the policy that sampled than its limit, and no plot tells.",
-        "loop", "ppo.py",
-        [('info["approx_kl"] > config.max_update_kl',
-          'info["approx_kl"] > 1.5 * config.max_update_kl')]),
-    Bug("sampler without the seed", "made up for this list",
+        "ppo.py: loop", "An update goes farther from the policy that sampled than its limit.",
+        [("> config.max_update_kl", "> 1.5 * config.max_update_kl")]),
+    Bug("sampler without the seed", OURS, "ppo.py: loop tasks",
         "Every --seed draws the same completions, so runs agree more than they should.",
-        "loop", "ppo.py",
-        [("self.sampler = Generator(prompts.device).manual_seed(seed)",
-          "self.sampler = Generator(prompts.device)")]),
-    Bug("metrics of the last minibatch for those of the update", "cleanrl #522",
+        [("Generator(prompts.device).manual_seed(seed)", "Generator(prompts.device)")]),
+    Bug("one random stream for all stages", OURS, "train.py: train",
+        "The samples that measure a policy are drawn by the numbers that it was trained with.",
+        [('data.fold(f"{args.seed} {name}", 2**31)', "args.seed")]),
+    Bug("metrics of the last minibatch for those of the update", "cleanrl #522", "ppo.py: loop",
         "clipfrac and approx_kl are logged as they stood at the end, with a minibatch's noise.",
-        "loop", "ppo.py",
         [("for info in infos])", "for info in infos[-1:]])")]),
-    Bug("beta lost on resume", "verl #2653",
+    Bug("prompts drawn with replacement", OURS, "ppo.py: loop",
+        "A batch has some prompts twice and others not at all.",
+        [("order = torch.randperm(len(self.prompts), generator",
+          "order = torch.randint(len(self.prompts), (len(self.prompts),), generator")]),
+
+    # ---- resuming, and what is done again
+    Bug("beta lost on resume", "verl #2653", "ppo.py: loop",
         "An adapted beta is not in the checkpoint, so a run cut off goes on with the first one.",
-        "loop", "ppo.py",
         [(' "controller", "sampler",', ' "sampler",')]),
-    Bug("reference lost on resume", "NeMo-RL #3722",
-        "The reference is made from the loaded policy, KL starts at 0 again, and each resume "
-        "allows the drift once more.",
-        "loop", "ppo.py",
+    Bug("reference lost on resume", "NeMo-RL #3722", "ppo.py: loop", "The reference is made from "
+        "the loaded policy, KL starts at 0 again, and each resume allows the drift once more.",
         [('        names = ("policy", "value"',
           "        self.policy.register_load_state_dict_post_hook(\n"
           "            lambda *_: self.ref.load_state_dict(self.policy.state_dict()))\n"
           '        names = ("policy", "value"')]),
+    Bug("momentum lost on resume", OURS, "gpt.py: train",
+        "A pretraining that was cut off goes on, but to other weights than one that was not.",
+        [("loop.steps(steps, model=model, muon=muon,", "loop.steps(steps, model=model,")]),
+    Bug("a resumed loop skips a step", OURS, "train.py: train",
+        "The more often a run is cut off, the fewer steps it has been trained for.",
+        [('"partial", "step": self.step + 1,', '"partial", "step": self.step + 2,')]),
+    Bug("a resumed loop repeats a step", OURS, "train.py: train",
+        "The last step before each cut is done twice, on the weights that it left.",
+        [('"partial", "step": self.step + 1,', '"partial", "step": self.step,')]),
+    Bug("an option in no stage's key", OURS, "train.py: train tasks",
+        "Another --lam is given, and the old policy is shown as its result.",
+        [('("ppo", "lam",', '("", "lam",'),
+         ("SimpleNamespace(**self.inputs)", "SimpleNamespace(**{**vars(args), **self.inputs})")]),
+    Bug("an option missing in one of its stages", OURS, "train.py: tasks train",
+        "After another --length the judge is still the one that read passages of the old length.",
+        [('("reward judge rho ppo", "length",', '("reward rho ppo", "length",'),
+         ("SimpleNamespace(**self.inputs)", "SimpleNamespace(**{**vars(args), **self.inputs})")]),
+    Bug("a script missing in a stage's key", OURS, "train.py: train",
+        "gpt.py is edited, and the GPT that the old code pretrained stands.",
+        [('"pretrain": ["data", "gpt"]', '"pretrain": ["data"]')]),
+    Bug("keys that do not chain", OURS, "train.py: train",
+        "Another corpus repeats the GPT, but the reward model on the GPT of the old one stands.",
+        [("json.dumps(self.inputs)",
+          "json.dumps({x: y for x, y in self.inputs.items() if x not in FILES})")]),
+    Bug("an edit of labels/words.csv that counts for nothing", OURS, "train.py: train",
+        "Of what readers rated only the passages are in the key, so the old reward model stands.",
+        [("data.digest(json.dumps(x))",
+          'data.digest(json.dumps(x["passages"] if "passages" in x else x))')]),
 
-    # ---- prompts, comparisons, several processes
-    Bug("the optimum of prompts pooled as if they were one", "made up for this list",
-        "Samples of easy prompts outweigh those of hard ones, which no policy can do: each prompt "
-        "must be answered.",
-        "tasks", "ppo.py",
+    # ---- what a run reached
+    Bug("the optimum of prompts pooled as if they were one", OURS, "ppo.py: ppo",
+        "Samples of easy prompts outweigh those of hard ones; but each prompt must be answered.",
         [("    objective = beta * (tilted.logsumexp(-1)",
           "    tilted, base, scores = tilted.flatten(), base.flatten(), scores.flatten()\n"
           "    objective = beta * (tilted.logsumexp(-1)")]),
-    Bug("the worse one preferred", "made up for this list",
-        "The reward model learns what readers like least.",
-        "tasks", "reward.py",
-        [("better = (targets - targets[other]).sign()",
-          "better = (targets[other] - targets).sign()")]),
-    Bug("every process draws the same completions", "made up for this list",
-        "A batch holds each completion as often as there are processes, so it is noisier than it "
-        "looks.",
-        "tasks", "gpt.py",
+    Bug("a run's samples pooled without regard to prompt", OURS, "ppo.py: tasks",
+        "The same in evaluate(): J* is too high, and the policy's share of the way too low.",
+        [("fresh[key] = x.view(len(test_prompts), -1)", "fresh[key] = x.view(1, -1)"),
+         ("old[key].view(len(test_prompts), -1)", "old[key].view(1, -1)")]),
+    Bug("pooled samples weighed by exchanged counts", OURS, "ppo.py: ppo",
+        "rho's samples count as if the policy had drawn so many, so J* is biased.",
+        [("(rho_log_ratio.numel(), log_ratio.numel())",
+          "(log_ratio.numel(), rho_log_ratio.numel())")]),
+    Bug("measured on the prompts it was trained on", OURS, "ppo.py: tasks",
+        "A policy that knows its prompts by heart looks like one that can write.",
+        [('texts["test_openings"], n', 'texts["openings"], n')]),
+    Bug("the judge scored by the reward model's constants", OURS, "ppo.py: tasks",
+        "Its score is in another unit than that of the model it is to be compared with.",
+        [('rho["scales"][state["kind"]]', 'rho["scales"]["reward"]')]),
+    Bug("a policy kept after the update, with the numbers of before", OURS, "ppo.py: tasks",
+        "The checkpoint at a drift of 2 nats has drifted farther: its samples are not those meant.",
+        [("before = copy.deepcopy(run.policy.state_dict())", "before = run.policy.state_dict()")]),
+    Bug("another sample's Positive Prob beside a text", OURS, "sample.py: sample",
+        "All numbers are right, and stand beside the wrong texts.",
+        [("dim=1), positive, log_ratio)", "dim=1), positive[::-1], log_ratio)")]),
+    Bug("a rating session shifted by one row", OURS, "sample.py: sample",
+        "The reader is shown the text before, and the answer is kept beside the next one.",
+        [(r'to go\n{text}\n")', r'to go\n{todo[len(done) - 1][0]}\n")')]),
+
+    # ---- several processes
+    Bug("every process draws the same completions", OURS, "gpt.py: tasks", "A batch holds each "
+        "completion as often as there are processes, so it is noisier than it looks.",
         [("uniform=uniform[:, rows])", "uniform=uniform[:, :rows.stop - rows.start])")]),
-    Bug("gradients averaged over processes, not over tokens", "made up for this list",
+    Bug("gradients averaged over processes, not over tokens", OURS, "ppo.py: tasks",
         "A process with few tokens in its share counts as much as one with many.",
-        "tasks", "ppo.py",
-        [('weight = mask.sum() / batch["mask"][everyones].sum()',
-          "weight = len(rows) / len(everyones)")]),
-    Bug("gradients of processes added up", "made up for this list",
+        [('mask.sum() / batch["mask"][everyones].sum()', "len(rows) / len(everyones)")]),
+    Bug("gradients of processes added up", OURS, "gpt.py: tasks",
         "With N processes the gradient is N times too large; clipping hides it.",
-        "tasks", "gpt.py",
-        [("add_up(x.mul_(weight))", "add_up(x)")]),
+        [("all_reduce(x.mul_(weight))", "all_reduce(x)")]),
+    Bug("early stop decided by each process alone", OURS, "ppo.py: tasks",
+        "One stops where another goes on, and each waits for the other for ever.",
+        [("            average(info.values(), weight)\n", "")]),
 ]
 
 
 def edited(bug, folder=ROOT):
-    """The source of bug.file with the bug in it; ValueError unless each old text is there once."""
-    source = (folder / bug.file).read_text()
+    """The source with the bug in it; ValueError unless each old text is there once."""
+    file = bug.where.split(":")[0]
+    source = (folder / file).read_text()
     for old, new in bug.edits:
-        count = source.count(old)
-        if count != 1:
-            raise ValueError(f"{bug.title}: this text occurs {count} times in {bug.file}, "
-                             f"not once:\n{old}")
+        if (n := source.count(old)) != 1:
+            raise ValueError(f"{bug.title}: {n} times in {file}, not once:\n{old}")
         source = source.replace(old, new)
-    compile(source, bug.file, "exec")
+    compile(source, file, "exec")
     return source
 
 
@@ -346,61 +347,61 @@ def check(bugs):
 
 def copy_project(source, folder):
     """What the tests need, from one folder to another: scripts, settings, tests, labels, corpus."""
-    for path in [*source.glob("*.py"), *source.glob("*.md"), source / "pytest.ini"]:
-        if path.exists():
-            shutil.copy(path, folder)
-    for name in ("tests", "labels", "corpus"):
-        if (source / name).exists():
-            shutil.copytree(source / name, folder / name,
-                            ignore=shutil.ignore_patterns("__pycache__"))
+    for pattern in ("*.py", "pytest.ini", "tests/*.py", "labels/*", "corpus/*"):
+        for path in source.glob(pattern):
+            copy = folder / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy(path, copy)
 
 
-def failures(project, files, bug=None, known=()):
-    """Tests that fail on a copy of the project: with a bug the first but known ones, else all."""
+def failure(project, bug, tests, known={}):
+    """The first of tests, but known ones, that fails on a copy of the project, or None."""
     with tempfile.TemporaryDirectory() as folder:
         copy_project(project, Path(folder))
         if bug:
-            Path(folder, bug.file).write_text(edited(bug, project))
+            Path(folder, bug.where.split(":")[0]).write_text(edited(bug, project))
         # -B: a bytecode file is known by second and size, and an edit may leave both as they were.
-        command = [sys.executable, "-B", "-m", "pytest", "-q", "--tb=no", "-rfE"]
-        command += ["-p", "no:cacheprovider", *["-x"] * bool(bug), *files]
-        command += [f"--deselect={test}" for test in known]
+        command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "--tb=no", "-rfE"]
+        command += ["-p", "no:cacheprovider", *tests]
+        command += [f"--deselect={test}" for test, fails in dict(known).items() if fails]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    lines = (line.partition(" ") for line in done.stdout.splitlines())
-    failed = [rest.split(" - ")[0] for word, _, rest in lines
-              if word in ("FAILED", "ERROR") and "::" in rest]
-    if done.returncode and not failed:
+    for line in done.stdout.splitlines():
+        word, _, rest = line.partition(" ")
+        if word in ("FAILED", "ERROR") and "::" in rest:
+            return rest.split(" - ")[0]
+    if done.returncode not in (0, 5):           # 5: all are deselected
         title = bug.title if bug else "the project as it is"
         sys.exit(f"{title}: the tests did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return failed
-
-
-def files_of(project, names):
-    files = [f"tests/test_{name}.py" for name in names]
-    return [file for file in files if (project / file).exists()]
 
 
 def hunt(project, bug, known):
-    """The first test that fails with this bug and not without it, likely files first, or None."""
-    for names in (bug.tests.split(), [name for name in FAST if name not in bug.tests.split()]):
-        files = files_of(project, names)
-        if files and (failed := failures(project, files, bug, known)):
-            return failed[0].removeprefix("tests/")
+    """The first test that fails with this bug and not without it, likely files first, or None.
+
+    known: which of the tests that saw bugs fail without one too; it grows.
+    """
+    likely = bug.where.split()[1:]
+    for names in (likely, [name for name in FAST if name not in likely]):
+        files = [f"tests/test_{name}.py" for name in names]
+        while failed := failure(project, bug, files, known):
+            test = failed.split("[")[0]
+            if test not in known:
+                known[test] = failure(project, None, [test])
+            if not known[test]:
+                return failed.removeprefix("tests/")
+            print(f"{test} fails on the source as it is, so it counts for nothing here", flush=True)
 
 
 def show_list(numbered):
     """The exercise: each bug, where it was seen, what goes wrong. No answers."""
     print(f"Here are {len(numbered)} bugs, most of public RLHF code. Which test catches each?\n")
     for number, bug in numbered:
-        print(f"{number:2}. {bug.title}   ({bug.file}; seen: {bug.seen})")
+        print(f"{number:2}. {bug.title}   ({bug.where.split(':')[0]}; seen: {bug.seen})")
         print(textwrap.fill(bug.wrong, 96, initial_indent="    ", subsequent_indent="    ") + "\n")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="print the bugs as an exercise, "
-                        "without answers")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--list", action="store_true", help="print the bugs, without answers")
     parser.add_argument("--check", action="store_true", help="only check that each edit fits")
     parser.add_argument("--only", type=int, nargs="+", metavar="N",
                         choices=range(1, len(BUGS) + 1), help="these bugs alone, by number")
@@ -413,23 +414,27 @@ def main():
     check([bug for _, bug in numbered])
     if args.check:
         return print(f"all {len(numbered)} edits fit the source")
-    missed = 0
-    with tempfile.TemporaryDirectory() as folder, \
-            concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+    print("Each takes seconds to minutes. A test counts if it passes without the bug.", flush=True)
+    missed, known = 0, {}
+    pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
+    with tempfile.TemporaryDirectory() as folder:
         project = Path(folder)
         copy_project(ROOT, project)         # one state for all bugs, whatever is edited meanwhile
-        files = files_of(project, FAST)
-        known = sum(pool.map(lambda file: failures(project, [file]), files), [])
-        for test in known:
-            print(f"{test} fails on the source as it is, so it counts for nothing here", flush=True)
         caught = pool.map(lambda item: hunt(project, item[1], known), numbered)
-        for (number, bug), test in zip(numbered, caught):
-            missed += test is None
-            print(f"{number:2}. {bug.title:<60}  {bug.seen:<52}  {test or 'NOT CAUGHT'}",
-                  flush=True)
+        try:
+            for (number, bug), test in zip(numbered, caught):
+                missed += test is None
+                test = test or "NOT CAUGHT"
+                print(f"{number:2}. {bug.title:<60}  {bug.seen:<42}  {test}", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
     print(f"{len(numbered) - missed} of {len(numbered)} bugs caught")
-    sys.exit(missed > 0 or len(known) > 0)
+    sys.exit(missed > 0 or any(known.values()))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:                 # head, say, has read what it wanted
+        os._exit(0)                         # any other exit would try to write the rest

@@ -4,7 +4,6 @@ import collections
 import contextlib
 import copy
 import functools
-import math
 import multiprocessing
 import os
 import shutil
