@@ -336,7 +336,7 @@ class PPOConfig:
     """The settings of a PPO run; train.OPTIONS says why one would change them."""
     beta: float = 0.2
     algorithm: str = "ppo"              # or simple, rloo, grpo
-    iterations: int = 24
+    iterations: int = 22
     length: int = 64                    # tokens of a completion
     batch: int = 512                    # completions an iteration
     group: int = 4                      # of each prompt; with one prompt, all are of it
@@ -441,7 +441,7 @@ class PPO:
         names = ("policy", "value", "optimizer", "controller", "sampler", "shuffler")
         self.parts = {name: getattr(self, name) for name in names}
 
-    def warm_up(self, n=1024):
+    def warm_up(self, n=512):
         """Fit the values to n completions of rho, before the first step.
 
         The policy is still rho, so there is no penalty to come: at every token just the score.
@@ -868,8 +868,8 @@ def main():
     parser.add_argument("--out", default="out", type=Path, help="the folder of pretrain.pt")
     parser.add_argument("--beta", default=0.5, type=data.number(float, 1e-3, 1e3),
                         help="price of a nat of drift, in units of the reward (default 0.5)")
-    parser.add_argument("--iterations", default=10, type=data.number(int, 1),
-                        help="more come closer to the optimum (default 10)")
+    parser.add_argument("--iterations", default=20, type=data.number(int, 1),
+                        help="more come closer to the optimum (default 20)")
     args = parser.parse_args()
     state = data.load_checkpoint(args.out / "pretrain.pt", "pretrain")
     dtype = compute_dtype(torch.device("cpu"))
@@ -892,13 +892,14 @@ def main():
             print(f"\n----- {name}, reward {my_reward(text(row)):g}\n{text(row)}")
 
     sampler = torch.Generator().manual_seed(0)
-    before = sample_completions(rho, prompt.expand(2048, 1), config.length, sampler)
+    before = sample_completions(rho, prompt.expand(4096, 1), config.length, sampler)
     scores = score_fn(before)[:, -1]
-    best = optimum(scores, args.beta)
+    best = quiet_optimum(scores, args.beta)
     print(f"rho: J {scores.mean():.2f}; the optimum: J* {best['objective']:.2f}, score "
-          f"{best['score']:.2f}, KL {best['ref_kl']:.1f} nats")
+          f"{best['score']:.2f}, KL {best['ref_kl']:.1f} nats (effective sample size "
+          f"{best['ess']:.0f}; below {MIN_ESS} trust no optimum)")
     run = PPO(rho, score_fn, prompt, config)
-    run.warm_up(512)
+    run.warm_up()
     for i in range(args.iterations):
         x = run.step(i)
         print(f"{i + 1}/{args.iterations}  score {x['score']:.2f}  KL {x['ref_kl']:.2f}  "
