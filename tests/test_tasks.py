@@ -127,11 +127,11 @@ def score(out, kind, tokens, toward):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_values_are_warmed_up_on_real_tokens_of_every_training_prompt(continued, name):
-    """1,024 completions by rho, 64 of each prompt; at every token the score is still to come."""
+    """512 completions by rho, 32 of each prompt; at every token the score is still to come."""
     rho, toward = load(continued.out, "rho"), load(continued.out, name)["inputs"]["toward"]
     batch, (so_far, returns, mask) = continued.rollouts[name][0], continued.fits[name][0]
     given = [(batch["prompts"] == prompt).all(1).sum().item() for prompt in rho["prompts"]]
-    assert given == [64] * 16, "each prompt as often as the others"
+    assert given == [32] * 16, "each prompt as often as the others"
     drawn = gpt.sample_completions(gpt.load_gpt(load(continued.out, "pretrain")), batch["prompts"],
                                    16, stream(name), rho["end"])
     assert torch.equal(batch["tokens"], drawn), "completions of these prompts, in this order"
