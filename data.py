@@ -80,10 +80,8 @@ def run(main):
         line = f"error: {error}"
     except BrokenPipeError:             # head, say, has read what it wanted
         os._exit(0)                     # any other exit would try to write the rest
-    except ConnectionError as error:
-        line = f"stopped: {error}. {resume}"
-    except OSError as error:
-        line = f"stopped: {error}. Free some space or choose another folder. {resume}"
+    except OSError as error:            # a full disk, say
+        line = f"stopped: {error}. Mend that or choose another folder. {resume}"
     except KeyboardInterrupt:
         line, code = f"stopped. {resume}", 130
     except (MemoryError, RuntimeError) as error:
@@ -160,10 +158,10 @@ def load_checkpoint(path, *kinds):
     if not path.exists():
         raise UserError(f"there is no checkpoint {path}. Make one: python train.py --out "
                         f"{path.parent}, or name the folder of a finished run.")
-    content = read_file(path, "checkpoint")
+    file = io.BytesIO(read_file(path, "checkpoint"))
     try:
         with warnings.catch_warnings(action="ignore"):      # the line below says more
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True)
         kind = state["kind"]
     except Exception:       # a damaged archive can fail anywhere in torch's reader, in many ways
         raise UserError(f"checkpoint {path} is damaged, or was not written by this version, or "
@@ -271,11 +269,9 @@ def load_corpus(path=None):
     if len(text) < 20_000:
         raise UserError(f"corpus {path} has below 20,000 characters, too few to learn from. "
                         "Give more.")
-    # Cut after a speech; where none ends soon (find says -1), between words.
-    wanted = int(0.9 * len(text))
-    cut = max(text.find(BOUNDARY, wanted, int(0.95 * len(text))), text.rfind(" ", 0, wanted))
-    if cut < wanted / 2:                # Chinese, say, has no spaces
-        cut = wanted
+    cut = int(0.9 * len(text))
+    # After a speech, if one ends soon: find says -1 where none does.
+    cut = max(cut, text.find(BOUNDARY, cut, int(0.95 * len(text))))
     return text[:cut].strip(), text[cut:].strip()
 
 
@@ -385,9 +381,9 @@ def find_openings(text, tokenizer):
 
     More of the speech follows.
     """
-    openings = []
-    for lines in (2, 3):                # the name is one
-        openings += re.findall(r"\n\n(?:.+\n){%d}(?=.)" % lines, text)
+    # The name is a line too.
+    openings = re.findall(r"\n\n(?:.+\n){2}(?=.)", text)
+    openings += re.findall(r"\n\n(?:.+\n){3}(?=.)", text)
     prompts = []
     for opening in sorted(set(openings)):
         ids = tokenizer.encode_ordinary(opening)
@@ -407,21 +403,18 @@ def choose_prompts(openings, n, seed):
 
 # ---- ratings ------------------------------------------------------------------------------
 
-def read_labels(path, corpus=None):
+def read_labels(path):
     """The rated passages of a CSV file: (text, rating from -2 to 2, the play it is from or None).
 
     Its columns are play, first_line, last_line, rating: lines of one of the plays (1-based,
-    inclusive), or of the text file corpus, named by its stem. Or text, rating: the passage itself.
-    Raises UserError naming the line of a bad row.
+    inclusive). Or text, rating: the passage itself. Raises UserError naming the line of a bad row.
     """
     # A missing field reads as "", excess fields stand under None.
     rows = csv.DictReader(io.StringIO(read_text(path, "labels")), restval="", strict=True)
-    # Rows may name lines of one's own text in the place of a play.
-    own = {Path(corpus).stem: read_text(corpus, "corpus").split("\n")} if corpus else {}
     passages = []
     try:
         for row in rows:
-            text = row["text"].strip() if "text" in row else quote(row, own)
+            text = row["text"].strip() if "text" in row else quote(row)
             if not text or None in row:
                 raise ValueError("the passage is empty, or the row has too many fields")
             passages.append((text, parse_rating(row["rating"]), row.get("play")))
@@ -445,10 +438,10 @@ def parse_rating(text, low=-2, high=2):
     return rating
 
 
-def quote(row, own):
-    """The lines that a row of a label file names; ValueError says what is wrong with it."""
-    play, first, last = row["play"], int(row["first_line"]), int(row["last_line"])
-    lines = own.get(play) or load_plays().get(play, [])
+def quote(row):
+    """The lines of a play that a row of a label file names; ValueError says what is wrong."""
+    first, last = int(row["first_line"]), int(row["last_line"])
+    lines = load_plays().get(row["play"], [])
     if not 1 <= first <= last <= len(lines):
-        raise ValueError(f"the corpus has no lines {first} to {last} of a play {play!r}")
+        raise ValueError(f"the corpus has no lines {first} to {last} of a play {row['play']!r}")
     return join_lines(lines[first - 1:last])

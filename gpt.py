@@ -44,11 +44,6 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 256
 
-    def __post_init__(self):
-        if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd {self.n_embd} must be an even multiple of n_head "
-                             f"{self.n_head}: rotary positions turn pairs of features of a head")
-
 
 class Linear(nn.Linear):
     """A linear layer without bias that computes in its input's dtype; its weight stays float32."""
@@ -92,7 +87,9 @@ def rotate(x, cos, sin):
     The angle grows with the position, so that q . k depends on the distance alone (Su 2021).
     """
     x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1)
+    y1 = x1 * cos - x2 * sin
+    y2 = x1 * sin + x2 * cos
+    return torch.cat((y1, y2), dim=-1)
 
 
 def blocked_keys(queries, keys, device, pad=None):
@@ -134,7 +131,8 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, blocked, layer=0, cache=None):
         B, T, C = x.shape
-        qkv = self.qkv(norm(x)).view(B, T, 3, self.n_head, C // self.n_head)
+        head = C // self.n_head
+        qkv = self.qkv(norm(x)).view(B, T, 3, self.n_head, head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B,H,T,head)
         # Norms of q and k bound the attention scores: training stays calm at high rates.
         q = rotate(norm(q), cos, sin)
@@ -227,7 +225,8 @@ def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
     if temperature != 1:             # the largest first: then no temperature above 0 overflows
         logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None:
-        least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        top_k = min(top_k, logits.size(-1))
+        least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     # Invert the cumulative distribution: one uniform number a row, where torch.multinomial
     # draws one for each token of the vocabulary, and is slower.
@@ -325,7 +324,8 @@ def completion_hidden(model, prompts, tokens):
 
     Those one position earlier, which predict the token.
     """
-    inputs = torch.cat((prompts, tokens), dim=1)[:, :-1]
+    texts = torch.cat((prompts, tokens), dim=1)
+    inputs = texts[:, :-1]
     hidden = model.hidden(inputs, pad=padding(inputs))
     hidden = hidden[:, prompts.size(1) - 1:]
     # torch multiplies a strided input in one way if weights need a gradient and in another if not:
@@ -491,7 +491,8 @@ def bigram_start(model, tokens, smooth=20.0):
     embed = norm(u * s.sqrt())
     weight = (seen + 5).sqrt()                          # frequent tokens matter more
     # Normal equations in float64: lstsq gives other last bits in every process.
-    x, y = (embed * weight).double(), (logits * weight).double()
+    x = (embed * weight).double()
+    y = (logits * weight).double()
     ridge = torch.eye(C, dtype=torch.float64)
     output = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
     model.embed.weight.copy_(embed)
@@ -511,9 +512,9 @@ def bits_per_byte(model, tokens, vocabulary):
     nats = size = 0.0
     for rows in starts.split(32):
         batch = windows(tokens, rows, T + 1).to(model.embed.weight.device)
-        inputs, targets = batch[:, :-1], batch[:, 1:]
-        logits = model(inputs).flatten(0, 1)
-        loss = F.cross_entropy(logits, targets.flatten(), reduction="sum")
+        targets = batch[:, 1:].flatten()
+        logits = model(batch[:, :-1]).flatten(0, 1)
+        loss = F.cross_entropy(logits, targets, reduction="sum")
         nats += loss.item()
         size += sizes[targets.cpu()].sum().item()
     bits = nats / math.log(2)
@@ -528,7 +529,9 @@ def pretrain(options, texts, loop):
     """
     train = texts["train"]
     vocabulary = texts["vocabulary"]
-    T, steps, batch = options.block_size, options.pretrain_steps, 16
+    T = options.block_size
+    steps = options.pretrain_steps
+    batch = 16
     config = GPTConfig(len(vocabulary), T, options.n_layer, options.n_head, options.n_embd)
     model = GPT(config, options.dtype)
     if config.n_embd < config.vocab_size:
@@ -554,9 +557,9 @@ def pretrain(options, texts, loop):
         set_rates([muon, adam], trapezoid(i, steps))
         starts = draw_starts(len(train) - T, openings, batch, sampler)
         tokens = windows(train, starts[rows], T + 1).to(options.device)
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        logits = model(inputs).flatten(0, 1)
-        loss = F.cross_entropy(logits, targets.flatten())
+        logits = model(tokens[:, :-1]).flatten(0, 1)
+        targets = tokens[:, 1:].flatten()
+        loss = F.cross_entropy(logits, targets)
         optimizer_step(loss, model, [muon, adam], weight=weight)
         average([loss.detach()], weight)
         metrics = {"loss": loss.item()}
@@ -604,7 +607,8 @@ def share(n):
     """The slice of n rows that this process works on."""
     if not dist.is_initialized():
         return slice(0, n)
-    i, processes = dist.get_rank(), dist.get_world_size()
+    i = dist.get_rank()
+    processes = dist.get_world_size()
     return slice(n * i // processes, n * (i + 1) // processes)
 
 

@@ -9,16 +9,16 @@ to maximise
 One iteration, numbered as in PPO.step and in the README:
 
     1. sample completions from the policy
-    2. read them: log-probabilities under policy and reference, values, scores
+    2. read them: log-probabilities under policy and reference, scores
     3. rewards: the KL penalty of every token, and the score on the last
-    4. advantages and returns
-    5. update the policy on minibatches (clipped ratio)
-    6. fit the value function to the rewards-to-go
+    4. values: a forecast of the rewards still to come
+    5. advantages
+    6. update the policy on minibatches (clipped ratio)
 
-Two departures from the textbook. The value function knows the reward model's score of each prefix
-(Stiennon 2020 start their critic from the reward model too) and is fitted by least squares, where
-others train a network: step 6 costs next to nothing. And there is one epoch of updates, not four:
-the time is better spent on fresh samples.
+Two departures from the textbook. The values know the reward model's score of each prefix (Stiennon
+2020 start their critic from the reward model too) and are fitted to the batch by least squares,
+where others train a network: step 4 costs next to nothing. And there is one epoch of updates, not
+four: the time is better spent on fresh samples.
 
 A completion is T token ids. Where it ended before its full length, PAD (-1) fills the rest, and
 mask (B,T), 1 for real tokens, keeps padding out of every sum. Prompts are padded on the left.
@@ -36,7 +36,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 import data
 import reward
@@ -112,8 +111,9 @@ def gae(rewards, values, gamma=1.0, lam=0.8, mask=None):
     for t in reversed(range(rewards.size(1))):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         # Where token t is masked, both stay what they were after it.
-        advantage = torch.where(mask[:, t], delta + gamma * lam * advantage, advantage)
-        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        real = mask[:, t]
+        advantage = torch.where(real, delta + gamma * lam * advantage, advantage)
+        next_value = torch.where(real, values[:, t], next_value)
         advantages[:, t] = advantage
     advantages = advantages.masked_fill(~mask, 0.0)
     return advantages, advantages + values
@@ -124,6 +124,28 @@ def rewards_to_go(rewards, mask=None):
     rewards, mask = _masked(rewards, mask)
     to_go = rewards.flip(1).cumsum(1).flip(1)
     return to_go.masked_fill(~mask, 0.0)
+
+
+def fit_values(so_far, returns, mask):
+    """Values (B,T): a forecast of returns (B,T), from so_far (B,T), the score before each token.
+
+    Least squares on a quadratic polynomial of the position t, from 0 to 1, and the score so far k.
+    Its six weights are found at once, where a network would need a learning rate and many steps.
+    They are fitted to the batch that they serve: among thousands of tokens none moves its own value
+    by much. The polynomial knows no words, so a lambda below 1 leaves a small bias: on an
+    enumerable model 0.02 nats farther from pi*.
+    """
+    T = so_far.size(1)
+    k = so_far.double()
+    t = torch.arange(T, device=k.device).expand_as(k) / T
+    one = torch.ones_like(k)
+    terms = torch.stack((one, t, t * t, k, k * t, k * k), dim=-1)       # (B,T,6)
+    x = terms[mask]
+    y = returns[mask].double()
+    # Ridge regression: the ones pull weights that nothing else decides to 0.
+    ridge = torch.eye(6, dtype=torch.float64, device=x.device)
+    weights = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
+    return (terms @ weights).float()
 
 
 def leave_one_out(returns, group):
@@ -265,10 +287,9 @@ def optimum(scores, beta, log_weights=None):
     scores (N,), or (P,N) of N completions of each of P prompts: then means over prompts.
     log_weights: log(rho/q) of each sample where it was drawn from q instead; the estimate is
     self-normalised. Returns a dict: objective J* = beta log E_rho[exp(r/beta)], score = E_pi*[r],
-    ref_kl = (score - objective) / beta in nats per completion, ess, the effective sample size (of
-    the prompt with the smallest), and objective_se, the standard error of J* (delta method). Warns
-    below an ess of MIN_ESS: J* is then biased downward and its error understated. Raises
-    ValueError for a beta of 0. (Korbak 2022: RL with KL penalties is Bayesian inference.)
+    ref_kl = (score - objective) / beta in nats per completion, and ess, the effective sample size
+    (of the prompt with the smallest). Warns below an ess of MIN_ESS: J* is then biased downward.
+    Raises ValueError for a beta of 0. (Korbak 2022: RL with KL penalties is Bayesian inference.)
     """
     if beta <= 0:
         raise ValueError(f"beta must be positive for an optimum to exist, not {beta}")
@@ -281,18 +302,14 @@ def optimum(scores, beta, log_weights=None):
     objective = beta * (tilted.logsumexp(-1) - base.logsumexp(-1))       # (P,), or of one prompt ()
     weights = tilted.softmax(-1)
     score = (weights * scores).sum(-1)
-    # Delta method: J* is a smooth function of two weighted means of the same samples.
-    difference = weights - base.softmax(-1)
-    variance = difference.square().sum(-1)
-    best = {"objective": objective.mean(),
-            "score": score.mean(),
-            "ref_kl": (score - objective).mean() / beta,
-            "ess": (1 / weights.square().sum(-1)).min(),
-            "objective_se": beta * variance.sum().sqrt() / variance.numel()}
-    if best["ess"] < MIN_ESS:
+    ess = 1 / weights.square().sum(-1)
+    if ess.min() < MIN_ESS:
         warnings.warn(f"the optimum at beta {beta:g} rests on an effective sample size below "
                       f"{MIN_ESS}: do not quote it", stacklevel=2)
-    return {name: x.item() for name, x in best.items()}
+    return {"objective": objective.mean().item(),
+            "score": score.mean().item(),
+            "ref_kl": (score - objective).mean().item() / beta,
+            "ess": ess.min().item()}
 
 
 def mixture_log_weights(logprobs, counts):
@@ -351,43 +368,6 @@ class PPOConfig:
     adaptive_kl_horizon: float = 10_000.0       # completions
 
 
-def make_config(options, beta):
-    """The PPOConfig of one run, from options that have a value for each of its settings."""
-    settings = {name: getattr(options, name) for name in PPOConfig.__dataclass_fields__}
-    settings["beta"] = beta
-    return PPOConfig(**settings)
-
-
-class ValueFunction(nn.Module):
-    """V: the score still to come, from the score k so far and the position t. Starts at 0.
-
-    A quadratic polynomial in t, from 0 to 1, and k: six weights, which least squares finds at
-    once, where a network would need a learning rate and many steps. It knows no words, so a lambda
-    below 1 leaves a small bias: on an enumerable model 0.02 nats farther from pi*.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("weight", torch.zeros(6, dtype=torch.float64))
-
-    def terms(self, so_far):
-        """so_far (B,T), the score before each token -> what the weights multiply (B,T,6)."""
-        k = so_far.double()
-        t = torch.arange(k.size(1), device=k.device).expand_as(k) / k.size(1)
-        return torch.stack((torch.ones_like(k), t, t * t, k, k * t, k * k), dim=-1)
-
-    def forward(self, so_far):
-        """so_far (B,T) -> values (B,T) before each token."""
-        return (self.terms(so_far) @ self.weight).float()
-
-    def fit(self, so_far, returns, mask):
-        """Step 6: the weights whose values are nearest to returns (B,T) over unmasked tokens."""
-        x, y = self.terms(so_far)[mask], returns[mask].double()
-        # Ridge regression: the ones pull weights that nothing else decides to 0.
-        ridge = torch.eye(len(self.weight), dtype=torch.float64, device=x.device)
-        self.weight.copy_(torch.linalg.solve(x.T @ x + ridge, x.T @ y))
-
-
 def learning_rate(i, iterations):
     """The learning rate of iteration i as a share of its peak: falls to 0.
 
@@ -400,10 +380,9 @@ class PPO:
     """A PPO run: step(i) does iteration i and returns its metrics; parts is all that it changes.
 
     ref: the GPT rho, copied and frozen. score_fn: tokens (B,T), completions without their prompt,
-    -> scores (B,), or (B,T+1): the score of every prefix, the empty one first, so that the value
-    function knows the score so far. prompts (P,T0); one row: unconditional. end: the token that
-    ends a completion; None: none does. seed: of sampling and shuffling. The values start at 0:
-    warm_up() first, or at lambda below 1 the early tokens hardly see the score.
+    -> scores (B,), or (B,T+1): the score of every prefix, the empty one first, so that the values
+    know the score so far. prompts (P,T0); one row: unconditional. end: the token that ends a
+    completion; None: none does. seed: of sampling and shuffling.
     """
 
     def __init__(self, ref, score_fn, prompts, config, seed=0, end=None):
@@ -418,19 +397,14 @@ class PPO:
         if config.batch % self.group:
             raise ValueError(f"batch {config.batch} must be a multiple of the group of completions "
                              f"of one prompt, {self.group}")
-        # A copy: shared weights would move along, and KL would be 0 for ever.
+        # Copies: shared weights would move along, and KL would be 0 for ever.
         self.ref = copy.deepcopy(ref).requires_grad_(False)
+        self.policy = copy.deepcopy(self.ref)
         # The last blocks and the output layer are trained. The others stay as they were pretrained:
         # fewer weights for noise to move, and less to compute.
-        self.policy = copy.deepcopy(ref).requires_grad_(False)
         self.policy.lm_head.requires_grad_(True)
         self.policy.blocks[-config.unfrozen:].requires_grad_(True)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
-        # Two streams, two seeds: from the same one both would draw the same numbers. The second
-        # chooses prompts and minibatches.
-        self.sampler = Generator(prompts.device).manual_seed(seed)
-        self.shuffler = Generator().manual_seed(seed + 1)
-        self.value = ValueFunction().to(prompts.device)
         # Adam moves every weight about as far, however small its gradient, for it divides by the
         # gradient's size. But a small one may be mostly noise. With so large an epsilon Adam is
         # close to momentum SGD, and its rates are not comparable with published ones.
@@ -438,17 +412,14 @@ class PPO:
                                            weight_decay=0.0, fused=True)
         self.controller = AdaptiveKL(config.beta, config.adaptive_kl_target,
                                      config.adaptive_kl_horizon)
-        names = ("policy", "value", "optimizer", "controller", "sampler", "shuffler")
-        self.parts = {name: getattr(self, name) for name in names}
-
-    def warm_up(self, n=512):
-        """Fit the values to n completions of rho, before the first step.
-
-        The policy is still rho, so there is no penalty to come: at every token just the score.
-        """
-        batch = self.rollout(max(n, self.group))
-        returns = batch["scores"][:, None].expand_as(batch["tokens"])
-        self.value.fit(batch["so_far"], returns, batch["mask"])
+        self.sampler = Generator(prompts.device).manual_seed(seed)
+        # The shuffler chooses prompts and minibatches.
+        self.shuffler = Generator().manual_seed(seed + 1)
+        self.parts = {"policy": self.policy,
+                      "optimizer": self.optimizer,
+                      "controller": self.controller,
+                      "sampler": self.sampler,
+                      "shuffler": self.shuffler}
 
     @torch.no_grad()
     def read(self, prompts, tokens):
@@ -463,26 +434,31 @@ class PPO:
         so_far = torch.zeros(B, T, device=scores.device)
         if scores.dim() == 2:
             # Before token t the text ends with token t-1; before the first it is empty.
-            so_far, scores = scores[:, :-1], scores[:, -1]
+            so_far = scores[:, :-1]
+            scores = scores[:, -1]
         return {"scores": scores,
                 "logprobs": token_logprobs(logits, tokens),
                 "ref_logprobs": token_logprobs(ref_logits, tokens),
-                "so_far": so_far,
-                "values": self.value(so_far)}
+                "so_far": so_far}
 
-    def rollout(self, n):
-        """Steps 1 and 2: n completions drawn from the policy, and what is read of them."""
+    def rollout(self):
+        """Steps 1 and 2: a batch of completions drawn from the policy, and what is read of them."""
+        config = self.config
+        P = len(self.prompts)
         # Each prompt once before any comes again; its completions stand side by side.
-        many = n // self.group
-        rows = torch.empty(0, dtype=torch.long)
-        while len(rows) < many:
-            order = torch.randperm(len(self.prompts), generator=self.shuffler)
-            rows = torch.cat((rows, order))
-        rows = rows[:many].repeat_interleave(self.group)
-        prompts = self.prompts[rows]
-        tokens = sample_completions(self.policy, prompts, self.config.length, self.sampler,
+        groups = config.batch // self.group
+        orders = []
+        for _ in range(math.ceil(groups / P)):
+            orders.append(torch.randperm(P, generator=self.shuffler))
+        rows = torch.cat(orders)[:groups]
+        prompts = self.prompts[rows].repeat_interleave(self.group, 0)
+        tokens = sample_completions(self.policy, prompts, config.length, self.sampler,
                                     self.end)
-        read = in_chunks(self.read, prompts, tokens, size=self.config.minibatch)
+        read = in_chunks(self.read, prompts, tokens, size=config.minibatch)
+        for name, x in read.items():
+            if not torch.isfinite(x).all():
+                raise FloatingPointError(f"{name} of the completions are not finite. Try --fp32 "
+                                         "or a lower --lr.")
         return {"prompts": prompts,
                 "tokens": tokens,
                 "mask": tokens != PAD,
@@ -493,50 +469,51 @@ class PPO:
         config, beta = self.config, self.controller.beta
         set_rates([self.optimizer], learning_rate(i, config.iterations))
         # 1. and 2. sample completions, read them
-        self.batch = batch = self.rollout(config.batch)
+        self.batch = batch = self.rollout()
         mask = batch["mask"]
-        check_finite(batch, i)
         # 3. rewards; GRPO alone has the penalty in the loss instead
         in_loss = beta if config.algorithm == "grpo" else 0.0
         rewards = kl_penalised_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"],
                                        beta - in_loss, mask)
-        # 4. advantages and returns
-        advantages, returns = self.advantages(rewards, batch["values"], mask)
-        metrics = self.describe(batch, returns)         # of the policy that sampled
-        # 5. update the policy
+        # 4. values: a forecast of the rewards still to come
+        returns = rewards_to_go(rewards, mask)
+        values = fit_values(batch["so_far"], returns, mask)
+        # 5. advantages
+        advantages = self.advantages(rewards, values, mask)
+        metrics = self.describe(batch)                  # of the policy that sampled
+        metrics["explained_variance"] = explained_variance(values, returns, mask)
+        # 6. update the policy
         metrics |= self.update(batch, advantages, in_loss)
-        # 6. fit the value function
-        if config.algorithm == "ppo":
-            self.value.fit(batch["so_far"], returns, mask)
         if config.adaptive_kl_target:
             self.controller.update(metrics["ref_kl"], config.batch)
         return metrics
 
     def advantages(self, rewards, values, mask):
-        """Step 4: how much better than expected each token was, and the returns: (B,T) both.
-
-        The returns, to which the values are fitted, are the rewards-to-go: lambda 1.
-        """
+        """Step 5: how much better than expected each token was: (B,T)."""
+        algorithm = self.config.algorithm
         returns = rewards_to_go(rewards, mask)
-        if self.config.algorithm == "grpo":
-            return whiten_groups(returns, self.group), returns
-        if self.config.algorithm == "simple":
+        if algorithm == "grpo":
+            return whiten_groups(returns, self.group)
+        if algorithm == "simple":
             advantages = returns
-        elif self.config.algorithm == "rloo":
+        elif algorithm == "rloo":
             advantages = leave_one_out(returns, self.group)
         else:
             advantages, _ = gae(rewards, values, lam=self.config.lam, mask=mask)
-        return whiten(advantages, mask), returns
+        return whiten(advantages, mask)
 
     def update(self, batch, advantages, kl_in_loss=0.0):
-        """Step 5: epochs of minibatches, each completion once an epoch. Returns mean metrics.
+        """Step 6: epochs of minibatches, each completion once an epoch. Returns mean metrics.
 
         Stops before a step that would start farther than max_update_kl from the policy that
         sampled. kl_in_loss: GRPO's beta.
         """
         config = self.config
-        infos = []
-        for everyones in self.minibatches(len(advantages), config.minibatch, config.epochs):
+        minibatches, infos = [], []
+        for _ in range(config.epochs):
+            order = torch.randperm(len(advantages), generator=self.shuffler)
+            minibatches += order.split(config.minibatch)
+        for everyones in minibatches:
             rows = everyones[share(len(everyones))]
             tokens = batch["tokens"][rows]
             mask = batch["mask"][rows]
@@ -556,54 +533,36 @@ class PPO:
                 break
             info["grad_norm"] = optimizer_step(loss, self.policy, [self.optimizer], 1.0, weight)
             infos.append(info)
-        metrics = {}
+        metrics = {"epochs": config.epochs * len(infos) / len(minibatches)}
         for key in infos[0]:
-            metrics[key] = torch.stack([info[key] for info in infos]).mean().item()
-        metrics["epochs"] = len(infos) / math.ceil(len(advantages) / config.minibatch)
+            values = [info[key].item() for info in infos]
+            metrics[key] = sum(values) / len(values)
         return metrics
 
-    def minibatches(self, n, size, epochs):
-        """Rows of each minibatch: all n once an epoch, in a new order every time."""
-        for _ in range(epochs):
-            yield from torch.randperm(n, generator=self.shuffler).split(size)
-
     @torch.no_grad()
-    def describe(self, batch, returns, whole=32):
+    def describe(self, batch, whole=32):
         """The metrics of a batch of completions, of the policy that drew them: a dict of floats.
 
         exact_kl and entropy need whole distributions, so they are of the first 32 completions.
         """
-        mask, scores = batch["mask"], batch["scores"]
+        beta = self.controller.beta
+        mask = batch["mask"]
+        scores = batch["scores"]
         k1, _ = _masked(batch["logprobs"] - batch["ref_logprobs"], mask)
         ref_kl = k1.sum(1)                                              # (B,): nats a completion
         prompts = batch["prompts"][:whole]
         tokens = batch["tokens"][:whole]
-        logits = completion_logits(self.policy, prompts, tokens)
-        ref_logits = completion_logits(self.ref, prompts, tokens)
-        logprobs, ref_logprobs = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+        logprobs = completion_logits(self.policy, prompts, tokens).log_softmax(-1)
+        ref_logprobs = completion_logits(self.ref, prompts, tokens).log_softmax(-1)
         kl, _ = _masked(exact_kl(logprobs, ref_logprobs), mask[:whole])
-        objective = scores - self.controller.beta * ref_kl
-        metrics = {"score": scores.mean(),
-                   "ref_kl": ref_kl.mean(),
-                   "ref_kl_se": ref_kl.std(correction=0) / len(ref_kl) ** 0.5,
-                   "exact_kl": kl.sum(1).mean(),
-                   "objective": objective.mean(),
-                   "entropy": masked_mean(entropy(logprobs), mask[:whole]),
-                   "ref_logprob": masked_mean(batch["ref_logprobs"], mask),
-                   "tokens": mask.sum(1).float().mean()}
-        metrics = {name: x.item() for name, x in metrics.items()}
-        metrics["beta"] = self.controller.beta
-        if self.config.algorithm == "ppo":      # the others do not use the values
-            metrics["explained_variance"] = explained_variance(batch["values"], returns, mask)
-        return metrics
-
-
-def check_finite(batch, i):
-    """Raise FloatingPointError naming the first tensor of iteration i that is not finite."""
-    for name, x in batch.items():
-        if not torch.isfinite(x).all():
-            raise FloatingPointError(f"iteration {i + 1}: {name} of the completions are not "
-                                     "finite. Try --fp32 or a lower --lr.")
+        return {"score": scores.mean().item(),
+                "ref_kl": ref_kl.mean().item(),
+                "ref_kl_se": ref_kl.std(correction=0).item() / len(ref_kl) ** 0.5,
+                "exact_kl": kl.sum(1).mean().item(),
+                "objective": (scores - beta * ref_kl).mean().item(),
+                "entropy": masked_mean(entropy(logprobs), mask[:whole]).item(),
+                "tokens": mask.sum(1).float().mean().item(),
+                "beta": beta}
 
 
 # ---- what a run reached -------------------------------------------------------------------
@@ -611,114 +570,101 @@ def check_finite(batch, i):
 def mean_se(x):
     """(mean, standard error) of independent values (N,), as floats; NaN for one or none."""
     x = x.double().flatten()
-    variance = (x - x.mean()).square().sum() / (len(x) * (len(x) - 1))
-    return x.mean().item(), variance.sqrt().item()
+    return x.mean().item(), x.std().item() / len(x) ** 0.5
 
 
-def pool(scores, log_ratio, rho_scores, rho_log_ratio):
-    """Scores (P,M+N) of rho's M and pi's N samples of each of P prompts, and their log(rho/q).
+def bootstrap(function, *samples, times=100):
+    """Standard errors (K,) of function(*samples), K numbers: their deviation over new samples.
 
-    log_ratio: log pi - log rho of pi's samples (P,N); rho_log_ratio: of rho's (P,M). q is the
-    mixture of both. With them optimum() reaches smaller betas than with rho's samples alone.
+    The N completions of each prompt, samples (...,P,N), are drawn again from themselves (Efron
+    1979). The prompts are given, so only the spread within each counts.
     """
-    scores = torch.cat((rho_scores, scores), dim=1)
-    ratio = torch.cat((rho_log_ratio, log_ratio), dim=1).flatten()
-    counts = (rho_log_ratio.numel(), log_ratio.numel())
-    # Only the ratio matters, so rho's own row may be 0.
-    log_weights = mixture_log_weights(torch.stack((torch.zeros_like(ratio), ratio)), counts)
-    return scores, log_weights.view_as(scores)
+    generator = torch.Generator().manual_seed(0)
+    again = []
+    for _ in range(times):
+        drawn = []
+        for x in samples:
+            N = x.size(-1)
+            columns = torch.randint(N, (N,), generator=generator)
+            drawn.append(x[..., columns])
+        again.append(function(*drawn))
+    return torch.tensor(again).std(0).tolist()
 
 
-def prompts_se(parts):
-    """Standard error of a mean over P prompts of sums over N samples, parts (P,N): a float.
+def pool(rho, pi):
+    """Samples of rho (K,P,M) and pi (K,P,N) as one (K,P,M+N), and their log(rho/q) (P,M+N).
 
-    The prompts are given, so only the spread within each counts.
+    Row 0 are the scores, row 1 log pi - log rho. q is the mixture of both. With the policy's own
+    samples optimum() reaches smaller betas than with rho's alone.
     """
-    P, N = parts.shape
-    parts = parts.double()
-    within = parts - parts.mean(1, keepdim=True)
-    variance = within.square().sum() * N / (N - 1)
-    return variance.sqrt().item() / P
+    both = torch.cat((rho, pi), dim=-1)
+    log_ratio = both[1].flatten()
+    # Only the ratio matters, so rho's own log-probability may be 0.
+    logprobs = torch.stack((torch.zeros_like(log_ratio), log_ratio))
+    counts = (rho[1].numel(), pi[1].numel())
+    log_weights = mixture_log_weights(logprobs, counts)
+    return both, log_weights.view_as(both[1])
 
 
-def fraction_of_optimum(scores, log_ratio, rho_scores, rho_log_ratio, beta):
+def compare(rho, pi, beta):
+    """[J(pi), J*, (J(pi) - J(rho)) / (J* - J(rho))], and the optimum, of samples as in pool()."""
+    both, log_weights = pool(rho, pi)
+    best = optimum(both[0], beta, log_weights)
+    # log pi - log rho, not the exact KL: near pi*, score - beta log_ratio hardly varies.
+    objective = (pi[0] - beta * pi[1]).mean().item()
+    start = rho[0].mean().item()
+    fraction = (objective - start) / (best["objective"] - start)
+    return [objective, best["objective"], fraction], best
+
+
+def fraction_of_optimum(rho, pi, beta):
     """How far a policy came toward the optimum: a dict of floats, None where not known.
 
-    Inputs as for pool(). objective = J(pi) and its standard error; reference_objective = J(rho);
-    optimum; fraction_of_optimum = (J(pi) - J(rho)) / (J* - J(rho)) and its standard error;
-    kl_to_optimum = KL(pi to pi*) = (J* - J(pi)) / beta.
+    Samples as in pool(). objective = J(pi); reference_objective = J(rho); fraction_of_optimum =
+    (J(pi) - J(rho)) / (J* - J(rho)); kl_to_optimum = KL(pi to pi*) = (J* - J(pi)) / beta; each _se
+    a standard error.
     """
-    N, M = scores.size(1), rho_scores.size(1)
-    # log_ratio itself, not the exact KL: near pi*, score - beta log_ratio hardly varies.
-    gains = scores - beta * log_ratio                                   # (P,N)
-    objective, start = gains.mean().item(), rho_scores.mean().item()
-    unknown = ("objective", "score", "ref_kl", "ess", "objective_se")
+    (objective, _, fraction), best = compare(rho, pi, beta)
+    errors = bootstrap(lambda rho, pi: compare(rho, pi, beta)[0], rho, pi)
     reached = {"objective": objective,
-               "objective_se": prompts_se(gains / N),
-               "reference_objective": start,
-               "optimum": dict.fromkeys(unknown),
-               "fraction_of_optimum": None,
-               "fraction_se": None,
-               "kl_to_optimum": None}
-    if beta == 0:                               # no penalty, no optimum
-        return reached
-    pooled, log_weights = pool(scores, log_ratio, rho_scores, rho_log_ratio)
-    best = quiet_optimum(pooled, beta, log_weights)
-    reached["optimum"]["ess"] = best["ess"]
-    if best["ess"] < MIN_ESS:
-        return reached
-    way = best["objective"] - start
-    fraction = (objective - start) / way
-    # Delta method: what each sample adds to the fraction through J*, J(rho) and J(pi). These share
-    # samples, and errors that move together cancel.
-    tilted = log_weights + pooled / beta
-    shares = tilted.softmax(-1) - log_weights.softmax(-1)
-    old, new = (-fraction * beta * shares).split([M, N], dim=1)
-    old_error = prompts_se(old - (1 - fraction) * rho_scores / M)
-    new_error = prompts_se(new + gains / N)
-    reached["optimum"] = best
-    reached["fraction_of_optimum"] = fraction
-    reached["fraction_se"] = math.hypot(old_error, new_error) / way
-    reached["kl_to_optimum"] = (best["objective"] - objective) / beta
+               "objective_se": errors[0],
+               "reference_objective": rho[0].mean().item(),
+               "optimum": {**best, "objective_se": errors[1]},
+               "fraction_of_optimum": fraction,
+               "fraction_se": errors[2],
+               "kl_to_optimum": (best["objective"] - objective) / beta}
+    if best["ess"] < MIN_ESS:           # then none of it can be told
+        for name in ("fraction_of_optimum", "fraction_se", "kl_to_optimum"):
+            reached[name] = None
+        unknown = dict.fromkeys(reached["optimum"])
+        reached["optimum"] = {**unknown, "ess": best["ess"]}
     return reached
 
 
-def quiet_optimum(scores, beta, log_weights=None):
-    """optimum() for callers that look at the effective sample size themselves: no warning."""
-    with warnings.catch_warnings(action="ignore"):
-        return optimum(scores, beta, log_weights)
+def frontier(samples, log_weights):
+    """The optimum at every beta that samples (3,P,N) can tell: rows of KL, score, judge.
 
-
-def frontier(scores, log_weights, judge_scores):
-    """The optimum at every beta that these samples (P,N) can tell: rows of KL, score, judge.
-
-    The third is what selection alone does to a judge that nobody optimises: its mean over the same
-    weighted samples, judge_scores (P,N).
+    Row 2 are the scores of a judge that nobody optimises: their mean over the same weighted samples
+    is what selection alone does to it.
     """
     rows = []
     for beta in torch.logspace(2, -2, 81).tolist():
-        best = quiet_optimum(scores, beta, log_weights)
+        best = optimum(samples[0], beta, log_weights)
         if best["ess"] >= MIN_ESS:
-            weights = (log_weights + scores / beta).softmax(-1)
-            judge = (weights * judge_scores).sum(-1).mean().item()
+            weights = (log_weights + samples[0] / beta).softmax(-1)
+            judge = (weights * samples[2]).sum(-1).mean().item()
             rows.append([best["ref_kl"], best["score"], judge])
     return rows
 
 
 def best_of_n_rows(scores):
-    """Rows of n, expected best score of n samples, its standard error (bootstrap), KL at most."""
+    """Rows of n, expected best score of n samples, its standard error, KL at most."""
     rows = []
-    N = scores.size(-1)
-    generator = torch.Generator().manual_seed(0)
     for n in (1, 4, 16, 64, 256):
-        if n > N:
-            break
-        best, kl = best_of_n(scores, n)
-        again = []
-        for _ in range(50):
-            drawn = torch.randint(N, (N,), generator=generator)
-            again.append(best_of_n(scores[:, drawn], n)[0])
-        rows.append([n, best, torch.tensor(again).std().item(), kl])
+        if n <= scores.size(-1):
+            best, kl = best_of_n(scores, n)
+            error, _ = bootstrap(lambda x: best_of_n(x, n), scores, times=50)
+            rows.append([n, best, error, kl])
     return rows
 
 
@@ -739,9 +685,8 @@ def sample_reference(options, texts, pretrained, rewarded, judged, loop):
     prompts = test_prompts = torch.full((1, 1), texts["start"])
     end = None
     if options.task == "continue":
-        n, seed = options.prompts, options.seed
-        prompts = data.choose_prompts(texts["openings"], n, seed)
-        test_prompts = data.choose_prompts(texts["test_openings"], n, seed)
+        prompts = data.choose_prompts(texts["openings"], options.prompts, options.seed)
+        test_prompts = data.choose_prompts(texts["test_openings"], options.prompts, options.seed)
         end = texts["start"]
     rho = load_gpt(pretrained, options.device, options.dtype)
     sampler = torch.Generator(options.device).manual_seed(options.seed)
@@ -754,9 +699,6 @@ def sample_reference(options, texts, pretrained, rewarded, judged, loop):
         scales[state["kind"]] = {
             "positive": reward.score_constants(log_odds, "positive"),
             "negative": reward.score_constants(log_odds, "negative")}
-    if not scales["reward"]["positive"]["std"] > 0:
-        raise data.UserError("the reward model finds all of rho's samples alike, so there is "
-                             "nothing to learn. Give labels that differ.")
     return {"prompts": prompts,
             "test_prompts": test_prompts,
             "end": end,
@@ -773,7 +715,8 @@ def load_scorer(options, state, rho):
 
 def tune(options, pretrained, rewarded, judged, rho, loop):
     """PPO on the reward model at one beta: the policy and what it reached, a dict for ppo_*.pt."""
-    config = make_config(options, options.beta)
+    settings = {name: getattr(options, name) for name in PPOConfig.__dataclass_fields__}
+    config = PPOConfig(**settings)
     ref = load_gpt(pretrained, options.device, options.dtype)
     score_fn = load_scorer(options, rewarded, rho)
     judge_fn = load_scorer(options, judged, rho)
@@ -783,35 +726,33 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
              "vocabulary": pretrained["vocabulary"],
              "test_prompts": rho["test_prompts"],
              "end": rho["end"]}
-    if config.algorithm == "ppo":           # the others do not use values
-        run.warm_up()
+    shown = ["score", "judge", "ref_kl", "objective", "clipfrac", "explained_variance"]
 
     for i in loop.steps(config.iterations, **run.parts):
         # Score, KL and entropy of a step are those of the policy before its update.
-        before = copy.deepcopy(run.policy.state_dict())
         metrics = run.step(i)
-        tokens, scores = run.batch["tokens"], run.batch["scores"]
+        tokens = run.batch["tokens"]
         judged_scores = in_chunks(judge_fn, tokens)[:, -1]
-        metrics["positive"] = positive(scores, rho, options.toward).mean().item()
         metrics["judge"] = judged_scores.mean().item()
         farthest = max([row["ref_kl"] for row in loop.history], default=0.0)
         for mark in KL_MARKS:
             if farthest < mark <= metrics["ref_kl"]:
-                loop.keep(f"kl{mark:g}", **about, model=before)
-        loop.log(pause=0, shown=["score", "judge", "ref_kl", "objective", "clipfrac",
-                                 "explained_variance"], **metrics)
+                loop.keep(f"kl{mark:g}", **about, model=run.policy.state_dict())
+        loop.log(pause=0, shown=shown, **metrics)
         if (i + 1) % 5 == 0:
-            for row, score in zip(tokens[:2], scores):
-                loop.show(f"score {score:.2f}", data.decode(pretrained["vocabulary"], row))
+            for row, score in zip(tokens[:2], run.batch["scores"]):
+                text = data.decode(pretrained["vocabulary"], row)
+                loop.show(f"score {score:.2f}", text)
 
     result = evaluate(options, run, judge_fn, rho)
     return {**about, "model": run.policy.state_dict(), "result": result}
 
 
 def positive(scores, rho, toward):
-    """P(positive) of scores toward "positive" or "negative": the scaling undone."""
+    """Mean P(positive) of scores toward "positive" or "negative": the scaling undone."""
     scale = rho["scales"]["reward"][toward]
-    p = (scores * scale["std"] + scale["mean"]).exp()
+    log_p = scores * scale["std"] + scale["mean"]
+    p = log_p.exp().mean().item()
     return p if toward == "positive" else 1 - p
 
 
@@ -829,34 +770,35 @@ def evaluate(options, run, judge_fn, rho):
     Measured on fresh samples of pi and on rho's, both of the test prompts.
     """
     def read(prompts, tokens):
-        return {"score": run.score_fn(tokens)[:, -1],
-                "judge": judge_fn(tokens)[:, -1],
-                "ref_kl": log_ratios(run.policy, run.ref, prompts, tokens)}
+        scores = run.score_fn(tokens)[:, -1]
+        ratios = log_ratios(run.policy, run.ref, prompts, tokens)
+        judged_scores = judge_fn(tokens)[:, -1]
+        return torch.stack((scores, ratios, judged_scores), dim=1)
 
-    beta, toward = run.controller.beta, options.toward
     test_prompts = rho["test_prompts"].to(options.device)
     sampler = torch.Generator(options.device).manual_seed(options.seed + 2)
     prompts = repeat(test_prompts, options.fresh_samples)
-    tokens = sample_completions(run.policy, prompts, options.length, sampler, run.end)
-    fresh = in_chunks(read, prompts, tokens)
-    tokens = rho["tokens"].long().to(options.device)
-    prompts = repeat(test_prompts, len(tokens))
-    old = in_chunks(read, prompts, tokens)
+    fresh = sample_completions(run.policy, prompts, options.length, sampler, run.end)
+    samples = []
+    old = rho["tokens"].long().to(options.device)
+    for tokens in (old, fresh):
+        prompts = repeat(test_prompts, len(tokens))
+        rows = in_chunks(read, prompts, tokens).cpu()                   # (N,3)
+        samples.append(rows.T.reshape(3, len(test_prompts), -1))        # a row for each prompt
+    old, new = samples
+    beta = run.controller.beta
+    score, ref_kl, judged_score = new.mean((1, 2)).tolist()
     result = {"beta": beta,
-              "toward": toward,
+              "toward": options.toward,
               "iterations": run.config.iterations,
-              "positive": positive(fresh["score"], rho, toward).mean().item()}
-    for key, x in fresh.items():
-        result[key] = x.mean().item()
-        # A row for each prompt.
-        fresh[key] = x.view(len(test_prompts), -1).cpu()
-        old[key] = old[key].view(len(test_prompts), -1).cpu()
-    both = (fresh["score"], fresh["ref_kl"], old["score"], old["ref_kl"])
-    scores, log_weights = pool(*both)
-    judge = torch.cat((old["judge"], fresh["judge"]), dim=1)
-    result |= fraction_of_optimum(*both, beta)
-    result["frontier"] = frontier(scores, log_weights, judge)
-    result["best_of_n"] = best_of_n_rows(old["score"])
+              "score": score,
+              "positive": positive(new[0], rho, options.toward),
+              "judge": judged_score,
+              "ref_kl": ref_kl}
+    with warnings.catch_warnings(action="ignore"):      # the report looks at the ESS itself
+        result |= fraction_of_optimum(old, new, beta)
+        result["frontier"] = frontier(*pool(old, new))
+    result["best_of_n"] = best_of_n_rows(old[0])
     return result
 
 
@@ -872,34 +814,26 @@ def main():
                         help="more come closer to the optimum (default 20)")
     args = parser.parse_args()
     state = data.load_checkpoint(args.out / "pretrain.pt", "pretrain")
-    dtype = compute_dtype(torch.device("cpu"))
-    rho = load_gpt(state, dtype=dtype)
+    vocabulary = state["vocabulary"]
+    rho = load_gpt(state, dtype=compute_dtype(torch.device("cpu")))
     prompt = torch.full((1, 1), state["start"])         # the blank line before a speech
     config = PPOConfig(beta=args.beta, iterations=args.iterations, length=32, batch=256)
-
-    def text(row):
-        return data.decode(state["vocabulary"], row)
 
     def score_fn(tokens):               # of every prefix, the empty one first
         rows = []
         for row in tokens:
             prefixes = [row[:t] for t in range(len(row) + 1)]
-            rows.append([float(my_reward(text(prefix))) for prefix in prefixes])
+            texts = [data.decode(vocabulary, prefix) for prefix in prefixes]
+            rows.append([float(my_reward(text)) for text in texts])
         return torch.tensor(rows)
-
-    def show(name, tokens):
-        for row in tokens[:2]:
-            print(f"\n----- {name}, reward {my_reward(text(row)):g}\n{text(row)}")
 
     sampler = torch.Generator().manual_seed(0)
     before = sample_completions(rho, prompt.expand(4096, 1), config.length, sampler)
     scores = score_fn(before)[:, -1]
-    best = quiet_optimum(scores, args.beta)
+    best = optimum(scores, args.beta)
     print(f"rho: J {scores.mean():.2f}; the optimum: J* {best['objective']:.2f}, score "
-          f"{best['score']:.2f}, KL {best['ref_kl']:.1f} nats (effective sample size "
-          f"{best['ess']:.0f}; below {MIN_ESS} trust no optimum)")
+          f"{best['score']:.2f}, KL {best['ref_kl']:.1f} nats")
     run = PPO(rho, score_fn, prompt, config)
-    run.warm_up()
     for i in range(args.iterations):
         x = run.step(i)
         print(f"{i + 1}/{args.iterations}  score {x['score']:.2f}  KL {x['ref_kl']:.2f}  "
@@ -907,9 +841,12 @@ def main():
     # Samples of pi* itself: those of rho, drawn again by their weight exp(r / beta).
     weights = (scores / args.beta).softmax(0)
     at_optimum = before[weights.multinomial(2, generator=sampler)]
-    show("before", before)
-    show("after", run.batch["tokens"])
-    show("at the optimum", at_optimum)
+    shown = {"before": before, "after": run.batch["tokens"], "at the optimum": at_optimum}
+    for name, tokens in shown.items():
+        for row in tokens[:2]:
+            text = data.decode(vocabulary, row)
+            print(f"\n----- {name}, reward {my_reward(text):g}")
+            print(text)
 
 
 def my_reward(text):

@@ -88,7 +88,7 @@ def make_parser():
     parser = data.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--size", choices=SIZES, help="model and budget (default: base on CUDA, small on a CPU)")
-    add("--beta", type=number(float, 0, 10), nargs="+", default=[0.2],
+    add("--beta", type=number(float, 1e-3, 10), nargs="+", default=[0.2],
         help="KL coefficients: smaller lets the policy drift farther for reward (default 0.2)")
     add("--out", default="out", type=Path,
         help="folder of checkpoints, figures and report (default out)")
@@ -303,7 +303,7 @@ def study(args):
     if not data.is_first_process():
         gpt.barrier(args.device)        # until the first process has corpus and tokenizer
     corpus = data.load_corpus(args.corpus)
-    rated = reward.read_ratings(args.labels, args.corpus)
+    rated = reward.read_ratings(args.labels)
     texts = run(args, "data", data.prepare, corpus)
     data.save_tokenizer(args.out / "tokenizer.tiktoken", texts["vocabulary"])
     if data.is_first_process():

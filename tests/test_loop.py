@@ -23,7 +23,7 @@ import ppo
 from conftest import assert_close, randn
 from data import PAD
 from gpt import GPT, GPTConfig, completion_hidden, completion_logits, cut_after
-from ppo import (PPO, PPOConfig, exact_kl, gae, kl_penalised_rewards, leave_one_out, policy_loss,
+from ppo import (PPO, PPOConfig, exact_kl, fit_values, gae, kl_penalised_rewards, leave_one_out, policy_loss,
                  token_logprobs, whiten_groups)
 
 SEQUENCES = torch.cartesian_prod(*[torch.arange(3)] * 4)                # all completions (81,4)
@@ -103,11 +103,9 @@ def new_run(seed=0, score=prefix_scores, prompts=PROMPT, end=None, **options):
     return PPO(rho(), score, prompts, PPOConfig(**{**settings, **options}), seed, end=end)
 
 
-def train(warm=False, **options):
+def train(**options):
     """A run taken to its end, and its metrics, a dict an iteration."""
     run = new_run(**options)
-    if warm:
-        run.warm_up(2048)
     return run, [run.step(i) for i in range(run.config.iterations)]
 
 
@@ -117,7 +115,7 @@ SETTINGS = {"simple": {**RLOO, "algorithm": "simple"}, "rloo": RLOO,
             "grpo": {**RLOO, **LONG, "algorithm": "grpo"},
             # As shipped.
             "ppo": {**RLOO, **LONG, "algorithm": "ppo", "lam": PPOConfig().lam, "minibatch": 128,
-                    "max_update_kl": PPOConfig().max_update_kl, "warm": True}}
+                    "max_update_kl": PPOConfig().max_update_kl}}
 
 
 def ended(algorithm):
@@ -163,7 +161,8 @@ def test_a_batch_has_each_prompt_once_in_its_group_and_nothing_after_the_end():
     run, orders = new_run(prompts=torch.cartesian_prod(torch.arange(3), torch.arange(3)), end=END,
                           group=4), []
     for groups in (5, 9, 9, 20):
-        batch = run.rollout(4 * groups)
+        run.config.batch = 4 * groups
+        batch = run.rollout()
         prompts = batch["prompts"].view(groups, 4, 2)
         assert (prompts == prompts[:, :1]).all(), "a group has more than one prompt"
         drawn = prompts[:, 0] @ torch.tensor([3, 1])
@@ -181,9 +180,8 @@ def test_at_the_start_policy_and_reference_are_one():
     run = new_run()
     first, second = all_once(run)[0], all_once(run)[0]
     assert torch.equal(first["logprobs"], first["ref_logprobs"]), "pi should start as a copy of rho"
-    assert not first["values"].any(), "values start at 0"
     assert same(list(first.values()), list(second.values())), "two readings differ: is dropout on?"
-    assert not any(x.requires_grad for x in run.rollout(128).values()), "rollouts need no gradient"
+    assert not any(x.requires_grad for x in run.rollout().values()), "rollouts need no gradient"
     metrics = run.step(0)
     assert metrics["ref_kl"] == metrics["exact_kl"] == 0, "iteration 0 samples from rho itself"
     assert metrics["objective"] == metrics["score"], "a policy equal to rho pays exactly nothing"
@@ -210,7 +208,6 @@ def test_the_first_step_is_the_policy_gradient_of_each_completion_by_itself(algo
     run = new_run(prompts=PROMPTS, end=END, algorithm=algorithm, batch=32, minibatch=32, epochs=1,
                   group=4, lam=0.6, beta=0.7)
     run.policy.lm_head.weight.data += randn(3, 64, dtype=torch.float32) / 8
-    run.warm_up(256)
     parameters, gradients = [p for p in run.policy.parameters() if p.requires_grad], []
     monkeypatch.setattr(run.optimizer, "step",
                         lambda: gradients.append([p.grad for p in parameters]))
@@ -227,11 +224,12 @@ def test_the_first_step_is_the_policy_gradient_of_each_completion_by_itself(algo
         paid[-1][-1] += score
     # Rewards-to-go, and 0 after the end.
     to_go = torch.stack([F.pad(x.flip(0).cumsum(0).flip(0), (0, 4 - len(x))) for x in paid])
+    values = fit_values(run.batch["so_far"], to_go, run.batch["mask"])
     table = {"simple": to_go, "rloo": leave_one_out(to_go, 4), "grpo": whiten_groups(to_go, 4)}
     advantages = []
     for b, x in enumerate(paid):
         advantages.append(table[algorithm][b, :len(x)] if algorithm != "ppo" else
-                          gae(x[None], run.batch["values"][b:b + 1, :len(x)], lam=0.6)[0][0])
+                          gae(x[None], values[b:b + 1, :len(x)], lam=0.6)[0][0])
     A, penalty = torch.cat(advantages), 0.7 * torch.cat(k3).mean()
     if algorithm != "grpo":
         A, penalty = (A - A.mean()) / A.std(correction=0), 0
@@ -283,24 +281,16 @@ def test_gradients_are_clipped_to_norm_1_and_their_norm_is_logged():
 
 
 @pytest.mark.parametrize("algorithm", ["simple", "rloo", "grpo", "ppo"])
-def test_values_are_fitted_to_what_did_come_and_only_where_they_are_used(algorithm, spy_on):
-    """Returns are rewards-to-go whatever lambda is; warming up, scores: no penalty is due."""
+def test_values_are_fitted_to_what_did_come(algorithm, spy_on):
+    """To rewards-to-go whatever lambda is, of real tokens."""
     run = new_run(algorithm=algorithm, lam=0.3, prompts=PROMPTS, end=END, group=4)
-    rewards, fits = spy_on(ppo, "kl_penalised_rewards"), spy_on(run.value, "fit")
-    run.warm_up(1003)
-    (so_far, returns, mask), _, _ = fits.pop()
-    assert len(mask) == 1000 and not mask.all(), "whole groups, as many as fit, masked"
-    scores = set(score_fn(ENDED).tolist())
-    assert set(returns[:, 0].tolist()) <= scores and (returns == returns[:, :1]).all(), "no scores"
-    metrics = run.step(0)
-    if algorithm != "ppo":
-        assert not fits and "explained_variance" not in metrics, "values that nobody uses"
-        return
-    (so_far, returns, mask), _, _ = fits.pop()
+    rewards, fits = spy_on(ppo, "kl_penalised_rewards"), spy_on(ppo, "fit_values")
+    run.step(0)
+    [((so_far, returns, mask), _, _)] = fits
     to_go = torch.stack([rewards[0][2][:, t:].sum(1) for t in range(4)], 1)
     assert_close(returns, to_go * mask, "values are not fitted to the rewards still to come")
     assert torch.equal(so_far, prefix_scores(run.batch["tokens"])[:, :-1]), "other scores"
-    assert torch.equal(mask, run.batch["mask"]) and not fits, "other tokens"
+    assert torch.equal(mask, run.batch["mask"]) and not mask.all(), "other tokens"
 
 
 def test_adam_has_a_large_epsilon_and_the_rate_falls_to_0():
@@ -345,12 +335,9 @@ def test_an_early_stop_takes_no_step_after_it_and_leaves_no_gradient(approx_kl, 
 @pytest.mark.parametrize("score", [prefix_scores, score_fn])
 def test_values_know_the_score_of_the_prefix_before_each_token(score):
     """First the empty text's score, never one that saw the token; 0 if score_fn tells none."""
-    run, known = new_run(score=score), randn(20_000, 4, dtype=torch.float32)
-    # Taught the polynomial k, the values show what score they are given.
-    run.value.fit(known, known, torch.ones(20_000, 4, dtype=torch.bool))
-    batch = all_once(run)[0]
+    batch = all_once(new_run(score=score))[0]
     expected = prefix_scores(SEQUENCES)[:, :-1] * (score is prefix_scores)
-    assert_close(batch["values"], expected, "not the score so far", atol=2e-3, rtol=0)
+    assert_close(batch["so_far"], expected, "not the score so far")
     assert_close(batch["scores"], SCORES.float(), "the score is not that of the whole completion")
     assert_close(batch["logprobs"].sum(1).double(), logprobs(rho()),
                  "the log-probability is not that of the whole completion", atol=1e-5, rtol=0)
@@ -358,19 +345,16 @@ def test_values_know_the_score_of_the_prefix_before_each_token(score):
 
 def test_values_are_the_least_squares_fit_over_real_tokens_alone():
     """1, t, t^2, k, kt, k^2 against numpy's lstsq; masks may hide NaN."""
-    value, so_far = ppo.ValueFunction(), randn(90, 4, dtype=torch.float32)
-    returns, mask = randn(90, 4, seed=1), randn(90, 4, seed=2) > 0
+    so_far, returns, mask = randn(90, 4, dtype=torch.float32), randn(90, 4, seed=1), randn(90, 4) > 0
     k, t = so_far.double(), (torch.arange(4).double() / 4).expand(90, 4)
     terms = torch.stack((t ** 0, t, t ** 2, k, k * t, k ** 2), dim=-1)
     # A ridge of 1 is a row more for each weight, that wants it to be 0.
     rows = np.concatenate((terms[mask].numpy(), np.eye(6)))
     expected = np.linalg.lstsq(rows, np.pad(returns[mask].numpy(), (0, 6)), rcond=None)[0]
-    assert not value(so_far).any(), "values should start at 0"
-    value.fit(so_far, returns.masked_fill(~mask, math.nan), mask)
-    assert_close(value(so_far).double(), terms @ torch.from_numpy(expected), "another fit",
-                 atol=1e-5, rtol=0)
-    value.fit(so_far, returns, torch.zeros_like(mask))
-    assert not value(so_far).any(), "values were fitted to padding"
+    values = fit_values(so_far, returns.masked_fill(~mask, math.nan), mask)
+    assert_close(values.double(), terms @ torch.from_numpy(expected), "another fit", atol=1e-5,
+                 rtol=0)
+    assert not fit_values(so_far, returns, torch.zeros_like(mask)).any(), "fitted to padding"
 
 
 @pytest.mark.parametrize("scores", [
@@ -396,13 +380,13 @@ def test_scores_gradients_and_weights_that_are_not_finite_stop_the_run():
     batch, advantages = all_once(run)
     for bad in (math.nan, -math.inf):
         run.score_fn = lambda tokens: torch.where(torch.arange(len(tokens)) == 3, bad, 1.0)
-        with pytest.raises(FloatingPointError, match="iteration 2: scores"):
+        with pytest.raises(FloatingPointError, match="scores of the completions"):
             run.step(1)
     with pytest.raises(FloatingPointError, match="gradient is not finite"):
         run.update(batch, advantages * math.nan)
     assert same(weights(run.policy), weights(rho())), "a bad number reached the weights"
     run.score_fn, run.policy.lm_head.weight.data[1, 0] = score_fn, math.nan
-    with pytest.raises(FloatingPointError, match="iteration 1"):
+    with pytest.raises(FloatingPointError, match="are not finite"):
         run.step(0)
 
 
@@ -419,7 +403,7 @@ def test_going_on_from_a_checkpoint_gives_the_same_bits():
     torch.manual_seed(12345)                # the loop draws from its own generators only
     metrics += [second.step(i) for i in range(2, 4)]
     assert metrics == expected, "the metrics differ: something was lost on the way"
-    for part in ("policy", "value", "ref"):
+    for part in ("policy", "ref"):
         found, wanted = (weights(getattr(run, part)) for run in (second, whole))
         assert same(found, wanted), f"{part} differs after going on"
     controller = ppo.AdaptiveKL(0.2, 0.1, 10_000.0)
@@ -537,8 +521,9 @@ def test_metrics_are_per_completion_and_of_the_rollout():
                 "score": batch["scores"].mean(),
                 "objective": batch["scores"].mean() - 0.5 * sums.mean(),
                 "entropy": ppo.entropy(pi)[mask[:32]].mean(), "beta": 0.5,
-                "ref_logprob": batch["ref_logprobs"][mask].mean(), "tokens": n / 128,
-                "explained_variance": ppo.explained_variance(batch["values"][mask], to_go[mask])}
+                "tokens": n / 128,
+                "explained_variance": ppo.explained_variance(
+                    fit_values(batch["so_far"], to_go, mask)[mask], to_go[mask])}
     assert_close({name: metrics[name] for name in expected},
                  {name: float(x) for name, x in expected.items()},
                  "not per completion, or not over real tokens", atol=1e-5, rtol=1e-4)
