@@ -313,7 +313,7 @@ def test_the_summary_has_the_fixed_keys_and_the_checkpoints_numbers(reported):
 
 
 def test_the_tables_show_the_checkpoints_numbers(reported):
-    """A row for rho and for each run; where the ESS is below 100, nothing that needs J*."""
+    """A row for rho and each run, samples side by side; below an ESS of 100 nothing needs J*."""
     out, _, printed = reported
     report = (out / "report.md").read_text()
     assert "| rho | 0 | 0 | | 0 | 0 |" in report
@@ -332,21 +332,15 @@ def test_the_tables_show_the_checkpoints_numbers(reported):
             line += (f" of J* {x['optimum']['objective']:.2f}: {x['fraction_of_optimum']:.0%} of "
                      "the way from rho")
         assert f"\n{row}\n" in report, f"{key}: not in the table"
+        before, after = ((out / f"samples/{x}.txt").read_text().split("\n-----\n")[0].split("\n")
+                         for x in ("pretrain", name))
+        for left, right in itertools.zip_longest(before, after, fillvalue=""):
+            assert f"\n{left[:52]:52}  {right}\n" in report, f"{key}: not side by side"
         assert f"\n{line}\n" in printed and f"\n{line}\n" in report
     assert "ppo_beta7" not in report and "| 7 |" not in report, "a run of another rho"
     for name in ("reward", "judge"):
         for kind, x in state_of(out, name)["report"].items():
             assert f"| {name}, held-out {kind} | {x['pearson']:.3f} | {x['auc']:.3f} |" in report
-
-
-def test_samples_stand_side_by_side(reported):
-    """The first of rho and of the run, line by line, in the report and on the screen."""
-    out, _, printed = reported
-    before, after = ((out / f"samples/{name}.txt").read_text().split("\n-----\n")[0].split("\n")
-                     for name in ("pretrain", RUNS["2"]))
-    for left, right in itertools.zip_longest(before, after, fillvalue=""):
-        line = f"{left[:52]:52}  {right}\n"
-        assert line in printed and line in (out / "report.md").read_text()
 
 
 def test_the_figures_draw_the_runs_and_samples_are_kept(reported, study):
