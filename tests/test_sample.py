@@ -94,8 +94,8 @@ def test_rho_and_its_policies_answer_the_same_prompts(continued, drawn):
 
 def test_a_long_prompt_is_continued_from_its_end(study, drawn):
     """As much of it is read as the context of 80 tokens leaves room for."""
-    prompt = "VIOLA. " + "My love " * 100 + "SIR TOBY."
-    [row], tokens = drawn(study / "ppo_beta2.pt", "--num", 1, "--prompt", prompt)
+    prompt = ["--num", 1, "--prompt", "My love " * 100 + "SIR TOBY."]
+    [row], tokens = drawn(study / "ppo_beta2.pt", *prompt)
     assert tokens.shape == (1, 80) and "My love SIR TOBY." in row["text"]
 
 
@@ -136,7 +136,7 @@ def test_a_policy_without_its_study_beside_it_is_explained(study, tmp_path, comm
     for name in ("pretrain", "reward"):
         explains(command(*draw), f"{name}.pt. Make one")
         data.save_checkpoint(tmp_path / f"{name}.pt", {**state_of(study, name), "key": "another"})
-        explains(command(*draw), f"{name}.pt beside {tmp_path / 'ppo_beta2.pt'} is of another study")
+        explains(command(*draw), f"{name}.pt beside {draw[2]} is of another study")
         shutil.copy(study / f"{name}.pt", tmp_path)
     assert "Positive Prob: " in command(*draw)[1]
 
@@ -320,8 +320,8 @@ def test_the_tables_show_the_checkpoints_numbers(reported):
     for key, name in RUNS.items():
         x = state_of(out, name)["result"]
         assert abs(x["reference_objective"]) < 0.005, "rho's own scores are on another scale"
-        row = " | ".join("%.2f" % x[y] for y in ("score", "judge", "positive", "ref_kl"))
-        row = f"| {key} | {row} | %(objective).2f ± %(objective_se).2f |" % x
+        row = (f"| {key} | %(score).2f | %(judge).2f | %(positive).2f | %(ref_kl).2f | "
+               "%(objective).2f ± %(objective_se).2f |") % x
         line = f"beta {key}: score %(score).2f, KL %(ref_kl).2f nats, J %(objective).2f" % x
         assert (key != "negative_0.02") == (x["optimum"]["ess"] >= 100)
         if key == "negative_0.02":
