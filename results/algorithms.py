@@ -32,6 +32,7 @@ import dpo  # noqa: E402
 import ppo  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+from tables import table  # noqa: E402
 
 COLUMNS = ["algorithm", "lr", "seed", "study", "score", "ref_kl", "J", "J_se", "fraction",
            "kl_to_optimum", "seconds", "code"]
@@ -133,8 +134,8 @@ def print_table(rows, ends, result):
         J = score - result["beta"] * kl
         lines.append(["rho" if n == 1 else f"best of {n}, J at least", "", (score, se), kl, J,
                       *short_of_optimum(J, result).values(), "", ""])
-    print(*sample.table(["algorithm", "seeds", "score", "KL", "J", "fraction of optimum",
-                         "KL(pi to pi*)", "CPU seconds", "rate: J, seed 0"], lines), sep="\n")
+    print(*table(["algorithm", "seeds", "score", "KL", "J", "fraction of optimum",
+                  "KL(pi to pi*)", "CPU seconds", "rate: J, seed 0"], lines), sep="\n")
 
 
 def draw(ends, result, path):
@@ -155,7 +156,7 @@ def draw(ends, result, path):
         axis.annotate(algorithm, (x, y), (1.15 * x, height), color=f"C{i}",
                       arrowprops={"arrowstyle": "-", "color": f"C{i}"})
     axis.set(xlim=(0, 1.5 * max(best["ref_kl"], *kl)), ylim=(-0.1, None))
-    sample.save_figure(figure, path)
+    figure.savefig(path)
 
 
 def main():

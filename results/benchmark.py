@@ -32,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import ppo  # noqa: E402
 import reward  # noqa: E402
-import sample  # noqa: E402
 import train  # noqa: E402
 from gpt import (GPT, GPTConfig, compute_dtype, draw_uniform, in_chunks,  # noqa: E402
                  make_optimizers, optimizer_step, sample_completions, sample_tokens)
+from tables import table  # noqa: E402
 
 # The flags of the shape, and the options of train.py whose values at --size are their defaults.
 SHAPE = {"batch": "batch", "length": "length", "epochs": "epochs", "minibatch": "minibatch",
@@ -234,8 +234,8 @@ def main():
         print(json.dumps({**result, "study": stages}))
     else:
         if stages:
-            print(*sample.table(["stage of the study", "seconds"], stages.items()), sep="\n")
-        print(*sample.table(["of an iteration or a step", "value"], result.items()), sep="\n")
+            print(*table(["stage of the study", "seconds"], stages.items()), sep="\n")
+        print(*table(["of an iteration or a step", "value"], result.items()), sep="\n")
 
 
 if __name__ == "__main__":

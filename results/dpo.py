@@ -35,6 +35,7 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from gpt import in_chunks, load_gpt, optimizer_step, sample_completions, set_rates  # noqa: E402
 from reward import soft_loss  # noqa: E402
+from tables import table  # noqa: E402
 
 LR = 3e-4       # below PPO's: log pi of a completion is a sum, so gradients are larger, and clipped
 
@@ -105,7 +106,7 @@ def main():
            "J*": (best["objective"], best["objective_se"]), "ESS": best["ess"],
            "fraction": (reached["fraction_of_optimum"], reached["fraction_se"]),
            "KL(pi to pi*)": reached["kl_to_optimum"], "CPU seconds": round(seconds)}
-    print(*sample.table(list(row), [row.values()]), sep="\n")
+    print(*table(list(row), [row.values()]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -129,12 +129,13 @@ def draw_figure(passages, study):
     """All MEASURES, mapped to 0 to 1, along the drift of the models that the study has."""
     kl = {name: drift(name, study) for name in passages if (study / f"{name}.pt").exists()}
     names, kl = sorted(kl, key=kl.get), sorted(kl.values())
-    figure, axis = sample.drift_figure("mean of the passages, 0 to 1")
+    figure, axis = sample.drift_figure()
+    axis.set_ylabel("mean of the passages, 0 to 1")
     for i, (measure, (least, most)) in enumerate(MEASURES.items()):
         scaled = [(passages[name][:, i] - least) / (most - least) for name in names]
         means, errors = zip(*map(ppo.mean_se, scaled))
         axis.errorbar(kl, means, errors, fmt=f"C{i}o-")
-        sample.name_curve(axis, kl, means, measure, f"C{i}")
+        sample.curve(axis, kl, means, "-", measure, f"C{i}")
     return figure
 
 
@@ -153,7 +154,7 @@ def main():
     print_correlations(passages)
     print_agreement(readers)
     if args.figure:
-        sample.save_figure(draw_figure(passages, args.study), args.figure)
+        draw_figure(passages, args.study).savefig(args.figure)
 
 
 if __name__ == "__main__":

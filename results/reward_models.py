@@ -29,6 +29,7 @@ import reward  # noqa: E402
 import sample  # noqa: E402
 from gpt import in_chunks  # noqa: E402
 from reward import Bag, RewardModel  # noqa: E402
+from tables import table  # noqa: E402
 
 SHIPPED = "head, 1 block (shipped)"
 
@@ -178,8 +179,8 @@ def print_models(read, seconds, rated, blocks):
                           f"{pearson - heads:+.3f} ± {(again - heads_again).std():.3f}",
                           m["auc"], m["slope"], wins[better].mean().item(), f"{seconds[name]:.0f}"])
         print(f"{len(ratings)} {kind}, in {len(places.unique())} blocks\n")
-        print(*sample.table(["model", "Pearson", "minus the head's", "AUC", "slope", "pairs",
-                             "seconds"], lines), sep="\n", flush=True)
+        print(*table(["model", "Pearson", "minus the head's", "AUC", "slope", "pairs",
+                      "seconds"], lines), sep="\n", flush=True)
 
 
 def spoilt(texts, tokenizer, model, length):
@@ -211,7 +212,7 @@ def print_spoilt(study, rewarded, texts, dtype):
     tokenizer, length = data.make_tokenizer(rewarded["vocabulary"]), rewarded["length"]
     groups = {"samples of rho": rho["tokens"].long()}
     for run in sample.load_runs(study, rho):
-        groups[f"samples of PPO, beta {sample.label(run)}"] = gpt.sample_completions(
+        groups[f"samples of PPO, beta {run['label']}"] = gpt.sample_completions(
             gpt.load_gpt(run, dtype=dtype), ppo.repeat(run["prompts"], 500), length,
             torch.Generator().manual_seed(0), run["end"])
     for name, group in spoilt(texts, tokenizer, model, length).items():
@@ -221,8 +222,8 @@ def print_spoilt(study, rewarded, texts, dtype):
         p = in_chunks(model, tokens).sigmoid()
         judges = in_chunks(judge, tokens).sigmoid().mean()
         lines.append([name, len(p), p.mean().item(), p.quantile(0.99).item(), judges.item()])
-    print(*sample.table(["text", "n", "mean P(positive)", "99 % quantile", "the judge's mean"],
-                        lines), sep="\n")
+    print(*table(["text", "n", "mean P(positive)", "99 % quantile", "the judge's mean"],
+                 lines), sep="\n")
     log_p = reward.log_p(in_chunks(model, groups["samples of rho"]))
     values = log_p.quantile(torch.tensor([0.001, 0.01, 0.1, 0.5, 0.9, 0.99])).tolist()
     print("log P(positive) of rho's samples, quantiles at 0.1, 1, 10, 50, 90, 99 %:",

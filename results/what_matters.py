@@ -24,6 +24,7 @@ import ppo  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from gpt import completion_hidden, load_gpt  # noqa: E402
+from tables import table  # noqa: E402
 
 COLUMNS = ["change", "beta", "seed", "iterations", "batch", "study", "machine", "code", "score",
            "ref_kl", "J", "fraction", "seconds"]
@@ -178,8 +179,8 @@ def print_table(rows):
             mean, se = ppo.mean_se(torch.tensor([float(row[name]) for row in runs]))
             cells.append((mean, se) if len(runs) > 1 else mean)
         lines.append([*key, len(runs), *cells])
-    print(*sample.table(["study", "beta", "iterations", "batch", "change", "seeds", "score",
-                         "ref_kl", "J", "fraction of optimum", "seconds"], lines), sep="\n")
+    print(*table(["study", "beta", "iterations", "batch", "change", "seeds", "score",
+                  "ref_kl", "J", "fraction of optimum", "seconds"], lines), sep="\n")
 
 
 def main():

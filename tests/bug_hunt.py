@@ -300,10 +300,10 @@ BUGS = [
         [("before = copy.deepcopy(run.policy.state_dict())", "before = run.policy.state_dict()")]),
     Bug("another sample's Positive Prob beside a text", OURS, "sample.py: sample",
         "All numbers are right, and stand beside the wrong texts.",
-        [("dim=1), positive, log_ratio)", "dim=1), positive[::-1], log_ratio)")]),
+        [("dim=1), positive, ref_kl)", "dim=1), positive[::-1], ref_kl)")]),
     Bug("a rating session shifted by one row", OURS, "sample.py: sample",
         "The reader is shown the text before, and the answer is kept beside the next one.",
-        [(r'to go\n{text}\n")', r'to go\n{todo[len(done) - 1][0]}\n")')]),
+        [(r'to go\n{text}\n")', r'to go\n{passages[len(passages) - left - 1][0]}\n")')]),
 
     # ---- several processes
     Bug("every process draws the same completions", OURS, "gpt.py: tasks", "A batch holds each "
