@@ -730,6 +730,7 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
 
     for i in loop.steps(config.iterations, **run.parts):
         # Score, KL and entropy of a step are those of the policy before its update.
+        before = copy.deepcopy(run.policy.state_dict())
         metrics = run.step(i)
         tokens = run.batch["tokens"]
         judged_scores = in_chunks(judge_fn, tokens)[:, -1]
@@ -737,7 +738,7 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
         farthest = max([row["ref_kl"] for row in loop.history], default=0.0)
         for mark in KL_MARKS:
             if farthest < mark <= metrics["ref_kl"]:
-                loop.keep(f"kl{mark:g}", **about, model=run.policy.state_dict())
+                loop.keep(f"kl{mark:g}", **about, model=before)
         loop.log(pause=0, shown=shown, **metrics)
         if (i + 1) % 5 == 0:
             for row, score in zip(tokens[:2], run.batch["scores"]):

@@ -194,7 +194,7 @@ def draw_judge(runs, path):
 
 def draw_ppo(runs, path):
     """What PPO logs, against iteration; faint, the committed run of the same name and size."""
-    keys = "objective score judge ref_kl policy_loss clipfrac explained_variance entropy positive"
+    keys = "objective score judge ref_kl policy_loss clipfrac explained_variance entropy exact_kl"
     figure = Figure(figsize=(13, 9), layout="constrained")
     axes = figure.subplots(3, 3).flatten()
     for axis, key in zip(axes, keys.split()):
@@ -260,7 +260,7 @@ def result_tables(stages, runs):
         line = ("| {label} | {score:.2f} | {judge:.2f} | {positive:.2f} | {ref_kl:.2f} | "
                 "{objective:.2f} ± {objective_se:.2f} | ")
         if run["fraction_of_optimum"] is None:
-            line += "not known |"
+            line += "not known | {optimum[ess]:.0f} | | |"
         else:
             line += ("{optimum[objective]:.2f} ± {optimum[objective_se]:.2f} | {optimum[ess]:.0f} "
                      "| {fraction_of_optimum:.2f} ± {fraction_se:.2f} | {kl_to_optimum:.2f} |")

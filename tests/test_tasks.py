@@ -51,29 +51,25 @@ class ReadOptions:
 def continued(texts, tmp_path_factory):
     """A study that continues speeches and its negative twin, in float32, and what they did.
 
-    reads: names of options, of each kind of stage; rollouts, fits, policies of each PPO run.
+    reads: names of options, of each kind of stage; rollouts and policies of each PPO run.
     """
     out, real = tmp_path_factory.mktemp("continued") / "out", SimpleNamespace(
-        rollout=ppo.PPO.rollout, step=ppo.PPO.step, fit=ppo.ValueFunction.fit)
-    seen = SimpleNamespace(out=out, running=None, **{name: collections.defaultdict(list) for name in
-                                                     ("rollouts", "fits", "policies")},
+        rollout=ppo.PPO.rollout, step=ppo.PPO.step)
+    seen = SimpleNamespace(out=out, running=None, rollouts=collections.defaultdict(list),
+                           policies=collections.defaultdict(list),
                            reads=collections.defaultdict(set))
 
     def stage(function, options, *inputs):
         seen.running = inputs[-1].path.stem
         return function(ReadOptions(options, seen.reads[seen.running.split("_")[0]]), *inputs)
 
-    def rollout(self, n):
-        seen.rollouts[seen.running].append(real.rollout(self, n))
+    def rollout(self):
+        seen.rollouts[seen.running].append(real.rollout(self))
         return seen.rollouts[seen.running][-1]
 
     def step(self, i):
         seen.policies[seen.running].append(copy.deepcopy(self.policy.state_dict()))
         return real.step(self, i)
-
-    def fit(self, *inputs):
-        seen.fits[seen.running].append(inputs)
-        return real.fit(self, *inputs)
 
     # At this rate the policy is seen to change.
     arguments = argv(texts, out, "--task", "continue", "--lr", 0.01,
@@ -84,7 +80,6 @@ def continued(texts, tmp_path_factory):
             patch.setattr(module, name, functools.partial(stage, getattr(module, name)))
         patch.setattr(ppo.PPO, "rollout", rollout)
         patch.setattr(ppo.PPO, "step", step)
-        patch.setattr(ppo.ValueFunction, "fit", fit)
         assert run_script(train, *arguments) == 0
         assert run_script(train, *arguments, "--toward", "negative", "--beta", "0.5") == 0
     return seen
@@ -126,22 +121,19 @@ def score(out, kind, tokens, toward):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_values_are_warmed_up_on_real_tokens_of_every_training_prompt(continued, name):
-    """512 completions by rho, 32 of each prompt; at every token the score is still to come."""
+def test_a_batch_is_drawn_for_training_prompts_and_read_as_far_as_its_ends(continued, name):
+    """Groups of 4 by the policy, which at first is rho; the scores of prefixes are so_far."""
     rho, toward = load(continued.out, "rho"), load(continued.out, name)["inputs"]["toward"]
-    batch, (so_far, returns, mask) = continued.rollouts[name][0], continued.fits[name][0]
-    given = [(batch["prompts"] == prompt).all(1).sum().item() for prompt in rho["prompts"]]
-    assert given == [32] * 16, "each prompt as often as the others"
+    batch = continued.rollouts[name][0]
     drawn = gpt.sample_completions(gpt.load_gpt(load(continued.out, "pretrain")), batch["prompts"],
                                    16, stream(name), rho["end"])
     assert torch.equal(batch["tokens"], drawn), "completions of these prompts, in this order"
+    mask = batch["mask"]
     assert torch.equal(mask, drawn != PAD) and not mask.all(), "what is no token has no value"
-    scores = score(continued.out, "reward", drawn, toward)
-    assert_close(returns[:, 3], scores, "the score at every token", atol=1e-4, rtol=0)
     for t in (0, 5, 15):
         before = score(continued.out, "reward", drawn[:, :t], toward)
-        assert_close(so_far[:, t], before, f"the score so far at {t}", atol=1e-4, rtol=0)
-    for batch in continued.rollouts[name][1:]:
+        assert_close(batch["so_far"][:, t], before, f"the score so far at {t}", atol=1e-4, rtol=0)
+    for batch in continued.rollouts[name]:
         ours = (batch["prompts"][:, None] == rho["prompts"]).all(-1).any(1)
         assert len(ours) == 32 and ours.all(), "a step is given other prompts"
         assert (batch["prompts"].view(8, 4, -1)[:, :1] == batch["prompts"].view(8, 4, -1)).all()
@@ -149,15 +141,13 @@ def test_values_are_warmed_up_on_real_tokens_of_every_training_prompt(continued,
 
 @pytest.mark.parametrize("name", RUNS)
 def test_metrics_are_by_reward_model_and_judge_and_marks_keep_the_policy_measured(continued, name):
-    """Score, judge and P(positive) of each batch; a mark's file is the policy that drew it."""
+    """Score and judge of each batch; a mark's file is the policy that drew it."""
     out, state = continued.out, load(continued.out, name)
-    model, toward = reward.load_reward(load(out, "reward")), state["inputs"]["toward"]
-    for row, batch in zip(state["history"], continued.rollouts[name][1:], strict=True):
+    toward = state["inputs"]["toward"]
+    for row, batch in zip(state["history"], continued.rollouts[name], strict=True):
         for key, kind in (("score", "reward"), ("judge", "judge")):
             wanted = score(out, kind, batch["tokens"], toward).mean().item()
             assert_close(row[key], wanted, key, atol=1e-4, rtol=0)
-        wanted = model(batch["tokens"]).sigmoid().mean().item()
-        assert_close(row["positive"], wanted, "P(positive)", atol=1e-4, rtol=0)
     drifts = [row["ref_kl"] for row in state["history"]]
     kept = {float(path.stem.split("_kl")[1]) for path in out.glob(f"{name}_kl*.pt")}
     assert kept == {mark for mark in ppo.KL_MARKS if max(drifts) >= mark} != set(), "marks passed"
@@ -314,8 +304,8 @@ def test_two_processes_do_what_one_does(texts, continued, tmp_path):
     runs = [load(tmp_path / name, "ppo_beta0.25") for name in ("one", "both")]
     rows, others = (run["history"] for run in runs)
     # The first rollout is rho's, so it is the same to the last token.
-    for key in ("score", "judge", "positive", "policy_loss", "approx_kl", "grad_norm", "clipfrac",
-                "ref_logprob", "entropy", "exact_kl", "tokens", "epochs"):
+    for key in ("score", "judge", "policy_loss", "approx_kl", "grad_norm", "clipfrac",
+                "entropy", "exact_kl", "tokens", "epochs"):
         assert_close(others[0][key], rows[0][key], key, atol=1e-4, rtol=1e-3)
     assert 0.25 < rows[0]["epochs"] < 3, f"{rows[0]['epochs']}: the update should end between"
     weights = [run["model"]["lm_head.weight"] for run in runs]

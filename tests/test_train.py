@@ -438,7 +438,7 @@ def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, com
 
 @pytest.mark.parametrize("options, says", [
     ("--nonsense", "unrecognized arguments: --nonsense"),
-    ("--beta -1", "-1 is not from 0 to 10"),
+    ("--beta -1", "-1 is not from 0.001 to 10"),
     ("--beta much", "invalid float value: 'much'"),
     ("--beta nan", "nan is not from"),
     ("--size huge", "invalid choice: 'huge'"),
