@@ -303,7 +303,7 @@ def study(args):
     if not data.is_first_process():
         gpt.barrier(args.device)        # until the first process has corpus and tokenizer
     corpus = data.load_corpus(args.corpus)
-    rated = reward.read_ratings(args.labels, args.corpus)
+    rated = reward.read_ratings(args.labels)
     texts = run(args, "data", data.prepare, corpus)
     data.save_tokenizer(args.out / "tokenizer.tiktoken", texts["vocabulary"])
     if data.is_first_process():
