@@ -48,8 +48,8 @@ class PrefixClassifier(nn.Module):
         self.words = words
         # " Love", "LOVE" and "love" are one word to a reader. PAD, which is -1, finds the last: "".
         self.spelling = [token.decode("latin-1").lower() for token in [*vocabulary, b""]]
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("bias", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("bias", torch.zeros(1))
 
     def prefixes(self, tokens):
         """Log-odds (B,T+1) of the prefixes, of 0 to T tokens, of tokens (B,T), padded right."""
@@ -65,10 +65,10 @@ class PrefixClassifier(nn.Module):
         return self.prefixes(tokens.gather(1, order))[:, -1]
 
     def find_words(self, ids):
-        """For each token of a passage, a list, the word so far: its first LETTERS letters.
+        """The word so far at each token of a passage, a list: its first LETTERS letters.
 
-        Of the tokens "My", " gra", "cious", " lord": "my", "gra", "graciou", "lord". Case does not
-        matter. A word that was there before is "", for saying it again adds nothing; so is padding.
+        "My", " gra", "cious", " lord" give "my", "gra", "graciou", "lord". A word that was there
+        before is "", for saying it again adds nothing; so is padding.
         """
         word = ""
         seen = {""}
@@ -86,7 +86,8 @@ class PrefixClassifier(nn.Module):
         """The number (B,T) of the word that each of tokens (B,T) completes, 0 where it has none."""
         rows = []
         for ids in tokens.tolist():
-            rows.append([numbers.get(word, 0) for word in self.find_words(ids)])
+            words = self.find_words(ids)
+            rows.append([numbers.get(word, 0) for word in words])
         return torch.tensor(rows, device=tokens.device)
 
 
@@ -135,24 +136,23 @@ class Bag(PrefixClassifier):
         return self.look_up(tokens, self.words)
 
     def fit(self, tokens, targets, weights, loss):
-        """Replace the words' ratings, if there are any, by what each word adds to the log-odds.
-
-        That is its rating times a fitted strength, and a weight of its own.
-        """
+        """Replace words by what each adds: its rating times a fitted strength, and its own weight."""
         names = {"", *self.words}
         for ids in tokens.tolist():
             names.update(self.find_words(ids))
         names = sorted(names)                                           # "" comes first
-        rows = self.look_up(tokens, {name: i for i, name in enumerate(names)})      # (N,T)
+        column = {name: i for i, name in enumerate(names)}
+        rows = self.look_up(tokens, column)                             # (N,T)
         ratings = torch.tensor([self.words.get(name, 0.0) for name in names], device=rows.device)
-        # The weight of "" is the strength. By this rating what "" itself adds comes out as 0.
+        # weight[0] is the strength. "" has no weight of its own: by this rating it adds 0.
         ratings[0] = -1.0
 
         def sums(weight):
             return (weight + weight[0] * ratings)[rows].sum(1)
 
         weight, self.bias = regress(sums, len(names), targets, weights, 20.0, loss)
-        self.words = dict(zip(names, (weight + weight[0] * ratings).tolist()))
+        added = weight + weight[0] * ratings
+        self.words = dict(zip(names, added.tolist()))
 
 
 # ---- losses and regression ----------------------------------------------------------------
@@ -181,19 +181,19 @@ def comparison_loss(log_odds, targets, rounds=8):
 
 
 def regress(linear, size, targets, weights=1.0, ridge=0.0, loss=soft_loss):
-    """Ridge logistic regression on soft targets (N,): the best weight (size,) and bias ().
+    """Ridge logistic regression on soft targets (N,): the best weight (size,) and bias (1,).
 
-    The log-odds are linear(weight) (N,) + bias; weights (N,): how much each passage counts. It is
-    convex, and L-BFGS needs no learning rate.
+    Log-odds: linear(weight) (N,) + bias. weights (N,): how much each passage counts. The loss is
+    convex: L-BFGS finds its minimum without a learning rate.
     """
     weight = targets.new_zeros(size, requires_grad=True)
-    bias = targets.new_zeros((), requires_grad=True)
+    bias = targets.new_zeros(1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
         misfit = weights * loss(linear(weight) + bias, targets)
-        value = misfit.sum() + ridge / 2 * weight.square().sum()
+        value = misfit.sum() + (ridge * weight.square()).sum() / 2
         value.backward()
         return value
 
@@ -202,14 +202,13 @@ def regress(linear, size, targets, weights=1.0, ridge=0.0, loss=soft_loss):
 
 
 def calibrate(model, tokens, targets):
-    """Rescale the log-odds of a model (Platt 1999) by passages that it was not trained on.
+    """Rescale a model's log-odds (Platt 1999) on passages that it was not trained on.
 
-    So P(positive) is neither over- nor underconfident. These two numbers a model of comparisons,
-    which have no zero, learns from ratings too.
+    A model of comparisons, which have no zero, learns these two numbers from ratings too.
     """
     slope, intercept = regress(in_chunks(model, tokens).mul, 1, targets)
-    model.scale *= slope[0]
-    model.bias = slope[0] * model.bias + intercept
+    model.scale *= slope
+    model.bias = slope * model.bias + intercept
 
 
 # ---- the score ----------------------------------------------------------------------------
@@ -239,9 +238,9 @@ PARTS = ["report", "choose", "judge", "judge", *["reward"] * 6]
 
 
 def read_ratings(labels=None):
-    """What readers rated: passages {part: [(text, rating, whether a sample)]} and words, a dict.
+    """Passages {part: [(text, rating, whether a sample)]} and words {first LETTERS letters: rating}.
 
-    labels: CSV files of one's own. words: {first LETTERS letters: mean rating}.
+    labels: CSV files of one's own. Words that share their first letters share their mean rating.
     """
     folder = data.HERE / "labels"
     names = ("passages.csv", "more_passages.csv", "samples.csv")
@@ -266,8 +265,8 @@ def prepare(rated, vocabulary, length, device="cpu"):
     parts = {}
     for part, passages in rated["passages"].items():
         texts, ratings, is_sample = zip(*passages)
-        ids = [tokenizer.encode_ordinary(text) for text in texts]
-        lengths = torch.tensor([len(i) for i in ids])
+        ids = tokenizer.encode_ordinary_batch(texts)
+        lengths = torch.tensor(list(map(len, ids)))
         is_sample = torch.tensor(is_sample)
         targets = (torch.tensor(ratings) + 2) / 4
         # A rating is of the whole passage: it counts by the share that is read. Samples of models,
@@ -305,7 +304,8 @@ def fit_reward(options, pretrained, rated, loop):
     if options.reward_model == "bag":
         model = Bag(*told)
     else:
-        model = RewardModel(load_gpt(pretrained, dtype=options.dtype), *told)
+        gpt = load_gpt(pretrained, dtype=options.dtype)
+        model = RewardModel(gpt, *told)
     loss = comparison_loss if options.feedback == "comparisons" else soft_loss
     return fit_to_ratings(options, model, rated, "reward", loss, loop)
 
@@ -335,9 +335,11 @@ def fit_to_ratings(options, model, rated, part, loss, loop):
             report[kind] = rating_metrics(log_odds[chosen], targets[chosen])
             print(line.format(part, kind, **report[kind]))
     # The three most negative, and the three most positive.
-    for i in log_odds.argsort()[[0, 1, 2, -3, -2, -1]]:
+    order = log_odds.argsort()
+    for i in order[[0, 1, 2, -3, -2, -1]]:
         p = log_odds[i].sigmoid()
-        loop.show(f"P(positive) {p:.2f}", data.decode(model.vocabulary, tokens[i]))
+        text = data.decode(model.vocabulary, tokens[i])
+        loop.show(f"P(positive) {p:.2f}", text)
     return {"model": model.state_dict(),
             "config": model.config,
             "vocabulary": model.vocabulary,
@@ -353,7 +355,8 @@ def load_reward(state, device="cpu", dtype=torch.float32):
     if state["config"] is None:
         model = Bag(*told)
     else:
-        model = RewardModel(GPT(GPTConfig(**state["config"]), dtype), *told)
+        config = GPTConfig(**state["config"])
+        model = RewardModel(GPT(config, dtype), *told)
     model.load_state_dict(state["model"])
     return model.requires_grad_(False).to(device)
 

@@ -105,8 +105,10 @@ BUGS = [
         [("scores = scores.detach()", "scores = -scores.detach()")]),
     Bug("train/test split shuffled twice", "ckkissane", "reward.py: reward",
         "Rows to train on and to measure on come from two shuffles: test items are trained on.",
-        [("zip(*passages)", "zip(*[rows[i] for rows in rated['passages'].values() for i in range("
-          "len(rows)) if len(rows) % 7 + i % 3])")]),
+        [("    tokens, targets, weights, _ = parts[part]\n",
+          "    rows = torch.randperm(sum(len(x[0]) for x in parts.values()))[:len(parts[part][0])]\n"
+          "    tokens, targets, weights = [torch.cat([x[i] for x in parts.values()])[rows]\n"
+          "                                for i in range(3)]\n")]),
     Bug("softmax applied before cross-entropy", "nanoChatGPT", "reward.py: reward",
         "A probability is read as log-odds, so no passage comes out below one half.",
         [("with_logits(log_odds, ", "with_logits(log_odds.sigmoid(), ")]),
