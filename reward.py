@@ -1,10 +1,9 @@
 """The reward model: how positive does a passage feel? A classifier head on the GPT.
 
-Read this file second, after gpt.py. The exercise asks for a classifier trained on soft targets
-(rating + 2) / 4. RewardModel is the first block of the pretrained GPT, frozen, with a linear head:
-every token adds to the log-odds of "positive" how it feels where it stands, and a prefix's log-odds
-are the sum over its tokens. It is told how single words feel (labels/words.csv), for five megabytes
-of plays teach a transformer little of that; from the passages it learns when to believe it.
+Read this file second, after gpt.py. RewardModel is the first block of the pretrained GPT, frozen,
+with a linear head: every token adds to the log-odds of "positive" how it feels where it stands. It
+is told how single words feel (labels/words.csv), for five megabytes of plays teach a transformer
+little of that; from rated passages, soft targets (rating + 2) / 4, it learns when to believe it.
 
 Bag, a bag of words, is the other kind of model here. Trained on other plays and without the rated
 words, it is the judge: it measures what PPO did and is never optimised.
@@ -12,17 +11,11 @@ words, it is the judge: it measures what PPO did and is never optimised.
 The reward of PPO is the score r(y) = (log P(positive given y) - mean) / std, with mean and std
 taken once over samples of the pretrained model.
 
-On a first reading skip "ratings and measures".
-
     python train.py --until reward               trains both, prints what they reach
     python reward.py --score FILE.jsonl          prints each line {"text": ...} with "positive": p
 """
 
-import collections
-import csv
-import io
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -31,7 +24,7 @@ import torch.nn.functional as F
 
 import data
 from data import PAD
-from gpt import GPT, GPTConfig, in_chunks
+from gpt import GPT, GPTConfig, in_chunks, load_gpt
 
 SHORTEST = 8            # tokens: shorter prefixes say too little to train on
 ENOUGH = 100            # samples to calibrate on
@@ -41,178 +34,135 @@ LETTERS = 7             # of a word that are read: then kindness and kindnesses 
 # ---- the models ---------------------------------------------------------------------------
 
 class PrefixClassifier(nn.Module):
-    """Log-odds of positive for every prefix: scale * (bias + the sum of what each token adds).
+    """Log-odds of positive for every prefix: bias + scale * the sum of what each token adds.
 
-    Subclasses say what: contributions(tokens (B,T)) -> (B,T). vocabulary: the bytes of each token.
-    scale and bias are set by calibrate().
+    Subclasses say what: contributions(tokens (B,T)) -> (B,T), 0 at PAD. vocabulary: the bytes of
+    each token. words: {first LETTERS letters of a word: a number}. calibrate() sets the scale.
     """
 
-    def __init__(self, vocabulary):
+    config = None                   # a bag has none
+
+    def __init__(self, vocabulary, words):
         super().__init__()
         self.vocabulary = vocabulary
+        self.words = words
         # " Love", "LOVE" and "love" are one word to a reader. PAD, which is -1, finds the last: "".
         self.spelling = [token.decode("latin-1").lower() for token in [*vocabulary, b""]]
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("bias", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("bias", torch.zeros(1))
 
     def prefixes(self, tokens):
         """Log-odds (B,T+1) of the prefixes, of 0 to T tokens, of tokens (B,T), padded right."""
-        added = self.contributions(tokens).masked_fill(tokens == PAD, 0.0)
-        sums = F.pad(added.cumsum(1), (1, 0))
-        return self.scale * (self.bias + sums)
+        sums = self.contributions(tokens).cumsum(1)
+        return self.bias + self.scale * F.pad(sums, (1, 0))
 
     def forward(self, tokens, mask=None):
         """Log-odds of positive (B,) of tokens (B,T); without a mask, PAD is not read."""
-        mask = (tokens != PAD if mask is None else mask).int()
+        if mask is not None:
+            tokens = tokens.masked_fill(mask == 0, PAD)
         # Real tokens first, in their order, padding after: so padding anywhere is not read.
-        order = mask.argsort(dim=1, descending=True, stable=True)
-        tokens = tokens.masked_fill(mask == 0, PAD).gather(1, order)
-        return self.prefixes(tokens)[:, -1]
+        order = (tokens == PAD).int().argsort(dim=1, stable=True)
+        return self.prefixes(tokens.gather(1, order))[:, -1]
 
     def find_words(self, ids):
-        """For each token of a passage the word so far, a list: its first LETTERS letters.
+        """The word so far at each token of a passage, a list: its first LETTERS letters.
 
-        Of the tokens "My", " gra", "cious", " lord": "my", "gra", "graciou", "lord". Case does not
-        matter. A word that was there before is "", for saying it again adds nothing; so is padding.
+        "My", " gra", "cious", " lord" give "my", "gra", "graciou", "lord". A word that was there
+        before is "", for saying it again adds nothing; so is padding.
         """
-        word = last = ""
+        word = ""
         seen = {""}
-        words = []
         for i in ids:
             token = self.spelling[i]
             # BPE cuts words into tokens; letters after letters belong to the same word.
-            goes_on = (last[-1:] + token[:1]).isalpha()
-            word = word + token.strip() if goes_on else token.strip()
-            name = word[:LETTERS] if token else ""
-            words.append("" if name in seen else name)
+            if not (word[-1:] + token[:1]).isalpha():
+                word = ""
+            word += token.strip()
+            name = word[:LETTERS]
+            yield "" if name in seen else name
             seen.add(name)
-            last = token
-        return words
 
-    def fit(self, tokens, targets, weights, loss):
-        """Ridge logistic regression on soft targets (N,) of passages tokens (N,T).
-
-        Convex: sums() are linear in what is fitted. weights (N,): how much each passage counts.
-        """
-        parameters, sums, shrinkage = self.linear(tokens)
-        bias = torch.zeros_like(self.bias, requires_grad=True)
-
-        def penalised():
-            misfit = weights * loss(bias + sums(), targets)
-            return misfit.sum() + shrinkage()
-
-        lbfgs(penalised, [*parameters, bias])
-        self.bias = bias.detach()
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-
-
-class RewardModel(PrefixClassifier):
-    """The reward model: RewardModel(config, vocabulary, words)(tokens (B,T)) -> log-odds (B,).
-
-    A GPT of config.n_layer blocks and a linear head. words: {first LETTERS letters of a word: how
-    it feels alone, -2 to 2}; each token has the rating of the word that it completes, 0 if none.
-    The head reads a token's hidden state, and the hidden state times its rating: so what stands
-    around a word decides how much its rating counts.
-    """
-
-    def __init__(self, config, vocabulary, words, dtype=torch.float32):
-        super().__init__(vocabulary)
-        self.words = words
-        self.trunk = GPT(config, dtype)
-        self.trunk.lm_head = nn.Identity()              # the trunk predicts no tokens here
-        self.head = nn.Linear(2 * config.n_embd + 2, 1, bias=False)
-        nn.init.zeros_(self.head.weight)
-
-    def features(self, tokens):
-        """What the head reads at each token (B,T,2C+2): x and rating * x, x = (hidden state, 1)."""
+    def look_up(self, tokens, numbers):
+        """The number (B,T) of the word that each of tokens (B,T) completes, 0 where it has none."""
         rows = []
         for ids in tokens.tolist():
             words = self.find_words(ids)
-            rows.append([self.words.get(word, 0.0) for word in words])
-        ratings = torch.tensor(rows, device=tokens.device)[..., None]       # (B,T,1)
+            rows.append([numbers.get(word, 0) for word in words])
+        return torch.tensor(rows, device=tokens.device)
+
+
+class RewardModel(PrefixClassifier):
+    """The reward model: RewardModel(gpt, vocabulary, words)(tokens (B,T)) -> log-odds (B,).
+
+    The first blocks of a GPT, which it takes over, and a linear head. words: how each feels alone,
+    -2 to 2. The head reads a token's hidden state, and the hidden state times the rating of the
+    word that it completes: so what stands around a word decides how much its rating counts.
+    """
+
+    def __init__(self, gpt, vocabulary, words, blocks=1):
+        super().__init__(vocabulary, words)
+        self.config = vars(gpt.config)
+        self.trunk = gpt
+        self.trunk.blocks = gpt.blocks[:blocks]
+        self.trunk.lm_head = nn.Identity()              # the trunk predicts no tokens here
+        self.head = nn.Linear(2 * gpt.config.n_embd + 2, 1, bias=False)
+
+    def features(self, tokens):
+        """What the head reads at each token (B,T,2C+2): x and rating * x, x = (hidden state, 1)."""
         # Causal attention: no state knows what follows.
         hidden = self.trunk.hidden(tokens).float()                          # (B,T,C)
-        x = F.pad(hidden, (0, 1), value=1.0)
+        x = F.pad(hidden, (0, 1), value=1.0) * (tokens != PAD)[..., None]
+        ratings = self.look_up(tokens, self.words)[..., None]               # (B,T,1)
         return torch.cat((x, ratings * x), dim=-1)
 
     def contributions(self, tokens):
         return self.head(self.features(tokens)).squeeze(-1)
 
-    def linear(self, tokens, ridge=300.0):
-        """What fit() takes: the head's weight, the log-odds of tokens (N,T) by it, its ridge.
+    def fit(self, tokens, targets, weights, loss):
+        """Fit the head to soft targets (N,) of passages tokens (N,T); weights (N,): their counts.
 
         The trunk stays as it was pretrained: fine-tuning it takes longer and reads new passages no
         better (results/README.md).
         """
-        def summed(tokens):
-            real = (tokens != PAD)[..., None]
-            return (self.features(tokens) * real).sum(1)
-
-        x = in_chunks(summed, tokens)                                       # (N,2C+2)
-        weight = self.head.weight
-        return [weight], lambda: x @ weight[0], lambda: ridge / 2 * weight.square().sum()
+        x = in_chunks(lambda rows: self.features(rows).sum(1), tokens)      # (N,2C+2)
+        weight, self.bias = regress(x.mv, x.size(1), targets, weights, 300.0, loss)
+        self.head.weight.data = weight[None]
 
 
 class Bag(PrefixClassifier):
-    """A bag of words: each word that has occurred adds its weight, once.
-
-    words: as for RewardModel; none for the judge. names: the words that have weights, after "",
-    whose weight is 0, for all others.
-    """
-
-    def __init__(self, vocabulary, words, names=("",)):
-        super().__init__(vocabulary)
-        self.words = words
-        self.rows = {name: row for row, name in enumerate(names)}
-        self.register_buffer("weight", torch.zeros(len(names)))
-
-    def occurrences(self, tokens):
-        """The row (B,T) of the word that each token adds; 0: nothing."""
-        rows = []
-        for ids in tokens.tolist():
-            words = self.find_words(ids)
-            rows.append([self.rows.get(word, 0) for word in words])
-        return torch.tensor(rows, device=tokens.device)
+    """A bag of words: Bag(vocabulary, words). Each word that has occurred adds its number, once."""
 
     def contributions(self, tokens):
-        return self.weight[self.occurrences(tokens)]
+        return self.look_up(tokens, self.words)
 
-    def linear(self, tokens, ridge=20.0):
-        """What fit() takes; a word's weight is shrunk toward its rating times a fitted strength."""
-        counts = collections.Counter()
+    def fit(self, tokens, targets, weights, loss):
+        """Replace words by what each adds: its rating times a fitted strength, and its own weight."""
+        names = {"", *self.words}
         for ids in tokens.tolist():
-            counts.update(self.find_words(ids))
-        # A word that occurs in a single passage would only teach that passage's rating.
-        often = {name for name, count in counts.items() if count > 1}
-        names = sorted(often | self.words.keys() | {""})        # "" comes first: row 0
-        self.rows = {name: row for row, name in enumerate(names)}
-        prior = torch.tensor([self.words.get(name, 0.0) for name in names], device=tokens.device)
-        known = torch.ones_like(prior)
-        known[0] = 0.0
-        rows = self.occurrences(tokens)
-        weight = self.weight = torch.zeros_like(prior, requires_grad=True)
-        strength = torch.zeros_like(prior[0], requires_grad=True)
+            names.update(self.find_words(ids))
+        names = sorted(names)                                           # "" comes first
+        column = {name: i for i, name in enumerate(names)}
+        rows = self.look_up(tokens, column)                             # (N,T)
+        ratings = torch.tensor([self.words.get(name, 0.0) for name in names], device=rows.device)
+        # weight[0] is the strength. "" has no weight of its own: by this rating it adds 0.
+        ratings[0] = -1.0
 
-        def sums():
-            # gather, where weight[rows] is the same: its backward pass is many times as fast.
-            return (weight * known).gather(0, rows.flatten()).view_as(rows).sum(1)
+        def sums(weight):
+            return (weight + weight[0] * ratings)[rows].sum(1)
 
-        def shrinkage():
-            return ridge / 2 * (weight - strength * prior).square().sum()
-
-        return [weight, strength], sums, shrinkage
+        weight, self.bias = regress(sums, len(names), targets, weights, 20.0, loss)
+        added = weight + weight[0] * ratings
+        self.words = dict(zip(names, added.tolist()))
 
 
-# ---- losses -------------------------------------------------------------------------------
+# ---- losses and regression ----------------------------------------------------------------
 
 def soft_loss(log_odds, targets):
     """Cross-entropy with soft targets from 0 to 1, elementwise, in nats.
 
     At target 1/2 and log-odds 0 it is log 2, and its gradient 0: a neutral passage pulls nowhere.
     """
-    return F.binary_cross_entropy_with_logits(log_odds, targets.expand_as(log_odds),
-                                              reduction="none")
+    return F.binary_cross_entropy_with_logits(log_odds, targets, reduction="none")
 
 
 def comparison_loss(log_odds, targets, rounds=8):
@@ -221,56 +171,44 @@ def comparison_loss(log_odds, targets, rounds=8):
     log_odds, targets (N,) -> (N,). In each round every passage is compared with another at random.
     The one of the higher target is the better one; ties are left out (Ziegler 2019).
     """
-    loss = 0.0
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(rounds):
-        other = torch.randperm(len(targets), generator=generator)
-        better = (targets - targets[other]).sign()          # 1, -1, or 0: a tie
-        gap = better * (log_odds - log_odds[other])
-        loss = loss - better.abs() * F.logsigmoid(gap)
-    return loss / rounds
+    generator = torch.Generator().manual_seed(0)            # the same pairs at every call
+    orders = [torch.randperm(len(targets), generator=generator) for _ in range(rounds)]
+    other = torch.stack(orders)
+    better = (targets - targets[other]).sign()              # (rounds,N): 1, -1, or 0: a tie
+    gap = better * (log_odds - log_odds[other])
+    losses = -better.abs() * F.logsigmoid(gap)
+    return losses.mean(0)
 
 
-LOSSES = {"ratings": soft_loss, "comparisons": comparison_loss}
+def regress(linear, size, targets, weights=1.0, ridge=0.0, loss=soft_loss):
+    """Ridge logistic regression on soft targets (N,): the best weight (size,) and bias (1,).
 
-
-def lbfgs(loss, parameters):
-    """Minimise loss(), which is convex, over tensors parameters: L-BFGS needs no learning rate."""
-    optimizer = torch.optim.LBFGS(parameters, max_iter=100, line_search_fn="strong_wolfe")
+    Log-odds: linear(weight) (N,) + bias. weights (N,): how much each passage counts. The loss is
+    convex: L-BFGS finds its minimum without a learning rate.
+    """
+    weight = targets.new_zeros(size, requires_grad=True)
+    bias = targets.new_zeros(1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        value = loss()
+        misfit = weights * loss(linear(weight) + bias, targets)
+        value = misfit.sum() + (ridge * weight.square()).sum() / 2
         value.backward()
         return value
 
     optimizer.step(closure)
+    return weight.detach(), bias.detach()
 
-
-# ---- training ---------------------------------------------------------------------------
 
 def calibrate(model, tokens, targets):
-    """Set the model's scale and bias (Platt 1999) on passages that it was not trained on.
+    """Rescale a model's log-odds (Platt 1999) on passages that it was not trained on.
 
-    So P(positive) is neither over- nor underconfident. These two numbers a model of comparisons,
-    which have no zero, learns from ratings too.
+    A model of comparisons, which have no zero, learns these two numbers from ratings too.
     """
-    log_odds = in_chunks(model, tokens)
-    scale, bias = platt(log_odds, targets)
-    # scale (scale' (bias' + sum)) + bias = (scale scale') (bias' + bias / (scale scale') + sum)
-    model.scale *= scale
-    model.bias += bias / model.scale
-
-
-def platt(log_odds, targets):
-    """Slope and intercept of a logistic regression of soft targets (N,) on log-odds (N,).
-
-    Slope 1: calibrated; above: the model is too unsure of itself; below: too sure.
-    """
-    slope = torch.ones((), device=log_odds.device, requires_grad=True)
-    intercept = torch.zeros((), device=log_odds.device, requires_grad=True)
-    lbfgs(lambda: soft_loss(slope * log_odds + intercept, targets).mean(), [slope, intercept])
-    return slope.detach(), intercept.detach()
+    slope, intercept = regress(in_chunks(model, tokens).mul, 1, targets)
+    model.scale *= slope
+    model.bias = slope * model.bias + intercept
 
 
 # ---- the score ----------------------------------------------------------------------------
@@ -299,104 +237,77 @@ def score(log_odds, mean, std, toward="positive"):
 PARTS = ["report", "choose", "judge", "judge", *["reward"] * 6]
 
 
-def read_ratings(labels=None, corpus=None):
-    """What readers rated: passages (text, rating, fold 0 to 9, whether a sample) and words, a dict.
+def read_ratings(labels=None):
+    """Passages {part: [(text, rating, whether a sample)]} and words {first LETTERS letters: rating}.
 
-    labels: CSV files of one's own, corpus: the text they may quote. words: {first LETTERS letters:
-    mean rating of the words that share them}.
+    labels: CSV files of one's own. Words that share their first letters share their mean rating.
     """
     folder = data.HERE / "labels"
     names = ("passages.csv", "more_passages.csv", "samples.csv")
-    own = corpus and Path(corpus).stem          # one text: its passages are split, not it
-    passages = []
+    passages = {part: [] for part in PARTS}
     for path in labels or [folder / name for name in names]:
-        for text, rating, play in data.read_labels(path, corpus):
-            key = text if play in (None, own) else play
-            passages.append((text, rating, data.fold(key, 10), play is None))
-    sizes = collections.Counter(PARTS[fold] for _, _, fold, _ in passages)
-    if min(sizes[part] for part in PARTS) < 3:
+        for text, rating, play in data.read_labels(path):
+            part = PARTS[data.fold(play or text, 10)]
+            passages[part].append((text, rating, play is None))
+    if min(map(len, passages.values())) < 3:
         raise data.UserError("the labels have too few passages to train and to measure on. "
                              "Give a hundred or more.")
-    ratings = collections.defaultdict(list)
-    file = io.StringIO(data.read_text(folder / "words.csv", "rated words"))
-    for row in csv.DictReader(file):
-        word = row["word"][:LETTERS]
-        ratings[word].append(data.parse_rating(row["rating"]))
-    words = {word: sum(found) / len(found) for word, found in ratings.items()}
+    ratings = {}
+    for word, rating, _ in data.read_labels(folder / "words.csv"):
+        ratings.setdefault(word[:LETTERS], []).append(rating)
+    words = {word: sum(same) / len(same) for word, same in ratings.items()}
     return {"passages": passages, "words": words}
 
 
 def prepare(rated, vocabulary, length, device="cpu"):
-    """Ratings as tensors: tokens (N,length), ratings, targets, weights (N,), and rows of PARTS."""
+    """Ratings as tensors: {part: (tokens (N,length), targets, weights, whether samples (N,))}."""
     tokenizer = data.make_tokenizer(vocabulary)
-    texts, ratings, folds, is_sample = zip(*rated["passages"])
-    ids = [tokenizer.encode_ordinary(text) for text in texts]
-    ratings, is_sample = torch.tensor(ratings), torch.tensor(is_sample)
-    # A rating is of the whole passage: it counts by the share that is read. Samples of models,
-    # which is what PPO shows the reward model, count twice.
-    lengths = torch.tensor([max(len(i), 1) for i in ids])
-    weights = (length / lengths).clamp(max=1) * torch.where(is_sample, 2, 1)
-    rows = {name: [] for name in PARTS}
-    for i, fold in enumerate(folds):
-        rows[PARTS[fold]].append(i)
-    targets = (ratings + 2) / 4
-    return {"tokens": data.pad(ids, length).to(device),
-            "ratings": ratings.to(device),
-            "targets": targets.to(device),
-            "weights": weights.to(device),
-            "is_sample": is_sample,
-            "rows": {part: torch.tensor(found) for part, found in rows.items()}}
+    parts = {}
+    for part, passages in rated["passages"].items():
+        texts, ratings, is_sample = zip(*passages)
+        ids = tokenizer.encode_ordinary_batch(texts)
+        lengths = torch.tensor(list(map(len, ids)))
+        is_sample = torch.tensor(is_sample)
+        targets = (torch.tensor(ratings) + 2) / 4
+        # A rating is of the whole passage: it counts by the share that is read. Samples of models,
+        # which is what PPO shows the reward model, count twice.
+        weights = (length / lengths).clamp(max=1) * (1 + is_sample)
+        columns = data.pad(ids, length), targets, weights, is_sample
+        parts[part] = [column.to(device) for column in columns]
+    return parts
 
 
-def rating_metrics(p, ratings):
-    """How well P(positive) p (N,) predicts ratings (N,) from -2 to 2: a dict of floats.
+def rating_metrics(log_odds, targets):
+    """How well log-odds (N,) of positive predict soft targets (N,): a dict of floats.
 
-    pearson with the rating; auc of ratings above 0 against below 0; slope of the calibration;
-    log_loss with soft targets, nats.
+    pearson of P(positive) and target; auc of targets above 1/2 against below; slope of the
+    calibration, above 1: too unsure of itself, below: too sure; log_loss, nats.
     """
-    p = p.double()
-    ratings = ratings.double()
-    targets = (ratings + 2) / 4
+    p = log_odds.sigmoid()
     # Pearson's r is the cosine of the angle between both without their means.
     pearson = F.cosine_similarity(p - p.mean(), targets - targets.mean(), dim=0)
-    # Of every two passages, what the first wins by its p: 1, 0, or 1/2, a tie.
-    wins = ((p[:, None] - p).sign() + 1) / 2
-    opposite = (ratings[:, None] > 0) & (ratings < 0)
-    slope, _ = platt(p.logit(eps=1e-6), targets)
-    metrics = {"pearson": pearson,
-               "auc": wins[opposite].mean().nan_to_num(0.5),
-               "slope": slope,
-               "log_loss": F.binary_cross_entropy(p, targets)}
-    return {"n": len(p), **{name: x.item() for name, x in metrics.items()}}
-
-
-def measure(model, rated):
-    """rating_metrics on the ratings kept for the report, of plays' passages and of samples."""
-    rows = rated["rows"]["report"]
-    log_odds = in_chunks(model, rated["tokens"][rows])
-    p = log_odds.sigmoid().cpu()
-    ratings = rated["ratings"][rows].cpu()
-    is_sample = rated["is_sample"][rows]
-    report = {}
-    for name, chosen in (("passages", ~is_sample), ("samples", is_sample)):
-        if chosen.sum() > 1:
-            report[name] = rating_metrics(p[chosen], ratings[chosen])
-    return report
+    # Of every two passages, what the better one wins by its p: 1, 0, or 1/2, a tie.
+    wins = ((p[targets > 0.5][:, None] - p[targets < 0.5]).sign() + 1) / 2
+    slope, _ = regress(log_odds.mul, 1, targets)
+    return {"n": len(p),
+            "pearson": pearson.item(),
+            "auc": wins.mean().nan_to_num(0.5).item(),
+            "slope": slope.item(),
+            "log_loss": soft_loss(log_odds, targets).mean().item()}
 
 
 # ---- the study's stages -------------------------------------------------------------------
 
 def fit_reward(options, pretrained, rated, loop):
     """The reward model that PPO optimises: what reward.pt holds, a dict."""
-    vocabulary, words = pretrained["vocabulary"], rated["words"]
+    told = pretrained["vocabulary"], rated["words"]
     if options.reward_model == "bag":
-        model = Bag(vocabulary, words)
+        model = Bag(*told)
     else:
-        config = GPTConfig(**{**pretrained["config"], "n_layer": 1})
-        model = RewardModel(config, vocabulary, words, options.dtype)
-        for name, weight in model.trunk.state_dict().items():
-            weight.copy_(pretrained["model"][name])
-    return fit_to_ratings(options, model, rated, "reward", LOSSES[options.feedback], loop)
+        gpt = load_gpt(pretrained, dtype=options.dtype)
+        model = RewardModel(gpt, *told)
+    loss = comparison_loss if options.feedback == "comparisons" else soft_loss
+    return fit_to_ratings(options, model, rated, "reward", loss, loop)
 
 
 def fit_judge(options, pretrained, rated, loop):
@@ -407,49 +318,45 @@ def fit_judge(options, pretrained, rated, loop):
 
 def fit_to_ratings(options, model, rated, part, loss, loop):
     """Fit a model to its part of the ratings, calibrate and measure it on others: a dict."""
-    rated = prepare(rated, model.vocabulary, options.length, options.device)
-    tokens, targets, rows = rated["tokens"], rated["targets"], rated["rows"][part]
-    model.to(options.device)
-    model.fit(tokens[rows], targets[rows], rated["weights"][rows], loss)
-    model.requires_grad_(False)
-    choose = rated["rows"]["choose"]
-    is_sample = rated["is_sample"][choose]
+    parts = prepare(rated, model.vocabulary, options.length, options.device)
+    tokens, targets, weights, _ = parts[part]
+    model.to(options.device).fit(tokens, targets, weights, loss)
+    tokens, targets, _, is_sample = parts["choose"]
     if is_sample.sum() >= ENOUGH:           # calibrated for what PPO will show it
-        choose = choose[is_sample]
-    calibrate(model, tokens[choose], targets[choose])
-    report = measure(model, rated)
-    for kind, found in report.items():
-        print(f"{part} model, {found['n']} held-out {kind}: Pearson {found['pearson']:.3f}, AUC "
-              f"{found['auc']:.3f}, calibration slope {found['slope']:.2f}")
-    if part == "reward":
-        show_extremes(model, tokens[rated["rows"]["report"]][:500], loop)
-    names = list(model.rows) if isinstance(model, Bag) else None
-    config = vars(model.trunk.config) if names is None else None
+        tokens, targets = tokens[is_sample], targets[is_sample]
+    calibrate(model, tokens, targets)
+    tokens, targets, _, is_sample = parts["report"]
+    log_odds = in_chunks(model, tokens)
+    report = {}
+    line = ("{} model, {n} held-out {}: Pearson {pearson:.3f}, AUC {auc:.3f}, "
+            "calibration slope {slope:.2f}")
+    for kind, chosen in (("passages", ~is_sample), ("samples", is_sample)):
+        if chosen.any():
+            report[kind] = rating_metrics(log_odds[chosen], targets[chosen])
+            print(line.format(part, kind, **report[kind]))
+    # The three most negative, and the three most positive.
+    order = log_odds.argsort()
+    for i in order[[0, 1, 2, -3, -2, -1]]:
+        p = log_odds[i].sigmoid()
+        text = data.decode(model.vocabulary, tokens[i])
+        loop.show(f"P(positive) {p:.2f}", text)
     return {"model": model.state_dict(),
-            "config": config,
+            "config": model.config,
             "vocabulary": model.vocabulary,
             "words": model.words,
-            "names": names,
             "length": options.length,
-            "labels": len(rows),
+            "labels": len(weights),
             "report": report}
-
-
-def show_extremes(model, tokens, loop):
-    """Print the three most negative and the three most positive of held-out passages (N,T)."""
-    p = in_chunks(model, tokens).sigmoid()
-    order = p.argsort().tolist()
-    for i in [*order[:3], *order[-3:]]:
-        loop.show(f"P(positive) {p[i]:.2f}", data.decode(model.vocabulary, tokens[i]))
 
 
 def load_reward(state, device="cpu", dtype=torch.float32):
     """The model of a reward or judge checkpoint, frozen."""
-    if state["names"] is None:
-        config = GPTConfig(**state["config"])
-        model = RewardModel(config, state["vocabulary"], state["words"], dtype)
+    told = state["vocabulary"], state["words"]
+    if state["config"] is None:
+        model = Bag(*told)
     else:
-        model = Bag(state["vocabulary"], state["words"], state["names"])
+        config = GPTConfig(**state["config"])
+        model = RewardModel(GPT(config, dtype), *told)
     model.load_state_dict(state["model"])
     return model.requires_grad_(False).to(device)
 
@@ -460,24 +367,19 @@ def main():
     parser = data.Parser(description="Score texts with the reward model. "
                                      "(python train.py --until reward trains it.)")
     parser.add_argument("--score", metavar="FILE.jsonl", required=True,
-                        help='print each line {"text": ...} of this file with "positive" added')
+                        help='print each line {"text": ...} of this file with "positive" added; '
+                             "of a text longer than --length its beginning is read")
     parser.add_argument("--out", default="out", type=Path,
                         help="the folder of reward.pt (default out)")
     args = parser.parse_args()
     state = data.load_checkpoint(args.out / "reward.pt", "reward")
     tokenizer = data.make_tokenizer(state["vocabulary"])
     model = load_reward(state)
-    too_long = 0
     for row in data.read_jsonl(args.score):
         ids = tokenizer.encode_ordinary(row["text"].strip())
-        too_long += len(ids) > state["length"]
-        with torch.no_grad():
-            p = model(data.pad([ids], state["length"])).sigmoid().item()
-        row["positive"] = round(p, 6)
+        p = model(data.pad([ids], state["length"])).sigmoid()
+        row["positive"] = round(p.item(), 6)
         print(json.dumps(row, ensure_ascii=False))
-    if too_long:
-        print(f"note: {too_long} texts are longer than {state['length']} tokens; only their "
-              "beginning was read", file=sys.stderr)
 
 
 if __name__ == "__main__":

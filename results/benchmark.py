@@ -106,8 +106,8 @@ def make_run(args, dtype):
     # Every third token goes on with the word before it; half of the words have ratings.
     vocabulary = [(" " * (i % 3 > 0) + name).encode() for i, name in enumerate(names)]
     words = dict.fromkeys(names[::2], 1.0)
-    one_block = GPTConfig(**{**vars(args.config), "n_layer": 1})
-    model = randomise(reward.RewardModel(one_block, vocabulary, words, dtype)).to(args.device)
+    trunk = GPT(args.config, dtype)
+    model = randomise(reward.RewardModel(trunk, vocabulary, words)).to(args.device)
     # No update ends early: all epochs are timed.
     settings = ppo.PPOConfig(batch=args.batch, length=args.length, minibatch=args.minibatch,
                              epochs=args.epochs, max_update_kl=math.inf)

@@ -13,6 +13,7 @@ Second table: P(positive), by the study's reward model and judge, of texts spoil
 neither was trained against. A model that is not fooled likes each less than the text as written.
 """
 
+import collections
 import csv
 import re
 import sys
@@ -28,7 +29,7 @@ import ppo  # noqa: E402
 import reward  # noqa: E402
 import sample  # noqa: E402
 from gpt import in_chunks  # noqa: E402
-from reward import Bag, RewardModel  # noqa: E402
+from reward import PARTS, Bag, RewardModel, regress  # noqa: E402
 from tables import table  # noqa: E402
 
 SHIPPED = "head, 1 block (shipped)"
@@ -39,46 +40,50 @@ class TokenWeights(Bag):
 
     alone = False           # True: the strength alone; the weights of tokens stay 0
 
-    def ratings(self, tokens):                              # (B,T)
-        return torch.tensor([[self.words.get(word, 0.0) for word in self.find_words(ids)]
-                             for ids in tokens.tolist()])
-
     def contributions(self, tokens):
-        return self.weight[tokens.clamp(min=0)] + self.strength * self.ratings(tokens)
+        own = self.weight[tokens.clamp(min=0)] * (tokens != data.PAD)
+        return own + self.strength * self.look_up(tokens, self.words)
 
-    def linear(self, tokens, ridge=60.0):
-        weight = self.weight = torch.zeros(len(self.vocabulary), requires_grad=True)
-        strength = self.strength = torch.zeros((), requires_grad=True)
-        real, ratings = (tokens != data.PAD).float(), self.ratings(tokens).sum(1)
-        counts = torch.zeros(len(tokens), len(weight))
-        counts.scatter_add_(1, tokens.clamp(min=0), real)                   # (N,V)
-        return ([strength] if self.alone else [strength, weight],
-                lambda: counts @ weight + strength * ratings,
-                lambda: ridge / 2 * weight.square().sum())
+    def fit(self, tokens, targets, weights, loss):
+        counts = torch.zeros(len(tokens), len(self.vocabulary))         # (N,V)
+        if not self.alone:
+            counts.scatter_add_(1, tokens.clamp(min=0), (tokens != data.PAD).float())
+        x = torch.cat((counts, self.look_up(tokens, self.words).sum(1, keepdim=True)), dim=1)
+        ridge = torch.full((x.size(1),), 60.0)
+        ridge[-1] = 0.0                                                 # of the strength
+        weight, self.bias = regress(x.mv, len(ridge), targets, weights, ridge, loss)
+        self.weight, self.strength = weight[:-1], weight[-1]
 
 
 class PairBag(Bag):
-    """A bag of words and of pairs of tokens, each with a weight: what earlier versions shipped."""
+    """A bag of words and of pairs of tokens, which earlier versions shipped. Pairs: more ridge."""
 
     def find_words(self, ids):
         """For each token two names: the word so far, and the pair "last token, this token"."""
-        names, seen, last = [], {""}, ""
+        seen, last = {""}, ""
         for i, word in zip(ids, super().find_words(ids)):
             token = self.spelling[i].strip(" ")
             pair = "" if i == data.PAD else f"{last} {token}"
-            names += [word, "" if pair in seen else pair]
+            yield word
+            yield "" if pair in seen else pair
             seen.add(pair)
             last = token
-        return names
 
     def contributions(self, tokens):
-        return self.weight[self.occurrences(tokens)].view(*tokens.shape, 2).sum(-1)
+        return super().contributions(tokens).view(*tokens.shape, 2).sum(-1)
 
-    def linear(self, tokens, ridge=20.0, pair_ridge=100.0):
-        (weight, strength), sums, shrinkage = super().linear(tokens, ridge)
-        # Pairs are many and rare: more ridge.
-        more = torch.tensor([(pair_ridge - ridge) / 2 * (" " in name) for name in self.rows])
-        return [weight, strength], sums, lambda: shrinkage() + (more * weight.square()).sum()
+    def fit(self, tokens, targets, weights, loss):
+        counts = collections.Counter()
+        for ids in tokens.tolist():
+            counts.update(self.find_words(ids))
+        names = sorted({"", *self.words} | {name for name, n in counts.items() if n > 1})
+        rows = self.look_up(tokens, {name: i for i, name in enumerate(names)})
+        ratings = torch.tensor([self.words.get(name, 0.0) for name in names])
+        ratings[0] = -1.0
+        ridge = torch.tensor([100.0 if " " in name else 20.0 for name in names])
+        weight, self.bias = regress(lambda weight: (weight + weight[0] * ratings)[rows].sum(1),
+                                    len(names), targets, weights, ridge, loss)
+        self.words = dict(zip(names, (weight + weight[0] * ratings).tolist()))
 
 
 def make_models(pretrained, words, dtype):
@@ -86,12 +91,9 @@ def make_models(pretrained, words, dtype):
     vocabulary, n_layer = pretrained["vocabulary"], pretrained["config"]["n_layer"]
 
     def head(blocks=1, words=words, is_random=False):
-        config = gpt.GPTConfig(**{**pretrained["config"], "n_layer": blocks})
-        model = RewardModel(config, vocabulary, words, dtype)
-        model.trunk.requires_grad_(False)
-        for name, weight in model.trunk.state_dict().items():
-            weight.copy_(weight if is_random else pretrained["model"][name])
-        return model
+        trunk = gpt.load_gpt(pretrained, dtype=dtype)
+        trunk = gpt.GPT(trunk.config, dtype) if is_random else trunk
+        return RewardModel(trunk.requires_grad_(False), vocabulary, words, blocks)
 
     yield SHIPPED, head(), {}
     for blocks in sorted({min(2, n_layer), n_layer} - {1}):
@@ -111,18 +113,17 @@ def make_models(pretrained, words, dtype):
     yield "the judge: bag of words, other plays", Bag(vocabulary, {}), {"part": "judge"}
 
 
-def fit(model, rated, part="reward", loss=reward.soft_loss, tune=False):
-    """Fit and calibrate a model: its P(positive) of the part "report", and the CPU seconds."""
+def fit(model, parts, part="reward", loss=reward.soft_loss, tune=False):
+    """Fit and calibrate a model: its log-odds on the part "report", and the CPU seconds."""
     began = time.process_time()
-    tokens, targets, rows = rated["tokens"], rated["targets"], rated["rows"]
-    learnt = tokens[rows[part]], targets[rows[part]], rated["weights"][rows[part]]
+    *learnt, _ = parts[part]
     model.fit(*learnt, loss)
     if tune:
         fine_tune(model, *learnt)
-    model.requires_grad_(False)
-    reward.calibrate(model, tokens[rows["choose"]], targets[rows["choose"]])
+    tokens, targets, *_ = parts["choose"]
+    reward.calibrate(model, tokens, targets)
     seconds = time.process_time() - began
-    return in_chunks(model, tokens[rows["report"]]).sigmoid(), seconds
+    return in_chunks(model, parts["report"][0]), seconds
 
 
 def fine_tune(model, tokens, targets, weights, batch=64):
@@ -138,14 +139,15 @@ def fine_tune(model, tokens, targets, weights, batch=64):
 
 
 def read_blocks(lines=200):
-    """The block of each rated passage, in the order of reward.read_ratings: numbers (N,)."""
+    """The block of each passage of the part "report", in the order of read_ratings: (N,)."""
     numbers, blocks = {}, []
     for name in ("passages.csv", "more_passages.csv", "samples.csv"):
         for row in csv.DictReader((data.HERE / "labels" / name).open(encoding="utf-8")):
             place = len(blocks)                             # a sample is a block of its own
             if "play" in row:
                 place = row["play"], int(row["first_line"]) // lines
-            blocks.append(numbers.setdefault(place, len(numbers)))
+            if PARTS[data.fold(row.get("play") or row["text"], 10)] == "report":
+                blocks.append(numbers.setdefault(place, len(numbers)))
     return torch.tensor(blocks)
 
 
@@ -162,23 +164,23 @@ def bootstrap(p, ratings, blocks, times=1000):
     return (xy - x * y) / ((xx - x * x) * (yy - y * y)).sqrt()
 
 
-def print_models(read, seconds, rated, blocks):
-    """The first table, of passages and of samples. read: {model's name: P(positive)}."""
-    rows = rated["rows"]["report"]
-    is_sample = rated["is_sample"][rows]
+def print_models(read, seconds, report, blocks):
+    """The first table, of passages and of samples. read: {model's name: log-odds (N,)}."""
+    _, all_targets, _, is_sample = report
     for kind, chosen in (("passages", ~is_sample), ("samples", is_sample)):
-        ratings, places, lines = rated["ratings"][rows][chosen], blocks[rows][chosen], []
-        better = ratings[:, None] > ratings
-        for name, p in read.items():
-            m = reward.rating_metrics(p[chosen], ratings)
-            pearson, again = m["pearson"], bootstrap(p[chosen], ratings, places)
+        targets, places, lines = all_targets[chosen], blocks[chosen], []
+        better = targets[:, None] > targets
+        for name, log_odds in read.items():
+            m = reward.rating_metrics(log_odds[chosen], targets)
+            p = log_odds[chosen].sigmoid()
+            pearson, again = m["pearson"], bootstrap(p, targets, places)
             if name == SHIPPED:
                 heads, heads_again = pearson, again
-            wins = ((p[chosen][:, None] - p[chosen]).sign() + 1) / 2
+            wins = ((p[:, None] - p).sign() + 1) / 2
             lines.append([name, f"{pearson:.3f} ± {again.std():.3f}",
                           f"{pearson - heads:+.3f} ± {(again - heads_again).std():.3f}",
                           m["auc"], m["slope"], wins[better].mean().item(), f"{seconds[name]:.0f}"])
-        print(f"{len(ratings)} {kind}, in {len(places.unique())} blocks\n")
+        print(f"{len(targets)} {kind}, in {len(places.unique())} blocks\n")
         print(*table(["model", "Pearson", "minus the head's", "AUC", "slope", "pairs",
                       "seconds"], lines), sep="\n", flush=True)
 
@@ -237,15 +239,14 @@ def main():
     pretrained, rewarded = [data.load_checkpoint(study / f"{name}.pt", name)
                             for name in ("pretrain", "reward")]
     dtype, labels = gpt.compute_dtype(torch.device("cpu")), reward.read_ratings()
-    rated = reward.prepare(labels, rewarded["vocabulary"], rewarded["length"])
+    parts = reward.prepare(labels, rewarded["vocabulary"], rewarded["length"])
     torch.manual_seed(0)
     read, seconds = {}, {}
     for name, model, special in make_models(pretrained, labels["words"], dtype):
-        read[name], seconds[name] = fit(model, rated, **special)
-    print_models(read, seconds, rated, read_blocks())
-    report = rated["rows"]["report"]
-    plays = rated["tokens"][report][~rated["is_sample"][report]]
-    texts = [data.decode(rewarded["vocabulary"], row) for row in plays]
+        read[name], seconds[name] = fit(model, parts, **special)
+    print_models(read, seconds, parts["report"], read_blocks())
+    tokens, _, _, is_sample = parts["report"]
+    texts = [data.decode(rewarded["vocabulary"], row) for row in tokens[~is_sample]]
     print_spoilt(study, rewarded, texts, dtype)
 
 

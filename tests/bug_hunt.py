@@ -105,8 +105,10 @@ BUGS = [
         [("scores = scores.detach()", "scores = -scores.detach()")]),
     Bug("train/test split shuffled twice", "ckkissane", "reward.py: reward",
         "Rows to train on and to measure on come from two shuffles: test items are trained on.",
-        [('rated["rows"][part]\n', 'rated["rows"][part]\n'
-          "    rows = torch.randperm(len(targets))[:len(rows)]\n")]),
+        [("    tokens, targets, weights, _ = parts[part]\n",
+          "    rows = torch.randperm(sum(len(x[0]) for x in parts.values()))[:len(parts[part][0])]\n"
+          "    tokens, targets, weights = [torch.cat([x[i] for x in parts.values()])[rows]\n"
+          "                                for i in range(3)]\n")]),
     Bug("softmax applied before cross-entropy", "nanoChatGPT", "reward.py: reward",
         "A probability is read as log-odds, so no passage comes out below one half.",
         [("with_logits(log_odds, ", "with_logits(log_odds.sigmoid(), ")]),
@@ -115,11 +117,14 @@ BUGS = [
         [("(targets - targets[other]).sign()", "(targets[other] - targets).sign()")]),
     Bug("calibrated on the rows of the report", OURS, "reward.py: reward",
         "The calibration slope that is reported is 1 whatever the model is worth.",
-        [('choose = rated["rows"]["choose"]', 'choose = rated["rows"]["report"]')]),
+        [('parts["choose"]', 'parts["report"]')]),
     Bug("the trunk of the reward model trained", OURS, "reward.py: reward",
         "A million weights are fitted to a few thousand ratings, which they learn by heart.",
-        [("[weight], lambda: x @ weight[0],",
-          "[*self.trunk.parameters(), weight], lambda: summed(tokens) @ weight[0],")]),
+        [("        self.head.weight.data = weight[None]\n",
+          "        self.head.weight.data = weight[None]\n"
+          "        adam = torch.optim.Adam(self.trunk.parameters(), lr=1e-3)\n"
+          "        (weights * loss(self(tokens), targets)).sum().backward()\n"
+          "        adam.step()\n")]),
     Bug("the judge told the rated words", OURS, "reward.py: reward",
         "Judge and reward model share what they know, so the judge is fooled along.",
         [('Bag(pretrained["vocabulary"], {})', 'Bag(pretrained["vocabulary"], rated["words"])')]),

@@ -216,9 +216,10 @@ def test_what_a_run_reached_is_what_its_checkpoint_does(continued, study, name):
 def test_the_reward_model_is_the_kind_asked_for_and_learns_from_the_feedback(texts, again,
                                                                              monkeypatch):
     """The judge stays a bag that learns from ratings."""
-    fit, seen = reward.PrefixClassifier.fit, []
-    monkeypatch.setattr(reward.PrefixClassifier, "fit", lambda self, *inputs:
-                        seen.append((type(self), inputs[-1])) or fit(self, *inputs))
+    seen = []
+    for kind in (reward.RewardModel, reward.Bag):
+        monkeypatch.setattr(kind, "fit", lambda self, *inputs, fit=kind.fit:
+                            seen.append((type(self), inputs[-1])) or fit(self, *inputs))
     more = ["--until", "reward", "--length", 12]
     for options in ([], ["--reward-model", "bag", "--feedback", "comparisons"]):
         assert run_script(train, *argv(texts, again, *more, *options)) == 0

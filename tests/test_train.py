@@ -209,7 +209,7 @@ WORDS = r'((def|class) .*:\n +""")', r"\1Other words. "
     ("gpt.py", *WORDS, set()), ("reward.py", *WORDS, set()),
     ("ppo.py", r"\n\n\n", "\n\n# A comment.\n\n\n", set()),
     ("labels/words.csv", "love,.*", "love,-2", AFTER["reward"] | AFTER["judge"]),
-    ("labels.csv", r"play,1,6,.*", "play,1,6,1.25", AFTER["reward"] | AFTER["judge"]),
+    ("labels.csv", r",-?\d\n", ",1.25\n", AFTER["reward"] | AFTER["judge"]),
     ("play.txt", "Love", "Death", ALL),
 ])
 def test_an_edit_repeats_exactly_what_depends_on_it(redone, edit, file, pattern, new, stages):
@@ -458,7 +458,7 @@ def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, com
     ("--out play.txt", "File exists: 'play.txt'. Free some space or choose another folder"),
     ("--out play.txt/out", "Not a directory"),
     ("--corpus none.txt", "corpus none.txt: No such file or directory"),
-    ("--corpus labels.csv", "characters, too few to learn from"),
+    ("--corpus few.csv", "characters, too few to learn from"),
     ("--labels none.csv", "labels none.csv: No such file or directory"),
     ("--labels play.txt", ": the first line must name the columns"),
     ("--labels few.csv", "too few passages to train and to measure on"),
