@@ -81,7 +81,7 @@ def run(main):
     except BrokenPipeError:             # head, say, has read what it wanted
         os._exit(0)                     # any other exit would try to write the rest
     except OSError as error:            # a full disk, say
-        line = f"stopped: {error}. Mend that or choose another folder. {resume}"
+        line = f"stopped: {error}. {resume}"
     except KeyboardInterrupt:
         line, code = f"stopped. {resume}", 130
     except (MemoryError, RuntimeError) as error:

@@ -174,8 +174,9 @@ def whiten_groups(returns, group):
     is 0; tests/test_loop.py finds the fixed point.)
     """
     scores = returns[:, 0].view(-1, group)
+    mean = scores.mean(1, keepdim=True)
     deviation = scores.std(1, correction=0, keepdim=True)
-    whitened = (scores - scores.mean(1, keepdim=True)) / (deviation + 1e-6)
+    whitened = (scores - mean) / (deviation + 1e-6)
     return whitened.view(-1, 1).expand_as(returns)
 
 
@@ -211,7 +212,8 @@ def policy_loss(logprobs, old_logprobs, advantages, clip=0.2, mask=None):
     with torch.no_grad():
         outside = (ratio - 1).abs() > clip
         # The tokens were drawn from pi_old, so its log-probability comes first.
-        _, _, k3 = kl_estimates(-log_ratio, torch.zeros_like(log_ratio))
+        nothing = torch.zeros_like(log_ratio)
+        _, _, k3 = kl_estimates(-log_ratio, nothing)
         info = {"approx_kl": masked_mean(k3, mask),
                 "clipfrac": masked_mean(outside.float(), mask),
                 "ratio": masked_mean(ratio, mask)}
@@ -268,7 +270,8 @@ class AdaptiveKL:
     def update(self, ref_kl, n):
         """beta *= 1 + clip(ref_kl / target - 1, -0.2, 0.2) * n / horizon; returns the new beta."""
         # Bounded, or one noisy batch could throw beta far off.
-        error = min(max(ref_kl / self.target - 1, -0.2), 0.2)
+        error = ref_kl / self.target - 1
+        error = min(max(error, -0.2), 0.2)
         self.beta *= 1 + error * n / self.horizon
         return self.beta
 
@@ -330,7 +333,8 @@ def best_of_n(scores, n):
     The expectation over all subsets of n of the scores (N,) given: in C(i, n) of the C(N, n) all
     are among the i smallest. Of scores (P,N) the mean over prompts. The bound is log n - (n-1)/n.
     """
-    scores = torch.as_tensor(scores, dtype=torch.float64).cpu().sort(-1).values
+    scores = torch.as_tensor(scores, dtype=torch.float64).cpu()
+    scores = scores.sort(-1).values
     N = scores.size(-1)
     if not 1 <= n <= N:
         raise ValueError(f"n must be from 1 to the number of scores, {N}, not {n}")
@@ -366,6 +370,14 @@ class PPOConfig:
     max_update_kl: float = 0.02         # nats per token
     adaptive_kl_target: float = 0.0     # nats per completion
     adaptive_kl_horizon: float = 10_000.0       # completions
+
+
+def make_config(options):
+    """The PPOConfig of a run, from options that have a value for each of its settings."""
+    settings = {}
+    for name in PPOConfig.__dataclass_fields__:
+        settings[name] = getattr(options, name)
+    return PPOConfig(**settings)
 
 
 def learning_rate(i, iterations):
@@ -533,7 +545,8 @@ class PPO:
                 break
             info["grad_norm"] = optimizer_step(loss, self.policy, [self.optimizer], 1.0, weight)
             infos.append(info)
-        metrics = {"epochs": config.epochs * len(infos) / len(minibatches)}
+        done = len(infos) / len(minibatches)
+        metrics = {"epochs": config.epochs * done}
         for key in infos[0]:
             values = [info[key].item() for info in infos]
             metrics[key] = sum(values) / len(values)
@@ -557,7 +570,7 @@ class PPO:
         kl, _ = _masked(exact_kl(logprobs, ref_logprobs), mask[:whole])
         return {"score": scores.mean().item(),
                 "ref_kl": ref_kl.mean().item(),
-                "ref_kl_se": ref_kl.std(correction=0).item() / len(ref_kl) ** 0.5,
+                "ref_kl_se": mean_se(ref_kl)[1],
                 "exact_kl": kl.sum(1).mean().item(),
                 "objective": (scores - beta * ref_kl).mean().item(),
                 "entropy": masked_mean(entropy(logprobs), mask[:whole]).item(),
@@ -715,8 +728,7 @@ def load_scorer(options, state, rho):
 
 def tune(options, pretrained, rewarded, judged, rho, loop):
     """PPO on the reward model at one beta: the policy and what it reached, a dict for ppo_*.pt."""
-    settings = {name: getattr(options, name) for name in PPOConfig.__dataclass_fields__}
-    config = PPOConfig(**settings)
+    config = make_config(options)
     ref = load_gpt(pretrained, options.device, options.dtype)
     score_fn = load_scorer(options, rewarded, rho)
     judge_fn = load_scorer(options, judged, rho)
@@ -841,7 +853,8 @@ def main():
               f"J {x['objective']:.2f} of {best['objective']:.2f}")
     # Samples of pi* itself: those of rho, drawn again by their weight exp(r / beta).
     weights = (scores / args.beta).softmax(0)
-    at_optimum = before[weights.multinomial(2, generator=sampler)]
+    rows = weights.multinomial(2, generator=sampler)
+    at_optimum = before[rows]
     shown = {"before": before, "after": run.batch["tokens"], "at the optimum": at_optimum}
     for name, tokens in shown.items():
         for row in tokens[:2]:

@@ -136,7 +136,7 @@ class Bag(PrefixClassifier):
         return self.look_up(tokens, self.words)
 
     def fit(self, tokens, targets, weights, loss):
-        """Replace words by what each adds: its rating times a fitted strength, and its own weight."""
+        """Replace words by what each adds: its own weight, and its rating times a strength."""
         names = {"", *self.words}
         for ids in tokens.tolist():
             names.update(self.find_words(ids))
@@ -238,7 +238,7 @@ PARTS = ["report", "choose", "judge", "judge", *["reward"] * 6]
 
 
 def read_ratings(labels=None):
-    """Passages {part: [(text, rating, whether a sample)]} and words {first LETTERS letters: rating}.
+    """Passages {part: [(text, rating, is a sample)]}, and words {first LETTERS letters: rating}.
 
     labels: CSV files of one's own. Words that share their first letters share their mean rating.
     """

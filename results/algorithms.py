@@ -5,9 +5,8 @@
     python results/algorithms.py --table                table and figure of the runs kept
 
 simple, rloo, grpo, ppo (train.py --algorithm) and dpo (results/dpo.py) run at the defaults of
-train.OPTIONS, with equally many samples (PPO alone draws 1,024 more to warm up its values). Each
-tries three learning rates with seed 0: half, once and twice the shipped one, or for grpo and dpo
-that of a short trial. Further seeds run at the rate of the highest J. The means include seed 0, on
+train.OPTIONS, with equally many samples. Each tries three learning rates with seed 0: half, once
+and twice the shipped one, or for grpo and dpo that of a short trial. Further seeds run at the rate of the highest J. The means include seed 0, on
 which the rate was chosen, so all are slightly high.
 
 Every finished run appends one row to the CSV file. Rows of the same study and the same code are not
@@ -64,8 +63,6 @@ def run_once(study, result, algorithm, lr, seed):
         run = dpo.train_dpo(*dpo.inputs(*study))
     else:
         run = ppo.PPO(*dpo.inputs(*study))
-        if algorithm == "ppo":
-            run.warm_up()
         for i in range(options.iterations):
             run.step(i)
     seconds = time.process_time() - began

@@ -17,7 +17,7 @@ in place of a draw from it. The expected loss is the same and so is the optimum,
 has less noise, and DPO learns as much of the score as PPO does.
 
 The pairs are fresh samples of rho, two of the same prompt, each used once: as many as PPO draws at
-its defaults (iterations x batch, without its warm-up). Optimizer, gradient clipping, completions a
+its defaults (iterations x batch). Optimizer, gradient clipping, completions a
 step and the schedule of the rate, which falls to 0, are PPO's.
 """
 
@@ -52,7 +52,7 @@ def train_dpo(ref, score_fn, prompts, config, seed=0, end=None):
     scores = in_chunks(score_fn, tokens)[:, -1].view(n, 2)
     target = (scores[:, 0] - scores[:, 1]).sigmoid()                        # P(a over b)
     prompts, tokens = prompts.view(n, 2, -1), tokens.view(n, 2, -1)         # (n,2,T0), (n,2,T)
-    minibatches = list(run.minibatches(n, max(config.minibatch // 2, 1), epochs=1))
+    minibatches = torch.randperm(n, generator=run.shuffler).split(max(config.minibatch // 2, 1))
     for i, rows in enumerate(minibatches):
         set_rates([run.optimizer], ppo.learning_rate(i, len(minibatches)))
         log_ratio = ppo.log_ratios(run.policy, run.ref, prompts[rows].flatten(0, 1),
@@ -80,7 +80,7 @@ def inputs(options, pretrained, rewarded, judged, rho):
     """What ppo.PPO and train_dpo take."""
     return (load_gpt(pretrained, options.device, options.dtype),
             ppo.load_scorer(options, rewarded, rho), rho["prompts"].to(options.device),
-            ppo.make_config(options, options.beta), options.seed, rho["end"])
+            ppo.make_config(options), options.seed, rho["end"])
 
 
 def main():

@@ -215,7 +215,7 @@ def print_spoilt(study, rewarded, texts, dtype):
     groups = {"samples of rho": rho["tokens"].long()}
     for run in sample.load_runs(study, rho):
         groups[f"samples of PPO, beta {run['label']}"] = gpt.sample_completions(
-            gpt.load_gpt(run, dtype=dtype), ppo.repeat(run["prompts"], 500), length,
+            gpt.load_gpt(run, dtype=dtype), ppo.repeat(run["test_prompts"], 500), length,
             torch.Generator().manual_seed(0), run["end"])
     for name, group in spoilt(texts, tokenizer, model, length).items():
         groups[name] = data.pad([tokenizer.encode_ordinary(text) for text in group], length)

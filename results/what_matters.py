@@ -1,6 +1,6 @@
 """What is each ingredient of PPO worth? PPO again on a finished study, with one thing changed.
 
-    python results/what_matters.py --study out                  66 runs: an hour of one core
+    python results/what_matters.py --study out                  63 runs: an hour of one core
     python results/what_matters.py --study out --table          the table of the runs there are
 
 Each run is a row of --csv, written when it ends; a run that is there is not done again. Rows name
@@ -30,35 +30,34 @@ COLUMNS = ["change", "beta", "seed", "iterations", "batch", "study", "machine", 
            "ref_kl", "J", "fraction", "seconds"]
 
 
-class HiddenValue:
-    """Values by ridge regression on the position and rho's hidden states: x (B,T,F), of read()."""
-
-    x = weight = None
-
-    def __call__(self, so_far):
-        return so_far if self.weight is None else (self.x @ self.weight).float()
-
-    def fit(self, x, returns, mask):
-        x, y = x[mask], returns[mask].double()
-        self.weight = torch.linalg.solve(x.T @ x + torch.eye(x.size(1)).to(x), x.T @ y)
-
-
 class HiddenValues(ppo.PPO):
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.polynomial, self.value = self.value, HiddenValue()
+    """Values by ridge regression on the position and rho's hidden states, as others start a critic.
+
+    259 weights would learn the completions of their own batch by heart, so they are those that the
+    batch before decided.
+    """
+
+    weight = None
 
     def read(self, prompts, tokens):
-        hidden = completion_hidden(self.ref, prompts, tokens).double()
-        position = self.polynomial.terms(torch.zeros_like(hidden[..., 0]))[..., :3]
-        self.value.x = torch.cat((position, hidden), dim=-1)
-        return {**super().read(prompts, tokens), "so_far": self.value.x}
+        hidden = completion_hidden(self.ref, prompts, tokens)
+        return {**super().read(prompts, tokens), "hidden": hidden}
+
+    def advantages(self, rewards, values, mask):
+        hidden = self.batch["hidden"].double()
+        t = torch.linspace(0, 1, hidden.size(1)).to(hidden)[:, None].expand(*hidden.shape[:2], 1)
+        x = torch.cat((torch.ones_like(t), t, t * t, hidden), dim=-1)           # (B,T,C+3)
+        values = torch.zeros_like(rewards) if self.weight is None else (x @ self.weight).float()
+        known, returns = x[mask], ppo.rewards_to_go(rewards, mask)[mask].double()
+        ridge = torch.eye(known.size(1)).to(known)
+        self.weight = torch.linalg.solve(known.T @ known + ridge, known.T @ returns)
+        return super().advantages(rewards, values, mask)
 
 
 class Unwhitened(ppo.PPO):
     def advantages(self, rewards, values, mask):
         advantages, _ = ppo.gae(rewards, values, lam=self.config.lam, mask=mask)
-        return advantages, ppo.rewards_to_go(rewards, mask)
+        return advantages
 
 
 class OwnPenalty(ppo.PPO):
@@ -67,9 +66,10 @@ class OwnPenalty(ppo.PPO):
     def advantages(self, rewards, values, mask):
         k1 = self.batch["logprobs"] - self.batch["ref_logprobs"]
         penalty = self.controller.beta * k1.masked_fill(~mask, 0.0)
-        advantages, _ = ppo.gae(rewards + penalty, values, lam=self.config.lam, mask=mask)
         returns = ppo.rewards_to_go(rewards + penalty, mask)        # the score, at every token
-        return ppo.whiten(advantages - penalty, mask), returns
+        values = ppo.fit_values(self.batch["so_far"], returns, mask)
+        advantages, _ = ppo.gae(rewards + penalty, values, lam=self.config.lam, mask=mask)
+        return ppo.whiten(advantages - penalty, mask)
 
 
 class BatchScale(ppo.PPO):
@@ -80,16 +80,16 @@ class BatchScale(ppo.PPO):
         scores = (scores - scores.mean()) / (scores.std() + 1e-8)
         rewards = ppo.kl_penalised_rewards(scores, batch["logprobs"], batch["ref_logprobs"],
                                            self.controller.beta, mask)
+        values = ppo.fit_values(batch["so_far"], ppo.rewards_to_go(rewards, mask), mask)
         return super().advantages(rewards, values, mask)
 
 
-# Each change: what differs (batch, minibatch, lr: times so much), and the class. warm_up: values
-# are fitted before the first step; reading: they know the score so far; eps: Adam's.
+# Each change: what differs (batch, minibatch, lr: times so much), and the class. reading: values
+# know the score so far; eps: Adam's.
 CHANGES = {
     "default": ({}, ppo.PPO),
     "no baseline (simple)": ({"algorithm": "simple"}, ppo.PPO),
     "leave-one-out baseline (rloo)": ({"algorithm": "rloo"}, ppo.PPO),
-    "values start at 0": ({"warm_up": False}, ppo.PPO),
     "values from the position alone": ({"reading": False}, ppo.PPO),
     "values from rho's hidden states": ({}, HiddenValues),
     "lambda 1": ({"lam": 1.0}, ppo.PPO),
@@ -128,7 +128,7 @@ def run_once(study, change, seed, iterations, batch):
     """One run: score, ref_kl, J, fraction and CPU seconds, a dict of floats."""
     reached, options, pretrained, rewarded, rho = study
     settings, algorithm = CHANGES[change]
-    config = ppo.make_config(options, options.beta)
+    config = ppo.make_config(options)
     config.iterations, config.batch = iterations, batch
     for name, value in settings.items():
         if name in ("batch", "minibatch", "lr"):
@@ -142,14 +142,13 @@ def run_once(study, change, seed, iterations, batch):
     if not settings.get("reading", True):
         run.score_fn = lambda tokens: score_fn(tokens)[:, -1]
     run.optimizer.param_groups[0]["eps"] = settings.get("eps", 1e-3)
-    if config.algorithm == "ppo" and settings.get("warm_up", True):
-        run.warm_up()
     for i in range(iterations):
         run.step(i)
     seconds = time.process_time() - began
     run.sampler.manual_seed(5000 + seed)
     run.prompts, run.group = rho["test_prompts"].to(options.device), 1
-    fresh = run.rollout(1024)           # from the same random numbers whatever was changed
+    run.config.batch = 1024
+    fresh = run.rollout()               # from the same random numbers whatever was changed
     k1 = (fresh["logprobs"] - fresh["ref_logprobs"]).masked_fill(~fresh["mask"], 0.0)
     score, ref_kl = fresh["scores"].mean().item(), k1.sum(1).mean().item()
     objective, start = score - options.beta * ref_kl, reached["reference_objective"]

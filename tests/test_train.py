@@ -275,10 +275,9 @@ def test_the_defaults_of_ppo_are_those_of_size_small():
 
 
 def test_every_setting_of_ppo_comes_from_its_option():
-    """None is left at its default or exchanged for another; beta is the run's own."""
+    """None is left at its default or exchanged for another."""
     options = {name: f"of {name}" for name in ppo.PPOConfig.__dataclass_fields__}
-    config = ppo.make_config(SimpleNamespace(**options), 0.125)
-    assert dataclasses.asdict(config) == {**options, "beta": 0.125}
+    assert dataclasses.asdict(ppo.make_config(SimpleNamespace(**options))) == options
 
 
 @pytest.mark.parametrize("size", train.SIZES)
@@ -408,16 +407,16 @@ def test_a_study_killed_in_every_stage_ends_with_the_same_bits(study, killed):
 
 @pytest.mark.parametrize("fault, code, says", [
     (KeyboardInterrupt, 130, "run the same command again"),
-    (math.nan, 2, "iteration 3: scores"),
+    (math.nan, 2, "scores of the completions are not"),
 ], ids=["Ctrl-C", "NaN"])
 def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, command, monkeypatch,
                                                         fault, code, says):
     """One line says what and what to do; once its cause is gone, the run ends in the same bits."""
-    rollout, iteration = ppo.PPO.rollout, itertools.count(-1)       # -1: to warm the values up
+    read, calls = ppo.PPO.read, itertools.count()
 
-    def spoilt(self, n):
-        batch = rollout(self, n)
-        if next(iteration) == 2:
+    def spoilt(self, *inputs):
+        batch = read(self, *inputs)
+        if next(calls) == 4:            # in the third iteration: each has two minibatches
             if fault is KeyboardInterrupt:
                 raise fault
             batch["scores"][0] = fault
@@ -426,7 +425,7 @@ def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, com
     (again / "ppo_beta2.pt").unlink()
     arguments = argv(texts, again, "--until", "ppo", "--checkpoint-every", 0)
     with monkeypatch.context() as patch:
-        patch.setattr(ppo.PPO, "rollout", spoilt)
+        patch.setattr(ppo.PPO, "read", spoilt)
         got, _, err = command(train, *arguments)
     assert got == code and says in err and len(err.strip().splitlines()) == 1, err
     got, out, _ = command(train, *arguments)
@@ -455,7 +454,7 @@ def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, com
     ("--device meta", "invalid choice: 'meta'"),
     pytest.param("--device cuda", "torch sees no CUDA device", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is a GPU")),
-    ("--out play.txt", "File exists: 'play.txt'. Free some space or choose another folder"),
+    ("--out play.txt", "File exists: 'play.txt'. To resume"),
     ("--out play.txt/out", "Not a directory"),
     ("--corpus none.txt", "corpus none.txt: No such file or directory"),
     ("--corpus few.csv", "characters, too few to learn from"),
