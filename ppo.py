@@ -357,7 +357,7 @@ class PPOConfig:
     """The settings of a PPO run; train.OPTIONS says why one would change them."""
     beta: float = 0.2
     algorithm: str = "ppo"              # or simple, rloo, grpo
-    iterations: int = 22
+    iterations: int = 24
     length: int = 64                    # tokens of a completion
     batch: int = 512                    # completions an iteration
     group: int = 4                      # of each prompt; with one prompt, all are of it

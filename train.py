@@ -54,7 +54,7 @@ OPTIONS = [Option(*row) for row in [
     ("ppo", "algorithm", "ppo", "ppo", "ppo", "simple: rewards-to-go as advantages; rloo: minus "
      "those of the other completions; grpo: scores whitened in their group, KL in the loss; ppo: "
      "GAE on a value function"),
-    ("ppo", "iterations", 8, 22, 40, "more come closer to the optimum"),
+    ("ppo", "iterations", 8, 24, 40, "more come closer to the optimum"),
     ("ppo", "batch", 128, 512, 2048, "completions an iteration: more mean less noise"),
     ("ppo", "group", 4, 4, 4, "of these, completions of each prompt (one prompt: all)"),
     ("ppo", "minibatch", 16, 32, 128, "completions an optimizer step"),
