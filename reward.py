@@ -65,7 +65,7 @@ class PrefixClassifier(nn.Module):
         return self.prefixes(tokens.gather(1, order))[:, -1]
 
     def find_words(self, ids):
-        """The word so far at each token of a passage, a list: its first LETTERS letters.
+        """Yield the word so far at each token of a passage: its first LETTERS letters.
 
         "My", " gra", "cious", " lord" give "my", "gra", "graciou", "lord". A word that was there
         before is "", for saying it again adds nothing; so is padding.
@@ -143,12 +143,14 @@ class Bag(PrefixClassifier):
         names = sorted(names)                                           # "" comes first
         column = {name: i for i, name in enumerate(names)}
         rows = self.look_up(tokens, column)                             # (N,T)
-        ratings = torch.tensor([self.words.get(name, 0.0) for name in names], device=rows.device)
+        told = [self.words.get(name, 0.0) for name in names]
+        ratings = torch.tensor(told, device=rows.device)
         # weight[0] is the strength. "" has no weight of its own: by this rating it adds 0.
         ratings[0] = -1.0
 
         def sums(weight):
-            return (weight + weight[0] * ratings)[rows].sum(1)
+            added = weight + weight[0] * ratings
+            return added[rows].sum(1)
 
         weight, self.bias = regress(sums, len(names), targets, weights, 20.0, loss)
         added = weight + weight[0] * ratings
@@ -206,7 +208,8 @@ def calibrate(model, tokens, targets):
 
     A model of comparisons, which have no zero, learns these two numbers from ratings too.
     """
-    slope, intercept = regress(in_chunks(model, tokens).mul, 1, targets)
+    log_odds = in_chunks(model, tokens)
+    slope, intercept = regress(log_odds.mul, 1, targets)
     model.scale *= slope
     model.bias = slope * model.bias + intercept
 
@@ -265,7 +268,7 @@ def prepare(rated, vocabulary, length, device="cpu"):
     parts = {}
     for part, passages in rated["passages"].items():
         texts, ratings, is_sample = zip(*passages)
-        ids = tokenizer.encode_ordinary_batch(texts)
+        ids = [tokenizer.encode_ordinary(text) for text in texts]
         lengths = torch.tensor(list(map(len, ids)))
         is_sample = torch.tensor(is_sample)
         targets = (torch.tensor(ratings) + 2) / 4

@@ -46,11 +46,9 @@ class TokenWeights(Bag):
 
     def fit(self, tokens, targets, weights, loss):
         counts = torch.zeros(len(tokens), len(self.vocabulary))         # (N,V)
-        if not self.alone:
-            counts.scatter_add_(1, tokens.clamp(min=0), (tokens != data.PAD).float())
+        counts.scatter_add_(1, tokens.clamp(min=0), (tokens != data.PAD) * (1.0 - self.alone))
         x = torch.cat((counts, self.look_up(tokens, self.words).sum(1, keepdim=True)), dim=1)
-        ridge = torch.full((x.size(1),), 60.0)
-        ridge[-1] = 0.0                                                 # of the strength
+        ridge = torch.tensor([60.0] * (x.size(1) - 1) + [0.0])          # none on the strength
         weight, self.bias = regress(x.mv, len(ridge), targets, weights, ridge, loss)
         self.weight, self.strength = weight[:-1], weight[-1]
 
@@ -144,8 +142,7 @@ def read_blocks(lines=200):
     for name in ("passages.csv", "more_passages.csv", "samples.csv"):
         for row in csv.DictReader((data.HERE / "labels" / name).open(encoding="utf-8")):
             place = len(blocks)                             # a sample is a block of its own
-            if "play" in row:
-                place = row["play"], int(row["first_line"]) // lines
+            place = (row["play"], int(row["first_line"]) // lines) if "play" in row else place
             if PARTS[data.fold(row.get("play") or row["text"], 10)] == "report":
                 blocks.append(numbers.setdefault(place, len(numbers)))
     return torch.tensor(blocks)
@@ -215,8 +212,8 @@ def print_spoilt(study, rewarded, texts, dtype):
     groups = {"samples of rho": rho["tokens"].long()}
     for run in sample.load_runs(study, rho):
         groups[f"samples of PPO, beta {run['label']}"] = gpt.sample_completions(
-            gpt.load_gpt(run, dtype=dtype), ppo.repeat(run["test_prompts"], 500), length,
-            torch.Generator().manual_seed(0), run["end"])
+            gpt.load_gpt(run, dtype=dtype), ppo.repeat(rho["test_prompts"], 500), length,
+            torch.Generator().manual_seed(0), rho["end"])
     for name, group in spoilt(texts, tokenizer, model, length).items():
         groups[name] = data.pad([tokenizer.encode_ordinary(text) for text in group], length)
     lines = []
