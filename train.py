@@ -32,7 +32,7 @@ Option = namedtuple("Option", "stages name tiny small base why")
 # tiny shows that all works, small is for a laptop's CPU, base for a GPU of 80 GB. An option counts
 # for the stages named; a change of it repeats these and what is built on them.
 SIZES = ("tiny", "small", "base")
-OPTIONS = [Option(*row) for row in [
+OPTIONS = list(map(Option._make, [
     # stages       name           tiny   small   base    why one would change it
     ("data", "vocab_size", 512, 2048, 4096, "more make texts shorter and tokens rarer"),
     ("pretrain", "block_size", 128, 128, 256, "tokens of context"),
@@ -71,7 +71,7 @@ OPTIONS = [Option(*row) for row in [
     ("ppo", "adaptive_kl_horizon", 1e4, 1e4, 1e4,
      "completions over which beta moves by a fifth at most"),
     ("ppo", "fresh_samples", 512, 2048, 4096, "completions on which a finished run is measured"),
-]]
+]))
 CHOICES = {"reward_model": ["head", "bag"], "feedback": ["ratings", "comparisons"],
            "task": ["speeches", "continue"], "toward": ["positive", "negative"],
            "algorithm": ["simple", "rloo", "grpo", "ppo"]}
@@ -201,7 +201,7 @@ class Stage:
             return None
         state = data.load_checkpoint(path)
         changed = []
-        for name in {**state["inputs"], **self.inputs}:
+        for name in state["inputs"] | self.inputs:
             same = state["inputs"].get(name) == self.inputs.get(name)
             if not same and not (self.keep_source and name.endswith(".py")):
                 changed.append(name)
