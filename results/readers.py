@@ -1,6 +1,6 @@
 """What readers felt: one or more files of ratings (sample.py --rate writes them) in numbers.
 
-    python results/readers.py results/readers_*.csv --study out --figure readers.png    (5 seconds)
+    python results/readers.py results/drift_*.csv --study out --figure readers.png    (5 seconds)
 
 Each line is one statement. ± is a standard error over passages; a passage that several readers
 rated counts once, by its mean: readers who agree are not independent. The null quantile is no error
