@@ -26,10 +26,13 @@ def assert_close(actual, expected, says, **tolerance):
                                **tolerance)
 
 
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def randn(*shape, seed=0, dtype=torch.float64):
     """The same normal numbers at every call with the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64).to(dtype)
 
 
 def chi_square_p(draws, probs):
@@ -65,7 +68,7 @@ def trained():
 
     An untrained one would hide errors: it attends to nothing, and its logits are uniform.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = GPT(GPTConfig(vocab_size=16, block_size=24, n_layer=3, n_head=2, n_embd=32))
@@ -160,6 +163,12 @@ def command(capsys):
         capsys.readouterr()
         return run_script(script, *arguments), *capsys.readouterr()
     return run
+
+
+def load(folder, name):
+    """The checkpoint of a stage."""
+    import data
+    return data.load_checkpoint(folder / f"{name}.pt")
 
 
 def content(path):

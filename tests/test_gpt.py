@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import data
 import gpt
-from conftest import assert_close, chi_square_p, loops, randn
+from conftest import assert_close, chi_square_p, loops, randn, seeded
 from gpt import (GPT, PAD, Block, GPTConfig, KVCache, Muon, attention, blocked_keys, cast_weights,
                  completion_hidden, completion_logits, compute_dtype, cut_after, draw_uniform,
                  generate, in_chunks, load_gpt, norm, orthogonalise, rotate, sample_completions,
@@ -21,10 +21,6 @@ from gpt import (GPT, PAD, Block, GPTConfig, KVCache, Muon, attention, blocked_k
 ALPHA = 1e-4
 F32, BF16 = torch.float32, torch.bfloat16
 both_dtypes = pytest.mark.parametrize("dtype", [F32, BF16], ids=["float32", "bfloat16"])
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def streams(n, length, seed=1):
@@ -368,19 +364,13 @@ def test_muon_continues_from_a_checkpoint_to_the_same_bits(dtype, tmp_path):
     assert all(map(torch.equal, again, whole)), "momentum was lost"
 
 
-def test_every_parameter_has_exactly_one_optimizer_and_a_step_lowers_the_loss(trained):
+def test_every_parameter_has_exactly_one_optimizer(trained):
     """Muon takes the blocks' matrices, AdamW all else; none is left out or updated twice."""
-    model, tokens = copy_of(trained, F32).requires_grad_(True), streams(64, 24)
+    model = copy_of(trained, F32).requires_grad_(True)
     optimizers = gpt.make_optimizers(model, 1e-3, 1e-3)
     muon, adam = [{id(p) for group in x.param_groups for p in group["params"]} for x in optimizers]
     assert muon == {id(p) for p in model.blocks.parameters()}
     assert muon ^ adam == {id(p) for p in model.parameters()}, "updated never, or twice"
-    losses = []
-    for _ in range(2):
-        loss = F.cross_entropy(model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-        gpt.optimizer_step(loss, model, optimizers)
-        losses.append(loss.item())
-    assert losses[1] < losses[0], "a small step along the gradient should lower the loss"
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight():

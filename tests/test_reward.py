@@ -12,7 +12,7 @@ import torch
 
 import data
 import reward
-from conftest import assert_close, loops, randn
+from conftest import assert_close, loops, randn, seeded
 from data import PAD
 from gpt import GPT, GPTConfig
 from reward import Bag, RewardModel, calibrate, rating_metrics, regress, score, soft_loss
@@ -22,10 +22,6 @@ V, T = 16, 14       # tokens of the vocabulary, of a passage
 VOCABULARY = [s.encode() for s in
               " my| Love|love|ly|\n|,| kind|ness|es| lord|Lord| O|'d| a|b| death".split("|")]
 WORDS = {"love": 1.5, "kindnes": 1.0, "death": -2.0, "lord": 0.5, "unheard": -1.5}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def passages(n, seed=0):
@@ -81,7 +77,10 @@ def test_log_odds_of_a_prefix_are_summed_from_what_each_token_adds(model):
 
     A word said again adds no rating to the head's features, and nothing to a bag.
     """
-    for ids in torch.cat((passages(6), passages(6).flip(1))).tolist():
+    tokens = torch.cat((passages(6), passages(6).flip(1)))
+    values = model.prefixes(tokens)
+    assert torch.equal(values[:, T], model(tokens)), "not that of the whole"
+    for ids, found in zip(tokens.tolist(), values.tolist(), strict=True):
         names = words_of(ids)
         assert list(model.find_words(ids)) == names and names.count("") > 1
         if isinstance(model, Bag):
@@ -89,21 +88,8 @@ def test_log_odds_of_a_prefix_are_summed_from_what_each_token_adds(model):
         else:
             added = (features_of(model, ids) @ model.head.weight[0]).tolist()
         expected = [0.3 + 0.7 * sum(added[:t]) for t in range(T + 1)]
-        assert_close(model.prefixes(torch.tensor([ids]))[0].tolist(), expected,
-                     "not the running sum", atol=1e-4, rtol=0)
-
-
-def test_what_follows_a_prefix_changes_no_bit_of_it(model):
-    """Causality: prefixes(y)[t] reads y_t, and nothing of what follows."""
-    tokens = passages(8)
-    values = model.prefixes(tokens)
-    assert values.shape == (8, T + 1) and torch.equal(values[:, T], model(tokens))
-    for t in range(T):
-        other = tokens.clone()
-        other[:, t:] = (tokens[:, t:] + 1) % V
-        found = model.prefixes(other)
-        assert torch.equal(found[:, :t + 1], values[:, :t + 1]), "it sees what follows"
-        assert not torch.equal(found[:, t + 1], values[:, t + 1]), f"token {t} is not read"
+        assert_close(found, expected, "it sees what follows, or is not the running sum",
+                     atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("real", [
@@ -164,7 +150,7 @@ def real(tokens):
 
 @pytest.mark.parametrize("kind", ["head", "bag"])
 def test_fit_finds_the_minimum_that_newton_finds(trained, kind):
-    """In float64. Ridge 300 on the head; on a bag 20, also on the strength of the words' ratings."""
+    """In float64. Ridge 300 on the head; on a bag 20, also on the strength of words' ratings."""
     tokens, targets, weights = rated()
     if kind == "head":
         model, ridge = head_of(trained), [300.0] * 66

@@ -19,14 +19,10 @@ import gpt
 import reward
 import sample
 import train
-from conftest import argv, assert_close, explains, run_script
+from conftest import argv, assert_close, explains, load, run_script
 
 HEADER = "text,rating,sense,drawn_from\n"
 RUNS = {"0.5": "ppo_beta0.5", "2": "ppo_beta2", "negative_0.02": "ppo_negative_beta0.02"}
-
-
-def state_of(folder, name):
-    return data.load_checkpoint(folder / f"{name}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +57,8 @@ def test_each_number_is_that_of_the_text_beside_it(request, drawn, command, task
     """P(positive) and log pi - log rho, of each text alone, without padding; printed or as JSON."""
     folder, options = request.getfixturevalue(task), ["--num", 6, "--seed", 1, *options]
     rows, tokens = drawn(folder / f"{name}.pt", *options)
-    policy, rho = (gpt.load_gpt(state_of(folder, x)) for x in (name, "pretrain"))
-    model, end = reward.load_reward(state_of(folder, "reward")), state_of(folder, "rho")["end"]
+    policy, rho = (gpt.load_gpt(load(folder, x)) for x in (name, "pretrain"))
+    model, end = reward.load_reward(load(folder, "reward")), load(folder, "rho")["end"]
     for row, ids in zip(rows, tokens, strict=True):
         before, after = ids[:-16][ids[:-16] != data.PAD], ids[-16:]
         if end in after.tolist():
@@ -86,7 +82,7 @@ def test_each_number_is_that_of_the_text_beside_it(request, drawn, command, task
 
 def test_rho_and_its_policies_answer_the_same_prompts(continued, drawn):
     """Those that the policies were measured with, of held-out text."""
-    prompts = {tuple(row) for row in state_of(continued, "rho")["test_prompts"].tolist()}
+    prompts = {tuple(row) for row in load(continued, "rho")["test_prompts"].tolist()}
     one, two = ([tuple(row) for row in drawn(continued / name, "--num", 12)[1][:, :-16].tolist()]
                 for name in ("pretrain.pt", "ppo_beta2.pt"))
     assert one == two and set(one) <= prompts and len(set(one)) > 3
@@ -126,7 +122,7 @@ def test_where_nothing_was_made_the_command_that_makes_it_is_told(tmp_path, comm
     for script, name, *options in ((sample, "pretrain"), (sample, "rho", "--report", "out"),
                                    (reward, "reward", "--score", "x")):
         explains(command(script, *options),
-                 f"there is no checkpoint out/{name}.pt. Make one: python train.py --out out")
+                 f"there is no checkpoint out/{name}.pt. Make one: python train.py --out out, or")
 
 
 def test_a_policy_without_its_study_beside_it_is_explained(study, tmp_path, command):
@@ -135,7 +131,7 @@ def test_a_policy_without_its_study_beside_it_is_explained(study, tmp_path, comm
     draw = [sample, "--checkpoint", tmp_path / "ppo_beta2.pt", "--num", 1]
     for name in ("pretrain", "reward"):
         explains(command(*draw), f"{name}.pt. Make one")
-        data.save_checkpoint(tmp_path / f"{name}.pt", {**state_of(study, name), "key": "another"})
+        data.save_checkpoint(tmp_path / f"{name}.pt", {**load(study, name), "key": "another"})
         explains(command(*draw), f"{name}.pt beside {draw[2]} is of another study")
         shutil.copy(study / f"{name}.pt", tmp_path)
     assert "Positive Prob: " in command(*draw)[1]
@@ -276,7 +272,7 @@ def reported(study, texts, tmp_path_factory):
     out, figures = shutil.copytree(study, tmp_path_factory.mktemp("reported") / "out"), {}
     assert run_script(train, *argv(texts, out, "--toward", "negative", "--beta", 0.02,
                                    "--iterations", 2, "--until", "ppo")) == 0
-    run = state_of(out, "ppo_beta2")
+    run = load(out, "ppo_beta2")
     data.save_checkpoint(out / "ppo_beta7.pt", {**run, "inputs": {**run["inputs"], "rho": "other"}})
     printed = io.TextIOWrapper(io.BytesIO(), write_through=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -290,7 +286,7 @@ def test_the_summary_has_the_fixed_keys_and_the_checkpoints_numbers(reported):
     """No NaN or Infinity, which other readers of JSON refuse; a run of another rho is left out."""
     out, *_ = reported
     summary = json.loads((out / "summary.json").read_text(), parse_constant=pytest.fail)
-    states = {name: state_of(out, name)
+    states = {name: load(out, name)
               for name in ("data", "pretrain", "reward", "judge", "rho", *RUNS.values())}
     assert (summary["size"], summary["device"]) == ("tiny", "cpu")
     seconds = {name: state["seconds"] for name, state in states.items()}
@@ -318,7 +314,7 @@ def test_the_tables_show_the_checkpoints_numbers(reported):
     report = (out / "report.md").read_text()
     assert "| rho | 0 | 0 | | 0 | 0 |" in report
     for key, name in RUNS.items():
-        x = state_of(out, name)["result"]
+        x = load(out, name)["result"]
         assert abs(x["reference_objective"]) < 0.005, "rho's own scores are on another scale"
         row = (f"| {key} | %(score).2f | %(judge).2f | %(positive).2f | %(ref_kl).2f | "
                "%(objective).2f ± %(objective_se).2f |") % x
@@ -340,7 +336,7 @@ def test_the_tables_show_the_checkpoints_numbers(reported):
         assert f"\n{line}\n" in printed and f"\n{line}\n" in report
     assert "ppo_beta7" not in report and "| 7 |" not in report, "a run of another rho"
     for name in ("reward", "judge"):
-        for kind, x in state_of(out, name)["report"].items():
+        for kind, x in load(out, name)["report"].items():
             assert f"| {name}, held-out {kind} | {x['pearson']:.3f} | {x['auc']:.3f} |" in report
 
 
@@ -357,7 +353,7 @@ def test_the_figures_draw_the_runs_and_samples_are_kept(reported, study):
     for key, name in RUNS.items():
         samples = [sample.SAMPLE.format(**row) for row in sample.draw(out / f"{name}.pt", 20)]
         assert "\n".join(samples) == (out / f"samples/{name}.txt").read_text()
-        history, x = state_of(out, name)["history"], state_of(out, name)["result"]
+        history, x = load(out, name)["history"], load(out, name)["result"]
         assert [[row["ref_kl"], row["score"]] for row in history] in drawn["frontier"]
         assert [[x["ref_kl"], x["score"]]] in drawn["frontier"]
         assert [[row["ref_kl"], row["judge"]] for row in history] in drawn["judge"]
@@ -376,7 +372,7 @@ def test_the_committed_run_is_drawn_for_its_size(again, tmp_path, monkeypatch, c
     monkeypatch.setattr(Figure, "savefig", lambda x, path: figures.update({path.stem: x}))
     (again / "ppo_beta0.5.pt").unlink()
     for size in ("small", "tiny"):
-        data.save_checkpoint(again / "ppo_beta2.pt", {**state_of(again, "ppo_beta2"), "size": size})
+        data.save_checkpoint(again / "ppo_beta2.pt", {**load(again, "ppo_beta2"), "size": size})
         assert command(sample, "--report", again)[0] == 0
         drawn = [curve.get_xydata().tolist() for curve in figures["ppo"].axes[1].lines]
         assert ([[i, i * 0.125] for i in range(5)] in drawn) == (size == "small")

@@ -22,16 +22,12 @@ import gpt
 import ppo
 import reward
 import train
-from conftest import argv, assert_close, content, explains, run_script
+from conftest import argv, assert_close, content, explains, load, run_script
 from gpt import PAD
 
 RUNS = ["ppo_beta0.5", "ppo_beta2", "ppo_negative_beta0.5"]
 FUNCTIONS = [(data, "prepare"), (gpt, "pretrain"), (reward, "fit_reward"), (reward, "fit_judge"),
              (ppo, "sample_reference"), (ppo, "tune")]
-
-
-def load(folder, name):
-    return data.load_checkpoint(folder / f"{name}.pt")
 
 
 # ---- prompts ------------------------------------------------------------------------------
@@ -136,7 +132,6 @@ def test_a_batch_is_drawn_for_training_prompts_and_read_as_far_as_its_ends(conti
     for batch in continued.rollouts[name]:
         ours = (batch["prompts"][:, None] == rho["prompts"]).all(-1).any(1)
         assert len(ours) == 32 and ours.all(), "a step is given other prompts"
-        assert (batch["prompts"].view(8, 4, -1)[:, :1] == batch["prompts"].view(8, 4, -1)).all()
 
 
 @pytest.mark.parametrize("name", RUNS)
