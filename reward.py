@@ -1,17 +1,17 @@
 """The reward model: how positive does a passage feel? A classifier head on the GPT.
 
 Read this file second, after gpt.py. RewardModel is the first block of the pretrained GPT, frozen,
-with a linear head: every token adds to the log-odds of "positive" how it feels where it stands. It
-is told how single words feel (labels/words.csv), for five megabytes of plays teach a transformer
-little of that; from rated passages, soft targets (rating + 2) / 4, it learns when to believe it.
+with a linear head; the log-odds of "positive" are a sum of one contribution per token. Its input
+includes ratings of single words (labels/words.csv), which five megabytes of plays do not teach.
+From rated passages, with soft targets (rating + 2) / 4, it learns how much each rating counts.
 
-Bag, a bag of words, is the other kind of model here. Trained on other plays and without the rated
-words, it is the judge: it measures what PPO did and is never optimised.
+Bag, a bag of words, is the second kind of model. Fitted to other plays, without the word ratings,
+it serves as the judge: it measures what PPO did and is never optimised.
 
-The reward of PPO is the score r(y) = (log P(positive given y) - mean) / std, with mean and std
-taken once over samples of the pretrained model.
+The score that PPO maximises is r(y) = (log P(positive given y) - mean) / std, with mean and std
+computed once over samples of the pretrained model.
 
-    python train.py --until reward               trains both, prints what they reach
+    python train.py --until reward               trains both, prints their held-out metrics
     python reward.py --score FILE.jsonl          prints each line {"text": ...} with "positive": p
 """
 
@@ -26,55 +26,55 @@ import data
 from data import PAD
 from gpt import GPT, GPTConfig, in_chunks, load_gpt
 
-SHORTEST = 8            # tokens: shorter prefixes say too little to train on
-ENOUGH = 100            # samples to calibrate on
-LETTERS = 7             # of a word that are read: then kindness and kindnesses share a weight
+SHORTEST = 8            # tokens; the lowest --length, because shorter texts say too little
+ENOUGH = 100            # rated samples that suffice to calibrate on samples alone
+LETTERS = 7             # words are cut to 7 letters, so kindness and kindnesses share a weight
 
 
 # ---- the models ---------------------------------------------------------------------------
 
 class PrefixClassifier(nn.Module):
-    """Log-odds of positive for every prefix: bias + scale * the sum of what each token adds.
+    """Log-odds of positive for every prefix: bias + scale * the sum of its tokens' contributions.
 
-    Subclasses say what: contributions(tokens (B,T)) -> (B,T), 0 at PAD. vocabulary: the bytes of
-    each token. words: {first LETTERS letters of a word: a number}. calibrate() sets the scale.
+    Subclasses define contributions(tokens (B,T)) -> (B,T), 0 at PAD. vocabulary: the bytes of each
+    token. words: {first LETTERS letters of a word: a number}. calibrate() sets scale and bias.
     """
 
-    config = None                   # a bag has none
+    config = None                   # the GPT's; a bag has none
 
     def __init__(self, vocabulary, words):
         super().__init__()
         self.vocabulary = vocabulary
         self.words = words
-        # " Love", "LOVE" and "love" are one word to a reader. PAD, which is -1, finds the last: "".
+        # " Love", "LOVE" and "love" count as one word. PAD = -1 indexes the last entry, "".
         self.spelling = [token.decode("latin-1").lower() for token in [*vocabulary, b""]]
         self.register_buffer("scale", torch.ones(1))
         self.register_buffer("bias", torch.zeros(1))
 
     def prefixes(self, tokens):
-        """Log-odds (B,T+1) of the prefixes, of 0 to T tokens, of tokens (B,T), padded right."""
+        """Log-odds (B,T+1) of all prefixes (0 to T tokens) of tokens (B,T), padded right."""
         sums = self.contributions(tokens).cumsum(1)
         return self.bias + self.scale * F.pad(sums, (1, 0))
 
     def forward(self, tokens, mask=None):
-        """Log-odds of positive (B,) of tokens (B,T); without a mask, PAD is not read."""
+        """Log-odds of positive (B,) of tokens (B,T); PAD and masked tokens are ignored."""
         if mask is not None:
             tokens = tokens.masked_fill(mask == 0, PAD)
-        # Real tokens first, in their order, padding after: so padding anywhere is not read.
+        # A stable sort moves padding, wherever it is, to the right of the real tokens.
         order = (tokens == PAD).int().argsort(dim=1, stable=True)
         return self.prefixes(tokens.gather(1, order))[:, -1]
 
     def find_words(self, ids):
-        """Yield the word so far at each token of a passage: its first LETTERS letters.
+        """Yield, at each token of a passage, the word so far, cut to LETTERS letters.
 
-        "My", " gra", "cious", " lord" give "my", "gra", "graciou", "lord". A word that was there
-        before is "", for saying it again adds nothing; so is padding.
+        "My", " gra", "cious", " lord" give "my", "gra", "graciou", "lord". A repeated word gives
+        "", because only its first occurrence counts; so does padding.
         """
         word = ""
         seen = {""}
         for i in ids:
             token = self.spelling[i]
-            # BPE cuts words into tokens; letters after letters belong to the same word.
+            # BPE splits words into tokens: a letter right after a letter continues the word.
             if not (word[-1:] + token[:1]).isalpha():
                 word = ""
             word += token.strip()
@@ -83,7 +83,7 @@ class PrefixClassifier(nn.Module):
             seen.add(name)
 
     def look_up(self, tokens, numbers):
-        """The number (B,T) of the word that each of tokens (B,T) completes, 0 where it has none."""
+        """The number in numbers of the word so far at each of tokens (B,T): (B,T), default 0."""
         rows = []
         for ids in tokens.tolist():
             words = self.find_words(ids)
@@ -94,9 +94,9 @@ class PrefixClassifier(nn.Module):
 class RewardModel(PrefixClassifier):
     """The reward model: RewardModel(gpt, vocabulary, words)(tokens (B,T)) -> log-odds (B,).
 
-    The first blocks of a GPT, which it takes over, and a linear head. words: how each feels alone,
-    -2 to 2. The head reads a token's hidden state, and the hidden state times the rating of the
-    word that it completes: so what stands around a word decides how much its rating counts.
+    The first blocks of gpt, which is modified, and a linear head. words: their ratings, -2 to 2.
+    The head reads each token's hidden state, and the hidden state times the rating of the word so
+    far, so that the context of a word decides how much its rating counts.
     """
 
     def __init__(self, gpt, vocabulary, words, blocks=1):
@@ -104,12 +104,12 @@ class RewardModel(PrefixClassifier):
         self.config = vars(gpt.config)
         self.trunk = gpt
         self.trunk.blocks = gpt.blocks[:blocks]
-        self.trunk.lm_head = nn.Identity()              # the trunk predicts no tokens here
+        self.trunk.lm_head = nn.Identity()              # unused: the trunk predicts no tokens
         self.head = nn.Linear(2 * gpt.config.n_embd + 2, 1, bias=False)
 
     def features(self, tokens):
-        """What the head reads at each token (B,T,2C+2): x and rating * x, x = (hidden state, 1)."""
-        # Causal attention: no state knows what follows.
+        """The head's input at each token (B,T,2C+2): x and rating * x, x = (hidden state, 1)."""
+        # Attention is causal, so the features of a prefix do not depend on what follows.
         hidden = self.trunk.hidden(tokens).float()                          # (B,T,C)
         x = F.pad(hidden, (0, 1), value=1.0) * (tokens != PAD)[..., None]
         ratings = self.look_up(tokens, self.words)[..., None]               # (B,T,1)
@@ -119,10 +119,10 @@ class RewardModel(PrefixClassifier):
         return self.head(self.features(tokens)).squeeze(-1)
 
     def fit(self, tokens, targets, weights, loss):
-        """Fit the head to soft targets (N,) of passages tokens (N,T); weights (N,): their counts.
+        """Fit the head to passages tokens (N,T), soft targets (N,), weighted by weights (N,).
 
-        The trunk stays as it was pretrained: fine-tuning it takes longer and reads new passages no
-        better (results/README.md).
+        The pretrained trunk stays frozen: fine-tuning it takes longer and predicts held-out ratings
+        no better (results/README.md).
         """
         x = in_chunks(lambda rows: self.features(rows).sum(1), tokens)      # (N,2C+2)
         weight, self.bias = regress(x.mv, x.size(1), targets, weights, 300.0, loss)
@@ -130,13 +130,13 @@ class RewardModel(PrefixClassifier):
 
 
 class Bag(PrefixClassifier):
-    """A bag of words: Bag(vocabulary, words). Each word that has occurred adds its number, once."""
+    """A bag of words: Bag(vocabulary, words). A word adds its number where it first occurs."""
 
     def contributions(self, tokens):
         return self.look_up(tokens, self.words)
 
     def fit(self, tokens, targets, weights, loss):
-        """Replace words by what each adds: its own weight, and its rating times a strength."""
+        """Fit each word's contribution, its own weight plus strength * its rating, into words."""
         names = {"", *self.words}
         for ids in tokens.tolist():
             names.update(self.find_words(ids))
@@ -145,7 +145,7 @@ class Bag(PrefixClassifier):
         rows = self.look_up(tokens, column)                             # (N,T)
         told = [self.words.get(name, 0.0) for name in names]
         ratings = torch.tensor(told, device=rows.device)
-        # weight[0] is the strength. "" has no weight of its own: by this rating it adds 0.
+        # weight[0] is the strength, which leaves "" without a weight; rating -1 cancels it to 0.
         ratings[0] = -1.0
 
         def sums(weight):
@@ -162,7 +162,7 @@ class Bag(PrefixClassifier):
 def soft_loss(log_odds, targets):
     """Cross-entropy with soft targets from 0 to 1, elementwise, in nats.
 
-    At target 1/2 and log-odds 0 it is log 2, and its gradient 0: a neutral passage pulls nowhere.
+    At target 1/2 (a neutral passage) and log-odds 0 it is log 2 and its gradient is 0.
     """
     return F.binary_cross_entropy_with_logits(log_odds, targets, reduction="none")
 
@@ -170,23 +170,23 @@ def soft_loss(log_odds, targets):
 def comparison_loss(log_odds, targets, rounds=8):
     """Bradley-Terry: -log sigmoid(r(better) - r(worse)), the usual loss of RLHF, in nats.
 
-    log_odds, targets (N,) -> (N,). In each round every passage is compared with another at random.
-    The one of the higher target is the better one; ties are left out (Ziegler 2019).
+    log_odds, targets (N,) -> (N,). Each round compares every passage with a random other one. The
+    passage of higher target is the better one; ties are left out (Ziegler 2019).
     """
-    generator = torch.Generator().manual_seed(0)            # the same pairs at every call
+    generator = torch.Generator().manual_seed(0)            # the same pairs in every call
     orders = [torch.randperm(len(targets), generator=generator) for _ in range(rounds)]
     other = torch.stack(orders)
-    better = (targets - targets[other]).sign()              # (rounds,N): 1, -1, or 0: a tie
+    better = (targets - targets[other]).sign()              # (rounds,N): 1, -1, or 0 (tie)
     gap = better * (log_odds - log_odds[other])
     losses = -better.abs() * F.logsigmoid(gap)
     return losses.mean(0)
 
 
 def regress(linear, size, targets, weights=1.0, ridge=0.0, loss=soft_loss):
-    """Ridge logistic regression on soft targets (N,): the best weight (size,) and bias (1,).
+    """Ridge logistic regression on soft targets (N,): the fitted weight (size,) and bias (1,).
 
-    Log-odds: linear(weight) (N,) + bias. weights (N,): how much each passage counts. The loss is
-    convex: L-BFGS finds its minimum without a learning rate.
+    The log-odds are linear(weight) (N,) + bias. weights (N,): how much each passage counts. The
+    loss is convex, so L-BFGS finds its minimum without a learning rate.
     """
     weight = targets.new_zeros(size, requires_grad=True)
     bias = targets.new_zeros(1, requires_grad=True)
@@ -204,9 +204,9 @@ def regress(linear, size, targets, weights=1.0, ridge=0.0, loss=soft_loss):
 
 
 def calibrate(model, tokens, targets):
-    """Rescale a model's log-odds (Platt 1999) on passages that it was not trained on.
+    """Fit a model's scale and bias (Platt 1999) on passages that it was not trained on.
 
-    A model of comparisons, which have no zero, learns these two numbers from ratings too.
+    Comparisons leave the zero of the log-odds undetermined; here ratings determine it.
     """
     log_odds = in_chunks(model, tokens)
     slope, intercept = regress(log_odds.mul, 1, targets)
@@ -217,33 +217,33 @@ def calibrate(model, tokens, targets):
 # ---- the score ----------------------------------------------------------------------------
 
 def log_p(log_odds, toward="positive"):
-    """log P(positive), or log P(negative), of log-odds of positive, in nats."""
+    """log P(positive) or log P(negative) from log-odds of positive, in nats."""
     return F.logsigmoid(log_odds if toward == "positive" else -log_odds)
 
 
 def score_constants(log_odds, toward="positive"):
-    """Mean and std of log P(toward) over samples of rho, log-odds (N,): what scales the score."""
+    """Mean and std of log P(toward) over samples of rho with log-odds (N,), for score()."""
     values = log_p(log_odds, toward)
     return {"mean": values.mean().item(), "std": values.std().item()}
 
 
 def score(log_odds, mean, std, toward="positive"):
-    """The score r(y) = (log P(toward) - mean) / std of log-odds of positive (B,): (B,)."""
+    """The score r(y) = (log P(toward) - mean) / std from log-odds of positive (B,): (B,)."""
     return (log_p(log_odds, toward) - mean) / std
 
 
 # ---- ratings and measures -----------------------------------------------------------------
 
-# The use of a rated passage, by a fold of the play it is from (of its words, where it is from
-# none): so no line of a play is on two sides. Fold 0, never trained on, are the plays that the
-# GPT has not read either; "choose" is for whatever is tuned.
+# Ratings are split by play, so that no play is in two splits; a passage of no play is hashed by its
+# words. Entry i is the use of fold i. "report" is never trained on, and its plays (fold 0) are held
+# out from pretraining too; "choose" is for calibration and for tuning settings.
 PARTS = ["report", "choose", "judge", "judge", *["reward"] * 6]
 
 
 def read_ratings(labels=None):
-    """Passages {part: [(text, rating, is a sample)]}, and words {first LETTERS letters: rating}.
+    """Passages {part: [(text, rating, is a sample)]} and words {first LETTERS letters: rating}.
 
-    labels: CSV files of one's own. Words that share their first letters share their mean rating.
+    labels: the user's CSV files. Words with the same first LETTERS letters get their mean rating.
     """
     folder = data.HERE / "labels"
     names = ("passages.csv", "more_passages.csv", "samples.csv")
@@ -263,7 +263,7 @@ def read_ratings(labels=None):
 
 
 def prepare(rated, vocabulary, length, device="cpu"):
-    """Ratings as tensors: {part: (tokens (N,length), targets, weights, whether samples (N,))}."""
+    """Ratings as tensors: {part: (tokens (N,length), targets, weights, is_sample, each (N,))}."""
     tokenizer = data.make_tokenizer(vocabulary)
     parts = {}
     for part, passages in rated["passages"].items():
@@ -272,8 +272,8 @@ def prepare(rated, vocabulary, length, device="cpu"):
         lengths = torch.tensor(list(map(len, ids)))
         is_sample = torch.tensor(is_sample)
         targets = (torch.tensor(ratings) + 2) / 4
-        # A rating is of the whole passage: it counts by the share that is read. Samples of models,
-        # which is what PPO shows the reward model, count twice.
+        # A rating is for the whole passage, so it is weighted by the share of tokens read. Samples
+        # of models count twice, because PPO asks the reward model about samples.
         weights = (length / lengths).clamp(max=1) * (1 + is_sample)
         columns = data.pad(ids, length), targets, weights, is_sample
         parts[part] = [column.to(device) for column in columns]
@@ -281,15 +281,15 @@ def prepare(rated, vocabulary, length, device="cpu"):
 
 
 def rating_metrics(log_odds, targets):
-    """How well log-odds (N,) of positive predict soft targets (N,): a dict of floats.
+    """How well log-odds (N,) of positive predict soft targets (N,): a dict of numbers.
 
-    pearson of P(positive) and target; auc of targets above 1/2 against below; slope of the
-    calibration, above 1: too unsure of itself, below: too sure; log_loss, nats.
+    pearson: between P(positive) and target; auc: targets above 1/2 against those below; slope: of
+    the calibration, above 1 underconfident, below 1 overconfident; log_loss: in nats.
     """
     p = log_odds.sigmoid()
-    # Pearson's r is the cosine of the angle between both without their means.
+    # Pearson's r is the cosine similarity of the centred vectors.
     pearson = F.cosine_similarity(p - p.mean(), targets - targets.mean(), dim=0)
-    # Of every two passages, what the better one wins by its p: 1, 0, or 1/2, a tie.
+    # For each pair of a better and a worse passage: 1 if the better has the higher p, 1/2 a tie.
     wins = ((p[targets > 0.5][:, None] - p[targets < 0.5]).sign() + 1) / 2
     slope, _ = regress(log_odds.mul, 1, targets)
     return {"n": len(p),
@@ -302,7 +302,7 @@ def rating_metrics(log_odds, targets):
 # ---- the study's stages -------------------------------------------------------------------
 
 def fit_reward(options, pretrained, rated, loop):
-    """The reward model that PPO optimises: what reward.pt holds, a dict."""
+    """Fit the reward model that PPO optimises: the content of reward.pt, a dict."""
     told = pretrained["vocabulary"], rated["words"]
     if options.reward_model == "bag":
         model = Bag(*told)
@@ -314,18 +314,18 @@ def fit_reward(options, pretrained, rated, loop):
 
 
 def fit_judge(options, pretrained, rated, loop):
-    """The judge, which is never optimised: what judge.pt holds, a dict."""
+    """Fit the judge, which PPO never optimises: the content of judge.pt, a dict."""
     model = Bag(pretrained["vocabulary"], {})
     return fit_to_ratings(options, model, rated, "judge", soft_loss, loop)
 
 
 def fit_to_ratings(options, model, rated, part, loss, loop):
-    """Fit a model to its part of the ratings, calibrate and measure it on others: a dict."""
+    """Fit a model to its part of the ratings, calibrate it on "choose", measure it on "report"."""
     parts = prepare(rated, model.vocabulary, options.length, options.device)
     tokens, targets, weights, _ = parts[part]
     model.to(options.device).fit(tokens, targets, weights, loss)
     tokens, targets, _, is_sample = parts["choose"]
-    if is_sample.sum() >= ENOUGH:           # calibrated for what PPO will show it
+    if is_sample.sum() >= ENOUGH:           # calibrate on samples, PPO's kind of text
         tokens, targets = tokens[is_sample], targets[is_sample]
     calibrate(model, tokens, targets)
     tokens, targets, _, is_sample = parts["report"]
@@ -337,7 +337,7 @@ def fit_to_ratings(options, model, rated, part, loss, loop):
         if chosen.any():
             report[kind] = rating_metrics(log_odds[chosen], targets[chosen])
             print(line.format(part, kind, **report[kind]))
-    # The three most negative, and the three most positive.
+    # Show the three most negative and the three most positive passages.
     order = log_odds.argsort()
     for i in order[[0, 1, 2, -3, -2, -1]]:
         p = log_odds[i].sigmoid()
@@ -353,7 +353,7 @@ def fit_to_ratings(options, model, rated, part, loss, loop):
 
 
 def load_reward(state, device="cpu", dtype=torch.float32):
-    """The model of a reward or judge checkpoint, frozen."""
+    """The frozen model of a reward.pt or judge.pt checkpoint."""
     told = state["vocabulary"], state["words"]
     if state["config"] is None:
         model = Bag(*told)

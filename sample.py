@@ -1,8 +1,8 @@
-"""Looking at what came of it: samples, blind ratings, figures and the report.
+"""Look at the results: samples, blind ratings, figures and the report.
 
 Skip this file on a first reading: it holds no RLHF. Positive Prob is P(positive) by the reward
-model beside the checkpoint; ref_kl is log pi - log rho of the text, in nats: at temperature 1 its
-mean is KL(pi to rho).
+model in the checkpoint's folder. ref_kl is log pi - log rho of the completion, in nats; its mean is
+KL(pi to rho), unless --temperature or --top-k changes the sampling.
 
     python sample.py                                            the pretrained model's samples
     python sample.py --checkpoint out/ppo_beta0.2.pt --num 20   a tuned model's, with Positive Prob
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure        # without pyplot no screen is needed
+from matplotlib.figure import Figure        # unlike pyplot, needs no display
 
 import data
 import ppo
@@ -29,13 +29,13 @@ import reward
 from gpt import cut_after, generate, load_gpt
 
 SAMPLE = "-----\n{text}\n\nPositive Prob: {positive:.1%}   log pi - log rho: {ref_kl:.1f} nats\n"
-HEADER = "text,rating,sense,drawn_from\n"       # of a file of ratings
+HEADER = "text,rating,sense,drawn_from\n"       # first line of a ratings file
 
 
 # ---- samples ------------------------------------------------------------------------------
 
 def load_beside(path, state, kind):
-    """The checkpoint kind.pt in the folder of path. state must have been made from it."""
+    """The checkpoint kind.pt in path's folder. Raises UserError if state was not made from it."""
     beside = data.load_checkpoint(path.parent / f"{kind}.pt", kind)
     if beside["key"] != state["inputs"][kind]:
         raise data.UserError(f"{kind}.pt beside {path} is of another study. Run train.py again.")
@@ -44,10 +44,10 @@ def load_beside(path, state, kind):
 
 @torch.no_grad()
 def draw(path, num, seed=0, prompt="", temperature=1.0, top_k=None):
-    """num samples of a checkpoint: dicts of text, positive and ref_kl."""
+    """Draw num samples of a checkpoint's policy: a list of dicts of text, positive and ref_kl."""
     state = study = data.load_checkpoint(path, "pretrain", "ppo")
     if state["kind"] == "pretrain":
-        # It is given the prompts that its policies are given.
+        # rho gets the same prompts as the policies tuned from it.
         study = data.load_checkpoint(path.parent / "rho.pt", "rho")
     policy = load_gpt(state)
     ref = load_gpt(load_beside(path, study, "pretrain"))
@@ -55,7 +55,7 @@ def draw(path, num, seed=0, prompt="", temperature=1.0, top_k=None):
     length, prompts = rewarded["length"], study["test_prompts"]
     if prompt:
         ids = data.make_tokenizer(state["vocabulary"]).encode_ordinary(prompt)
-        # Of a long prompt the end is read, so that the sample fits into the context.
+        # Only the end of a long prompt is read, so that the sample fits the context.
         prompts = torch.tensor([ids[length - policy.config.block_size:]])
     generator = torch.Generator().manual_seed(seed)
     prompts = prompts[torch.randint(len(prompts), (num,), generator=generator)]
@@ -73,7 +73,7 @@ def draw(path, num, seed=0, prompt="", temperature=1.0, top_k=None):
 # ---- ratings ------------------------------------------------------------------------------
 
 def read_ratings(path):
-    """The rows of a file of ratings: dicts of text, rating, sense and drawn_from."""
+    """The rows of a ratings file: dicts of text, rating, sense and drawn_from."""
     text = data.read_text(path, "ratings")
     if not text.startswith(HEADER):
         raise data.UserError(f"{path} does not begin with {HEADER}. Choose another file.")
@@ -81,25 +81,25 @@ def read_ratings(path):
 
 
 def passages_to_rate(args):
-    """(text, drawn from) of all that --rate names, in an order that --seed decides."""
+    """The texts to rate, shuffled by --seed: (text, name of its checkpoint or "plays") each."""
     order, passages = random.Random(args.seed), []
     for path in args.rate:
         if path.name == "plays":
             speeches = data.load_corpus()[0].split(data.BOUNDARY)
-            # About as long as samples.
+            # Choose speeches about as long as samples.
             texts = [speech for speech in speeches if 100 < len(speech) < 400]
             order.shuffle(texts)
         else:
             texts = [row["text"] for row in draw(path, args.num, args.seed)]
         for text in texts[:args.num]:
-            # A model can write any byte; these two do not come back from a file as they went in.
+            # A model can write any byte; a CSV file does not preserve these two.
             passages.append((re.sub("[\0\r]", " ", text), path.stem))
     order.shuffle(passages)
     return passages
 
 
 def ask(question, low, high):
-    """A reader's number from low to high; asks until it is one."""
+    """Ask the reader for a number from low to high until the answer is one."""
     while True:
         try:
             return data.parse_rating(input(question), low, high)
@@ -110,7 +110,7 @@ def ask(question, low, high):
 
 
 def rate(args):
-    """Ask a reader for ratings; resume by count. Of one checkpoint, labels: only the feeling."""
+    """Ask a reader to rate texts, resuming after those rated; ask sense only to compare sources."""
     passages = passages_to_rate(args)
     if not args.ratings.exists():
         data.write_file(args.ratings, HEADER)
@@ -124,11 +124,11 @@ def rate(args):
         print(f"\n----- {left} to go\n{text}\n")
         feeling = ask("feeling, -2 very negative to 2 very positive: ", -2, 2)
         sense = ask("sense, 1 none to 5 all of it: ", 1, 5) if len(args.rate) > 1 else ""
-        # Whatever happens later, this row is on the disk.
+        # Append each row at once, so that no crash loses it.
         with open(args.ratings, "a", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerow([text, feeling, sense, name])
         left -= 1
-    # Not before the end: a reader who resumes should still be blind.
+    # Results are shown only at the end: a reader who resumes must still be blind.
     print(f"\nAll are rated. In numbers: python results/readers.py {args.ratings}")
 
 
@@ -139,40 +139,40 @@ def column(rows, key):
 
 
 def drift_figure():
-    """A figure and its one axis: scores against the drift from rho."""
+    """A figure and its axis for scores against KL(pi to rho)."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
-    # Against the root of the KL, scores at first grow in a straight line (Gao 2022).
+    # Scores at first grow linearly with the square root of the KL (Gao 2022).
     axis.set_xscale("function", functions=(np.sqrt, np.square))
     axis.set(xlabel="KL(pi to rho), nats per completion (square-root scale)",
              ylabel="score, standard deviations of rho's")
-    axis.margins(x=0)                   # below 0, where a margin would be, there is no root
+    axis.margins(x=0)                   # a margin would reach below 0, which has no root
     return figure, axis
 
 
 def curve(axis, x, y, style, name, color):
-    """Draw a curve and write its name where it ends."""
+    """Draw a curve, labelled at its end."""
     axis.plot(x, y, style, color=color)
     axis.annotate(name, (x[-1], y[-1]), (4, 4), textcoords="offset points", color=color)
 
 
 def draw_paths(axis, runs, x, y, style="-"):
-    """Two metrics of each run, iteration after iteration."""
+    """Plot metric y against metric x of each run's iterations."""
     for i, run in enumerate(runs):
         axis.plot(column(run["history"], x), column(run["history"], y), f"C{i}{style}", lw=1,
                   label=f"{y}, beta {run['label']}")
 
 
 def draw_frontier(runs, path):
-    """Score against drift: the paths of PPO, best of n, and the optimum that none can exceed."""
+    """Score against KL: PPO's paths, best of n, and the optimum, which no policy can exceed."""
     figure, axis = drift_figure()
     draw_paths(axis, runs, "ref_kl", "score")
     for i, run in enumerate(runs):
         curve(axis, [run["ref_kl"]], [run["score"]], "o", f"PPO, beta {run['label']}", f"C{i}")
         axis.plot(run["frontier"][0], run["frontier"][1], "k")
-        best = run["optimum"]           # where J* is not known, None: no star is drawn
+        best = run["optimum"]           # None if J* is not known: then no star is drawn
         axis.plot([best["ref_kl"]], [best["score"]], f"C{i}*", ms=14, mec="k", zorder=3)
-    # All estimate the same curve. The name stands at the end of the longest.
+    # All runs estimate the same curve; the longest is labelled.
     kl, scores, _ = max(column(runs, "frontier"), key=np.size)
     curve(axis, kl, scores, "-", "optimum", "k")
     _, scores, _, kl = zip(*run["best_of_n"])
@@ -181,7 +181,7 @@ def draw_frontier(runs, path):
 
 
 def draw_judge(runs, path):
-    """Score by the reward model and by the judge that was not optimised, against drift."""
+    """Scores by the reward model and by the judge, which is not optimised, against KL."""
     figure, axis = drift_figure()
     draw_paths(axis, runs, "ref_kl", "score")
     draw_paths(axis, runs, "ref_kl", "judge", "--")
@@ -193,7 +193,7 @@ def draw_judge(runs, path):
 
 
 def draw_ppo(runs, path):
-    """What PPO logs, against iteration; faint, the committed run of the same name and size."""
+    """PPO's metrics against iteration; faint: the run of this name and size in results/runs."""
     keys = "objective score judge ref_kl policy_loss clipfrac explained_variance entropy exact_kl"
     figure = Figure(figsize=(13, 9), layout="constrained")
     axes = figure.subplots(3, 3).flatten()
@@ -209,11 +209,11 @@ def draw_ppo(runs, path):
 
 
 def load_runs(out, rho):
-    """The finished PPO runs of a folder that belong to rho.pt, with their results."""
+    """The finished PPO runs of a folder that were made with its rho.pt, with their results."""
     runs = []
     for path in sorted(out.glob("ppo_*.pt")):
         run = data.load_checkpoint(path)
-        # A policy kept on the way has no result.
+        # An intermediate policy has no result.
         if "result" in run and run["inputs"]["rho"] == rho["key"]:
             run |= run["result"]
             run["name"] = path.stem
@@ -221,10 +221,10 @@ def load_runs(out, rho):
             log = data.HERE / "results/runs/{size}_{name}.metrics.jsonl".format_map(run)
             lines = log.read_text().splitlines() if log.exists() else []
             run["old"] = list(map(json.loads, lines))
-            # It begins at rho.
+            # The frontier begins at rho, with KL and scores 0.
             run["frontier"] = np.transpose([[0, 0, 0], *run["frontier"]])
             for row in run["history"]:
-                row["J*"] = run["optimum"]["objective"]         # None, if not known
+                row["J*"] = run["optimum"]["objective"]         # None if not known
             runs.append(run)
     if not runs:
         raise data.UserError(f"{out} has no finished PPO run. Run train.py --out {out} first.")
@@ -232,7 +232,7 @@ def load_runs(out, rho):
 
 
 def summarise(stages, runs):
-    """summary.json as a dict: plain numbers of every stage."""
+    """The content of summary.json: a dict of numbers of every stage."""
     seconds = {name: state["seconds"] for name, state in stages.items()}
     seconds["total"] = sum(seconds.values()) + sum(column(runs, "seconds"))
     seconds["ppo"] = {run["label"]: run["seconds"] for run in runs}
@@ -241,7 +241,7 @@ def summarise(stages, runs):
                "seconds": seconds, "ppo": [],
                "pretrain": {key: pretrained[key] for key in ("parameters", "val_bits_per_byte")}}
     for name in ("reward", "judge"):
-        # On passages; where the labels have none, on samples.
+        # The metrics on passages, or on samples if the labels have no passages.
         measures = next(iter(stages[name]["report"].values()))
         summary[name] = {f"val_{key}": x for key, x in measures.items()}
         summary[name] |= stages["rho"]["scales"][name]["positive"]
@@ -252,10 +252,10 @@ def summarise(stages, runs):
 
 
 def result_tables(stages, runs):
-    """What rho and each run reached, and the reward models: lines of markdown."""
+    """Tables of the results of rho, each run and the reward models: lines of markdown."""
     lines = ["| beta | score | judge | P(positive) | KL | J | J* | ESS | fraction | KL to pi* |",
              "|---|---|---|---|---|---|---|---|---|---|",
-             "| rho | 0 | 0 | | 0 | 0 |"]           # its mean is what scores are measured from
+             "| rho | 0 | 0 | | 0 | 0 |"]           # scores have mean 0 on rho's samples
     for run in runs:
         line = ("| {label} | {score:.2f} | {judge:.2f} | {positive:.2f} | {ref_kl:.2f} | "
                 "{objective:.2f} ± {objective_se:.2f} | ")
@@ -276,7 +276,7 @@ def result_tables(stages, runs):
 
 
 def before_and_after(run, before, after):
-    """A sample of rho beside one of a run, and the line that matters: text."""
+    """A sample of rho beside a sample of a run, and a line with the run's results: text."""
     text = f"\n{'before':52}  after\n"
     for left, right in itertools.zip_longest(before.split("\n"), after.split("\n"), fillvalue=""):
         text += f"{left[:52]:52}  {right}\n"
@@ -289,7 +289,7 @@ def before_and_after(run, before, after):
 
 
 def report(out):
-    """Write figures/*.png, samples/*.txt, summary.json, report.md of a study; print its end."""
+    """Write a study's figures/*.png, samples/*.txt, summary.json, report.md; print samples."""
     rho = data.load_checkpoint(out / "rho.pt", "rho")
     runs = load_runs(out, rho)
     stages = {"rho": rho}
@@ -322,17 +322,17 @@ def report(out):
 def main():
     parser = data.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--checkpoint", default="out/pretrain.pt", type=Path, help="pretrain.pt or a ppo_*.pt")
-    add("--num", type=data.number(int, 1), default=20, help="samples of each (default 20)")
-    add("--prompt", default="", help="text to continue (default: what the run was given)")
-    add("--temperature", type=data.number(float, 0), default=1.0, help="below 1: safer")
+    add("--checkpoint", default="out/pretrain.pt", type=Path, help="pretrain.pt or ppo_*.pt")
+    add("--num", type=data.number(int, 1), default=20, help="samples per checkpoint (default 20)")
+    add("--prompt", default="", help="text to continue (default: the run's test prompts)")
+    add("--temperature", type=data.number(float, 0), default=1.0, help="below 1: likelier tokens")
     add("--top-k", type=data.number(int, 1), help="only the k likeliest tokens (default: all)")
-    add("--seed", type=data.number(int, 0), default=0, help="decides the samples, and their order")
-    add("--jsonl", action="store_true", help="one JSON object a line")
+    add("--seed", type=data.number(int, 0), default=0, help="seed of samples and rating order")
+    add("--jsonl", action="store_true", help="print one JSON object per line")
     add("--rate", nargs="+", type=Path, default=[], metavar="CHECKPOINT",
-        help="rate their samples: several shuffled and blind; one, or plays, for train.py --labels")
-    add("--ratings", type=Path, default="ratings.csv", metavar="FILE.csv", help="your answers")
-    add("--report", type=Path, metavar="DIR", help="draw figures and tables of a study again")
+        help="rate samples: several checkpoints blind; or one, or plays, for train.py --labels")
+    add("--ratings", type=Path, default="ratings.csv", metavar="FILE.csv", help="where answers go")
+    add("--report", type=Path, metavar="DIR", help="write a study's figures and tables again")
     args = parser.parse_args()
     if len({path.stem for path in args.rate}) < len(args.rate):
         parser.error("--rate tells checkpoints apart by their file names. Rename a copy")

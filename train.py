@@ -1,9 +1,9 @@
 """The whole study: pretrain a GPT, train a reward model, tune the GPT by PPO, report.
 
-Read main() first, then OPTIONS, which has every knob on one screen. What lies between is the loop
-that remembers: each stage writes a checkpoint into --out, and is done again only if something it
-depends on has changed. A stage that was cut off, by Ctrl-C or a kill or a crash, resumes from its
-last partial checkpoint, on a CPU (with as many threads and processes) to the same bits.
+Read study() first, then OPTIONS, which has every option on one screen. Between them is the loop
+that remembers: each stage writes a checkpoint into --out and is repeated only if something it
+depends on has changed. A stage interrupted by Ctrl-C, a kill or a crash resumes from its last
+partial checkpoint; on a CPU, with as many threads and processes, the result has the same bits.
 
     python train.py                             everything at beta 0.2 (README: how long)
     python train.py --beta 0.02 0.1 0.2 0.4     the sweep; stages already done are reused
@@ -29,53 +29,53 @@ import sample
 from data import number
 
 Option = namedtuple("Option", "stages name tiny small base why")
-# tiny shows that all works, small is for a laptop's CPU, base for a GPU of 80 GB. An option counts
-# for the stages named; a change of it repeats these and what is built on them.
+# tiny is a smoke run, small is for a laptop's CPU, base for a GPU of 80 GB. An option belongs to
+# the stages named; changing it repeats these stages and all that depend on them.
 SIZES = ("tiny", "small", "base")
 OPTIONS = list(map(Option._make, [
     # stages       name           tiny   small   base    why one would change it
-    ("data", "vocab_size", 512, 2048, 4096, "more make texts shorter and tokens rarer"),
-    ("pretrain", "block_size", 128, 128, 256, "tokens of context"),
+    ("data", "vocab_size", 512, 2048, 4096, "more make texts shorter, but each token rarer"),
+    ("pretrain", "block_size", 128, 128, 256, "tokens of context, which limit the length"),
     ("pretrain", "n_layer", 2, 4, 8, "depth of the transformer"),
-    ("pretrain", "n_head", 2, 4, 8, "attention heads; must divide n_embd evenly"),
+    ("pretrain", "n_head", 2, 4, 8, "attention heads; n_embd must be an even multiple"),
     ("pretrain", "n_embd", 64, 256, 512, "width of the transformer"),
-    ("pretrain", "pretrain_steps", 150, 330, 1000, "more make a better writer"),
+    ("pretrain", "pretrain_steps", 150, 330, 1000, "more make a better language model"),
     ("reward", "reward_model", "head", "head", "head",
-     "head: a classifier head on the GPT; bag: a bag of words, for comparison"),
+     "head: a classifier head on the GPT; bag: a bag of words, to compare"),
     ("reward", "feedback", "ratings", "ratings", "ratings",
-     "comparisons: learn which of two passages was rated higher, as RLHF usually does"),
-    ("reward judge rho ppo", "length", 64, 64, 64, "tokens of a completion, and of a passage"),
+     "ratings: soft targets; comparisons: which of two was rated higher, as RLHF usually does"),
+    ("reward judge rho ppo", "length", 64, 64, 64, "tokens per completion and per rated passage"),
     ("rho", "task", "speeches", "speeches", "speeches",
-     "speeches: write from nothing; continue: continue speeches to their end"),
-    ("rho", "prompts", 8, 8, 8, "openings of speeches to continue, as many to train as to test"),
-    ("rho", "rho_samples", 2048, 3072, 16384, "more make J* surer"),
+     "speeches: sample without a prompt; continue: complete openings of speeches"),
+    ("rho", "prompts", 8, 8, 8, "openings to continue in PPO, and as many for testing"),
+    ("rho", "rho_samples", 2048, 3072, 16384, "more samples of rho estimate J* more precisely"),
     ("ppo", "toward", "positive", "positive", "positive",
-     "negative: the twin that is rewarded for log P(negative)"),
-    ("ppo", "algorithm", "ppo", "ppo", "ppo", "simple: rewards-to-go as advantages; rloo: minus "
-     "those of the other completions; grpo: scores whitened in their group, KL in the loss; ppo: "
-     "GAE on a value function"),
+     "positive rewards log P(positive), negative log P(negative)"),
+    ("ppo", "algorithm", "ppo", "ppo", "ppo", "advantages; simple: rewards-to-go; rloo: minus the "
+     "mean of the group's others; grpo: scores whitened per group, KL in the loss; ppo: GAE with "
+     "a value function"),
     ("ppo", "iterations", 8, 24, 40, "more come closer to the optimum"),
-    ("ppo", "batch", 128, 512, 2048, "completions an iteration: more mean less noise"),
-    ("ppo", "group", 4, 4, 4, "of these, completions of each prompt (one prompt: all)"),
-    ("ppo", "minibatch", 16, 32, 128, "completions an optimizer step"),
-    ("ppo", "unfrozen", 1, 1, 4, "last blocks that PPO trains: more learn more, noise included"),
-    ("ppo", "epochs", 1, 1, 1, "passes over each batch: more use it better, and go further off it"),
+    ("ppo", "batch", 128, 512, 2048, "completions per iteration: more mean less noise"),
+    ("ppo", "group", 4, 4, 4, "completions per prompt within a batch (one prompt: all)"),
+    ("ppo", "minibatch", 16, 32, 128, "completions per optimizer step"),
+    ("ppo", "unfrozen", 1, 1, 4, "last blocks that PPO trains: more fit more, noise included"),
+    ("ppo", "epochs", 1, 1, 1, "passes over each batch: more use it better, but off policy"),
     ("ppo", "lr", 1.2e-3, 1.2e-3, 1.2e-3,
-     "learning rate at the start; too high spends KL on noise"),
-    ("ppo", "clip", 0.2, 0.2, 0.2, "PPO's clip range"),
+     "initial learning rate, decays to 0; if too high, KL is spent on noise"),
+    ("ppo", "clip", 0.2, 0.2, 0.2, "PPO's clip range; lower limits each update more"),
     ("ppo", "lam", 0.8, 0.8, 0.8, "GAE's lambda: lower trusts the value function more"),
     ("ppo", "max_update_kl", 0.02, 0.02, 0.02,
-     "approx_kl, nats per token, that ends an update early"),
+     "approx_kl, nats per token, above which an update stops early"),
     ("ppo", "adaptive_kl_target", 0.0, 0.0, 0.0,
-     "ref_kl, nats a completion, that an adaptive beta keeps (Ziegler 2019); 0: beta is fixed"),
+     "ref_kl, nats per completion, that an adaptive beta keeps (Ziegler 2019); 0: fixed beta"),
     ("ppo", "adaptive_kl_horizon", 1e4, 1e4, 1e4,
-     "completions over which beta moves by a fifth at most"),
-    ("ppo", "fresh_samples", 512, 2048, 4096, "completions on which a finished run is measured"),
+     "completions over which an adaptive beta changes by about a fifth at most"),
+    ("ppo", "fresh_samples", 512, 2048, 4096, "samples for measuring a run: more are more precise"),
 ]))
 CHOICES = {"reward_model": ["head", "bag"], "feedback": ["ratings", "comparisons"],
            "task": ["speeches", "continue"], "toward": ["positive", "negative"],
            "algorithm": ["simple", "rloo", "grpo", "ppo"]}
-# The scripts whose source a stage's result depends on.
+# The scripts that a stage's result depends on.
 FILES = {"data": ["data"], "pretrain": ["data", "gpt"], "reward": ["data", "gpt", "reward"],
          "judge": ["data", "gpt", "reward"], "rho": ["data", "gpt", "reward", "ppo"],
          "ppo": ["data", "gpt", "reward", "ppo"]}
@@ -84,27 +84,27 @@ FILES = {"data": ["data"], "pretrain": ["data", "gpt"], "reward": ["data", "gpt"
 # ---- options ------------------------------------------------------------------------------
 
 def make_parser():
-    """The options of the study: those below, and a row of OPTIONS each."""
+    """The parser of the study's options: those below and one for each row of OPTIONS."""
     parser = data.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--size", choices=SIZES, help="model and budget (default: base on CUDA, small on a CPU)")
+    add("--size", choices=SIZES, help="set of defaults (default: base on CUDA, small on a CPU)")
     add("--beta", type=number(float, 1e-3, 10), nargs="+", default=[0.2],
-        help="KL coefficients: smaller lets the policy drift farther for reward (default 0.2)")
+        help="KL coefficients: a smaller one lets the policy drift farther (default 0.2)")
     add("--out", default="out", type=Path,
         help="folder of checkpoints, figures and report (default out)")
     add("--until", choices=["pretrain", "reward", "ppo"],
-        help="stop after this stage (default: all, and the report)")
+        help="stop after this stage (default: run all, write the report)")
     add("--seed", type=number(int, 0, 2**31), default=0,
-        help="another seed shows how far results are chance (default 0)")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    add("--fp32", action="store_true", help="compute in float32 where bfloat16 would be faster")
+        help="other seeds show how much results vary by chance (default 0)")
+    add("--device", choices=["cpu", "cuda"], help="where to compute (default: cuda if available)")
+    add("--fp32", action="store_true", help="compute in float32 even where bfloat16 is faster")
     add("--keep", action="store_true",
-        help="reuse finished stages although source code has changed since")
+        help="reuse finished stages even if the source code has changed")
     add("--checkpoint-every", type=number(float, 0), default=30.0,
-        help="seconds of work that a crash or Ctrl-C may cost (default 30)")
-    add("--corpus", metavar="FILE.txt", help="a text of your own, not the plays")
-    add("--labels", metavar="FILE.csv", nargs="+", help="your own ratings, not those of labels/: "
-        "play, first_line, last_line, rating; or text, rating")
+        help="seconds between partial checkpoints: what a crash may cost (default 30)")
+    add("--corpus", metavar="FILE.txt", help="your own text instead of the plays")
+    add("--labels", metavar="FILE.csv", nargs="+", help="your own ratings instead of labels/; "
+        "columns: play, first_line, last_line, rating; or text, rating")
     for option in OPTIONS:
         kind = type(option.small)
         if kind is not str:
@@ -118,7 +118,7 @@ def make_parser():
 
 
 def parse(argv=None):
-    """The options, with those filled in that --size sets, checked against each other."""
+    """Parse the options, fill in the defaults of --size, check them against each other."""
     parser = make_parser()
     args = parser.parse_args(argv)
     has_cuda = torch.cuda.is_available()
@@ -146,9 +146,9 @@ def parse(argv=None):
 
 @functools.cache
 def source(file):
-    """Digest of a script's syntax tree: comments, blank lines and docstrings do not count.
+    """Fingerprint of a script's syntax tree, without comments, blank lines and docstrings.
 
-    Of the script as it was when first asked for: later edits are the next run's.
+    It is cached at the first call: edits during a run count from the next run on.
     """
     tree = ast.parse((data.HERE / f"{file}.py").read_text(encoding="utf-8"))
     for node in ast.walk(tree):
@@ -161,10 +161,10 @@ def source(file):
 class Stage:
     """A stage's checkpoint, and the loop that remembers.
 
-    inputs is all that the result depends on: the stage's options (options is all it is handed), the
-    source of its FILES, the keys of earlier stages, and outside, what is read from elsewhere. key
-    is their digest: so a change anywhere changes the keys of all later stages. state is the
-    checkpoint --out/name.pt if its inputs are these, else None.
+    inputs holds all that the result depends on: the stage's options, the source of its FILES, the
+    keys of earlier stages, and outside (corpus, labels, beta). A stage receives no other options.
+    key is the fingerprint of inputs, so that any change also changes the keys of later stages.
+    state is the checkpoint --out/name.pt if it has the same inputs, else None.
     """
 
     def __init__(self, args, name, earlier, outside):
@@ -178,7 +178,7 @@ class Stage:
             if kind in option.stages.split():
                 self.inputs[option.name] = getattr(args, option.name)
         self.inputs |= outside
-        # Its own stream of random numbers for every stage, beta and --seed.
+        # Every stage, beta and --seed has its own random numbers.
         self.options = SimpleNamespace(**self.inputs)
         self.options.seed = data.fold(f"{args.seed} {name}", 2**31)
         self.options.device, self.options.dtype = args.device, args.dtype
@@ -193,9 +193,9 @@ class Stage:
         self.state = self.reuse(self.path)
 
     def reuse(self, path):
-        """The checkpoint at path if its inputs are these, else None, saying what has changed.
+        """The checkpoint at path if it has the same inputs, else None; prints what has changed.
 
-        With --keep a change of source code does not count.
+        With --keep, changes of source code are ignored.
         """
         if not path.exists():
             return None
@@ -211,7 +211,7 @@ class Stage:
         return None
 
     def steps(self, n, **parts):
-        """Yield the numbers of the steps of n that are still to do.
+        """Yield the step numbers up to n - 1, from the last partial checkpoint if there is one.
 
         parts: all that the loop changes, each with state_dict() and load_state_dict().
         """
@@ -220,21 +220,21 @@ class Stage:
         if partial:
             for name, part in parts.items():
                 part.load_state_dict(partial["parts"][name])
-            # The global stream; each loop's own generators are among its parts.
+            # The global random state; a loop's own generators are among its parts.
             torch.set_rng_state(partial["rng"])
             self.start, self.history = partial["step"], partial["history"]
             self.began -= partial["seconds"]
             print(f"{self.path.name}: resuming after step {self.start} of {n}")
         saved = time.monotonic()
         for self.step in range(self.start, n):
-            # The loop has done all of step i when it asks for the next one.
+            # When the generator resumes, the loop has finished this step.
             yield self.step
             if time.monotonic() - saved > self.checkpoint_every and self.step + 1 < n:
                 self.save_partial(parts)
                 saved = time.monotonic()
 
     def save_partial(self, parts):
-        """Write all that resuming after this step needs."""
+        """Write all that is needed to resume after this step."""
         states = {name: part.state_dict() for name, part in parts.items()}
         data.save_checkpoint(self.partial_path, {
             **self.about, "kind": "partial", "step": self.step + 1, "history": self.history,
@@ -242,10 +242,10 @@ class Stage:
             "rng": torch.get_rng_state()})
 
     def log(self, pause=5.0, shown=None, **metrics):
-        """Keep a step's metrics; print those shown (all), every pause seconds, with time left."""
+        """Save a step's metrics; every pause seconds print those in shown (or all), time left."""
         metrics = {"step": self.step + 1, **metrics}
         self.history.append(metrics)
-        # The whole file each time: so no step stands in it twice after a kill.
+        # Rewrite the whole file, so that no step is in it twice after a kill.
         lines = [json.dumps(row) + "\n" for row in self.history]
         data.write_file(self.log_path, "".join(lines))
         now, done = time.monotonic(), self.step + 1
@@ -261,7 +261,7 @@ class Stage:
         print(f"--- {title}\n    " + text.strip().replace("\n", "\n    "))
 
     def keep(self, name, **state):
-        """Write a checkpoint of the way beside the stage's own, for sample.py --checkpoint."""
+        """Save an intermediate policy beside the stage's checkpoint, for sample.py --checkpoint."""
         data.save_checkpoint(self.path.with_name(f"{self.path.stem}_{name}.pt"),
                              {**self.about, **state})
 
@@ -270,15 +270,15 @@ class Stage:
         self.state = {**self.about, "history": self.history,
                       "seconds": time.monotonic() - self.began, **results}
         data.save_checkpoint(self.path, self.state)
-        if data.is_first_process():     # the others may be here before it has written
+        if data.is_first_process():     # other processes may arrive before it has written
             self.partial_path.unlink(missing_ok=True)
 
 
 def run(args, name, function, *inputs, **outside):
-    """The state of a stage: its checkpoint if it still holds, else the results of function, saved.
+    """The state of a stage: its checkpoint if still valid, else the results of function, saved.
 
-    inputs: the states of earlier stages, which have keys, and what is read from outside, by its
-    content.
+    inputs: states of earlier stages, which have keys, and data from outside (corpus, labels), which
+    enter the stage's key by content.
     """
     earlier = []
     for x in inputs:
@@ -289,9 +289,9 @@ def run(args, name, function, *inputs, **outside):
             outside[name_of] = data.digest(json.dumps(x))
     stage = Stage(args, name, earlier, outside)
     if stage.state:
-        stage.partial_path.unlink(missing_ok=True)      # left by a kill at the end of finish()
+        stage.partial_path.unlink(missing_ok=True)      # left by a kill within finish()
     else:
-        torch.manual_seed(stage.options.seed)           # of the weights that the stage will make
+        torch.manual_seed(stage.options.seed)           # for the stage's initial weights
         stage.finish(function(stage.options, *inputs, stage))
     return stage.state
 
@@ -299,15 +299,15 @@ def run(args, name, function, *inputs, **outside):
 # ---- the study ----------------------------------------------------------------------------
 
 def study(args):
-    """Every stage in turn, as far as --until."""
+    """Run every stage in turn, up to --until."""
     if not data.is_first_process():
-        gpt.barrier(args.device)        # until the first process has corpus and tokenizer
+        gpt.barrier(args.device)        # wait for the first process to write corpus and tokenizer
     corpus = data.load_corpus(args.corpus)
     rated = reward.read_ratings(args.labels)
     texts = run(args, "data", data.prepare, corpus)
     data.save_tokenizer(args.out / "tokenizer.tiktoken", texts["vocabulary"])
     if data.is_first_process():
-        gpt.barrier(args.device)        # lets the others, waiting above, go on
+        gpt.barrier(args.device)        # release the others, which wait above
     pretrained = run(args, "pretrain", gpt.pretrain, texts)
     print(f"pretrain: {pretrained['parameters']:,} parameters, "
           f"{pretrained['val_bits_per_byte']:.3f} bits per byte on held-out text")
@@ -328,11 +328,11 @@ def study(args):
 def main():
     args = parse()
     for file in FILES["ppo"]:
-        source(file)                    # as they are now
+        source(file)                    # cached before anyone can edit it
     args.device = gpt.join_processes(args.device)
     began = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
-    for old in args.out.glob(f".*{data.HALF_WRITTEN}"):     # of a write that was killed
+    for old in args.out.glob(f".*{data.HALF_WRITTEN}"):     # of a killed write
         old.unlink(missing_ok=True)
     study(args)
     print(f"{(time.monotonic() - began) / 60:.1f} minutes")
