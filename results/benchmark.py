@@ -8,9 +8,10 @@ Of size small on one thread of an AMD EPYC. Let nothing else run beside it. Time
 step of pretraining, on random weights: medians of --repeats after a warm-up.
 
 - total_seconds of an iteration = rollout (sampling) + scoring (all of PPO.read) + update (the rest:
-  nearly all of it gradient_seconds, step 5). Scoring = policy_and_rho + reward_model.
+  nearly all of it gradient_seconds, step 6). Scoring = policy_and_rho + reward_model.
 - matmul_gflops is the rate of a block's largest product in the same run; floor_seconds is what the
-  matrix products of an iteration take at that rate; floor_ratio = total / floor.
+  matrix products of an iteration take at that rate, the backward pass through the trained blocks
+  alone; floor_ratio = total / floor.
 - naive_seconds: one iteration in float32 without a key-value cache; naive_ratio = naive / total.
 """
 
@@ -84,11 +85,11 @@ def matmul_rate(args, times=20):
     return 2 * rows * n_in * n_out * times / seconds
 
 
-def forward_flops(args, batch, length):
+def forward_flops(args, batch, length, blocks, vocab):
     """Arithmetic of one forward pass over so many rows: two operations a multiply-add."""
-    weights = 12 * args.layers * args.width ** 2 + args.width * args.vocab
+    weights = 12 * blocks * args.width ** 2 + args.width * vocab
     # Attention multiplies twice, q with keys and weights with values; a token sees half of them.
-    attention = 2 * args.layers * args.width * length / 2
+    attention = 2 * blocks * args.width * length / 2
     return 2 * batch * length * (weights + attention)
 
 
@@ -168,11 +169,16 @@ def measure(args):
     if has_cuda:
         memory = torch.cuda.max_memory_allocated() / 2**20
     pretrain, rate = pretrain_seconds(args), matmul_rate(args)
-    # Three forward passes: sampling, policy, rho; a backward pass is worth two.
-    forward = forward_flops(args, args.batch, args.length)
-    floor = (3 + 3 * args.epochs) * forward / rate
+    # Forward passes: sampling, policy, rho, one an epoch, and the reward model's block; a backward
+    # pass through the blocks that are trained is worth two.
+    shape = args.batch, args.length
+    forward = forward_flops(args, *shape, args.layers, args.vocab)
+    trained = forward_flops(args, *shape, ppo.PPOConfig().unfrozen, args.vocab)
+    floor = (3 + args.epochs) * forward + 2 * args.epochs * trained
+    floor = (floor + forward_flops(args, *shape, 1, 0)) / rate
     both = pretrain["total"] - pretrain["muon"] - pretrain["adam"]
-    pretrain_floor = 3 * forward_flops(args, PRETRAIN_BATCH, args.context) / rate
+    windows = PRETRAIN_BATCH, args.context
+    pretrain_floor = 3 * forward_flops(args, *windows, args.layers, args.vocab) / rate
     naive = None
     if not args.no_naive:
         naive = iteration_seconds(make_run(args, torch.float32), 1, naive_completions, 0)["total"]
