@@ -843,14 +843,16 @@ def main():
     sampler = torch.Generator().manual_seed(0)
     before = sample_completions(rho, prompt.expand(4096, 1), config.length, sampler)
     scores = score_fn(before)[:, -1]
-    best = optimum(scores, args.beta)
-    print(f"rho: J {scores.mean():.2f}; the optimum: J* {best['objective']:.2f}, score "
-          f"{best['score']:.2f}, KL {best['ref_kl']:.1f} nats")
+    with warnings.catch_warnings(action="ignore"):
+        best = optimum(scores, args.beta)
+    target = f"{best['objective']:.2f}" if best["ess"] >= MIN_ESS else "unknown"
+    print(f"rho: J {scores.mean():.2f}; the optimum: J* {target} (effective sample size "
+          f"{best['ess']:.0f} of {MIN_ESS} needed)")
     run = PPO(rho, score_fn, prompt, config)
     for i in range(args.iterations):
         x = run.step(i)
         print(f"{i + 1}/{args.iterations}  score {x['score']:.2f}  KL {x['ref_kl']:.2f}  "
-              f"J {x['objective']:.2f} of {best['objective']:.2f}")
+              f"J {x['objective']:.2f} of {target}")
     # Samples of pi*: samples of rho, resampled with weights exp(r / beta).
     weights = (scores / args.beta).softmax(0)
     rows = weights.multinomial(2, generator=sampler)
@@ -864,7 +866,10 @@ def main():
 
 
 def my_reward(text):
-    """Replace this: a reward for a text. Here: how many lines end with an exclamation mark."""
+    """Replace this: a number for a text, asked for of every prefix too, the empty text first.
+
+    Here: how many lines end with an exclamation mark.
+    """
     lines = text.split("\n")
     return sum(line.endswith("!") for line in lines)
 

@@ -76,7 +76,7 @@ def read_ratings(path):
     """The rows of a ratings file: dicts of text, rating, sense and drawn_from."""
     text = data.read_text(path, "ratings")
     if not text.startswith(HEADER):
-        raise data.UserError(f"{path} does not begin with {HEADER}. Choose another file.")
+        raise data.UserError(f"{path} does not begin with {HEADER.strip()}. Give another file.")
     return csv.DictReader(io.StringIO(text))
 
 
@@ -123,7 +123,9 @@ def rate(args):
     for text, name in passages[len(rated):]:
         print(f"\n----- {left} to go\n{text}\n")
         feeling = ask("feeling, -2 very negative to 2 very positive: ", -2, 2)
-        sense = ask("sense, 1 none to 5 all of it: ", 1, 5) if len(args.rate) > 1 else ""
+        sense = ""
+        if len(args.rate) > 1:
+            sense = ask("sense, 1 (none) to 5 (all of it makes sense): ", 1, 5)
         # Append each row at once, so that no crash loses it.
         with open(args.ratings, "a", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerow([text, feeling, sense, name])
@@ -255,7 +257,7 @@ def result_tables(stages, runs):
     """Tables of the results of rho, each run and the reward models: lines of markdown."""
     lines = ["| beta | score | judge | P(positive) | KL | J | J* | ESS | fraction | KL to pi* |",
              "|---|---|---|---|---|---|---|---|---|---|",
-             "| rho | 0 | 0 | | 0 | 0 |"]           # scores have mean 0 on rho's samples
+             "| rho | 0 | 0 | | 0 | 0 | | | | |"]       # scores have mean 0 on rho's samples
     for run in runs:
         line = ("| {label} | {score:.2f} | {judge:.2f} | {positive:.2f} | {ref_kl:.2f} | "
                 "{objective:.2f} ± {objective_se:.2f} | ")

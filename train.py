@@ -155,7 +155,12 @@ def source(file):
         documented = isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef))
         if documented and ast.get_docstring(node):
             del node.body[0]
-    return data.digest(ast.dump(tree))
+    kept = []
+    for node in tree.body:
+        # The script's own command, and the reader's reward: no stage calls them.
+        if getattr(node, "name", "") not in ("main", "my_reward"):
+            kept.append(ast.dump(node))
+    return data.digest("".join(kept))
 
 
 class Stage:
@@ -225,6 +230,9 @@ class Stage:
             self.start, self.history = partial["step"], partial["history"]
             self.began -= partial["seconds"]
             print(f"{self.path.name}: resuming after step {self.start} of {n}")
+        else:
+            for old in self.path.parent.glob(f"{self.path.stem}_kl*.pt"):
+                old.unlink(missing_ok=True)     # kept by a run that this one replaces
         saved = time.monotonic()
         for self.step in range(self.start, n):
             # When the generator resumes, the loop has finished this step.

@@ -253,7 +253,7 @@ def test_passages_of_the_plays_are_rated_as_labels(monkeypatch, tmp_path, comman
 
 
 @pytest.mark.parametrize("content, says", [
-    ("play,first_line\n", "does not begin with text,rating,sense,drawn_from . Choose another"),
+    ("play,first_line\n", "does not begin with text,rating,sense,drawn_from. Give another"),
     ("To be, or not to be\n", "does not begin with"), ("", "does not begin with"),
     ("a\0b", "is not UTF-8 text"), (HEADER + "a,1,1\n", "was begun with other --rate"),
 ])

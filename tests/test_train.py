@@ -203,6 +203,7 @@ WORDS = r'((def|class) .*:\n +""")', r"\1Other words. "
     ("data.py", '"""', '"""Other words. ', set()),
     ("gpt.py", *WORDS, set()), ("reward.py", *WORDS, set()),
     ("ppo.py", r"\n\n\n", "\n\n# A comment.\n\n\n", set()),
+    ("ppo.py", r'endswith\("!"\)', 'endswith("?")', set()),       # one's own reward
     ("labels/words.csv", "love,.*", "love,-2", AFTER["reward"] | AFTER["judge"]),
     ("labels.csv", r",-?\d\n", ",1.25\n", AFTER["reward"] | AFTER["judge"]),
     ("play.txt", "Love", "Death", ALL),
