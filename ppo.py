@@ -798,8 +798,8 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
         for mark in KL_MARKS:
             if farthest < mark <= metrics["ref_kl"]:
                 loop.keep(f"kl{mark:g}", **about, model=before)
-        loop.log(pause=0, shown=["score", "judge", "ref_kl", "objective", "clipfrac",
-                                 "explained_variance"], **metrics)
+        loop.log(shown=["score", "judge", "ref_kl", "objective", "clipfrac",
+                        "explained_variance"], **metrics)
         if (i + 1) % 5 == 0:
             for row, score in zip(tokens[:2], scores):
                 loop.show(f"score {score:.2f}", data.decode(pretrained["vocabulary"], row))

@@ -299,20 +299,18 @@ def score(log_odds, mean, std, toward="positive"):
 PARTS = ["report", "choose", "judge", "judge", *["reward"] * 6]
 
 
-def read_ratings(labels=None, corpus=None):
+def read_ratings(labels=None):
     """What readers rated: passages (text, rating, fold 0 to 9, whether a sample) and words, a dict.
 
-    labels: CSV files of one's own, corpus: the text they may quote. words: {first LETTERS letters:
-    mean rating of the words that share them}.
+    labels: CSV files of one's own. words: {first LETTERS letters: mean rating of the words that
+    share them}.
     """
     folder = data.HERE / "labels"
     names = ("passages.csv", "more_passages.csv", "samples.csv")
-    own = corpus and Path(corpus).stem          # one text: its passages are split, not it
     passages = []
     for path in labels or [folder / name for name in names]:
-        for text, rating, play in data.read_labels(path, corpus):
-            key = text if play in (None, own) else play
-            passages.append((text, rating, data.fold(key, 10), play is None))
+        for text, rating, play in data.read_labels(path):
+            passages.append((text, rating, data.fold(play or text, 10), play is None))
     sizes = collections.Counter(PARTS[fold] for _, _, fold, _ in passages)
     if min(sizes[part] for part in PARTS) < 3:
         raise data.UserError("the labels have too few passages to train and to measure on. "

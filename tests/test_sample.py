@@ -120,14 +120,14 @@ def test_where_nothing_was_made_the_command_that_makes_it_is_told(tmp_path, comm
     for script, name, *options in ((sample, "pretrain"), (sample, "rho", "--report", "out"),
                                    (reward, "reward", "--score", "x")):
         explains(command(script, *options),
-                 f"there is no checkpoint out/{name}.pt. Make one: python train.py --out out")
+                 f"checkpoint out/{name}.pt: No such file or directory. Make one: python train.py --out")
 
 
 def test_a_policy_without_its_study_beside_it_is_explained(study, tmp_path, command):
     """rho is needed, to say how far off it is; a reward model if there is one, of this study."""
     shutil.copy(study / "ppo_beta2.pt", tmp_path)
     draw = [sample, "--checkpoint", tmp_path / "ppo_beta2.pt", "--num", 1]
-    explains(command(*draw), "pretrain.pt. Make one")
+    explains(command(*draw), "pretrain.pt: No such file or directory. Make one")
     shutil.copy(study / "pretrain.pt", tmp_path)
     assert "Positive Prob: unknown   log pi - log rho: " in command(*draw)[1]
     for name in ("reward", "pretrain"):
@@ -259,10 +259,10 @@ def test_passages_of_the_plays_are_rated_as_labels(monkeypatch, tmp_path, comman
 
 @pytest.mark.parametrize("content, says", [
     ("play,first_line\n", ": the columns must be text, rating, sense, drawn_from. Correct it or"),
-    ("To be, or not to be\n", "line 1: the columns must be"), ("a\0b", "is not UTF-8 text"),
+    ("To be, or not to be\n", "line 1: the columns must be"), ("a\0b", "line 1: the col"),
     (HEADER + "a,1,1,x\nb,1\n", "line 3: the columns"), (HEADER + "a,1,1,x,y\n", "line 2: the col"),
-    (HEADER + "a,3,1,x\n", "line 2: rating 3 is"), (HEADER + "a,1,0,x\n", "line 2: rating 0 is"),
-    (HEADER + "a,good,1,x\n", "line 2: 'good' is not a number from -2 to 2"),
+    (HEADER + "a,3,1,x\n", "line 2: 3 is not from -2 to"), (HEADER + "a,1,0,x\n", "line 2: 0 is not from 1 to"),
+    (HEADER + "a,good,1,x\n", "line 2: could not convert string to float: 'good'"),
     (HEADER + "a" * 200_000 + ",1,1,x\n", "field larger than"),
 ], ids=range(9))
 def test_a_bad_file_of_ratings_is_explained_and_left_alone(study, tmp_path, command, content, says):
