@@ -160,7 +160,9 @@ def load_checkpoint(path, *kinds):
 def read_jsonl(path):
     """The objects {"text": ...} of a JSON-lines file, a list."""
     rows = []
-    for n, line in enumerate(read_text(path, "texts").rstrip().split("\n"), 1):
+    for n, line in enumerate(read_text(path, "texts").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             row["text"].encode()            # fails unless it is text, of whole characters

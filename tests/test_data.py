@@ -73,7 +73,7 @@ def test_newlines_and_byte_order_marks_of_any_system_are_read_alike(tmp_path):
     for newline, mark in (("\n", ""), ("\r\n", ""), ("\n", "\ufeff")):
         (tmp_path / "text").write_bytes((mark + text.replace("\n", newline)).encode())
         assert data.read_text(tmp_path / "text", "text") == text, f"{newline!r}, {mark!r}"
-    (tmp_path / "jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a", "id": [7]}\r\n{"text": ""}\n\n')
+    (tmp_path / "jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a", "id": [7]}\r\n\r\n{"text": ""}\n')
     assert data.read_jsonl(tmp_path / "jsonl") == [{"text": "a", "id": [7]}, {"text": ""}]
 
 
@@ -290,7 +290,7 @@ BAD = [     # reader, content (None: no file, a number: a folder), a part of wha
     ("labels", b"text,rating\n" + b"a" * 200_000 + b",1\n", "line 2: field larger than"),
     ("corpus", b"", "too few to learn from"), ("corpus", TEXT.encode(), "too few to learn from"),
     *[("corpus", content, "is not UTF-8 text") for content in (LATIN_1, UTF_16)],
-    ("jsonl", b'{"text": "fine"}\n{"text": "cu', OBJECT.replace("1", "2")),
+    ("jsonl", b'{"text": "fine"}\n\n{"text": "cu', OBJECT.replace("1", "3")),
     *[("jsonl", line + b"\n", OBJECT) for line in (
         b'{"text": "a"} {"text": "b"}', b'["text"]', b"null", b'{"txt": "a"}', b'{"text": null}',
         b'{"text": "\\ud800"}', b'{"text": "a", "x": ' + b"1" * 5000 + b"}",
