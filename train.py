@@ -237,6 +237,7 @@ def run(args, name, function, *inputs, **outside):
     inputs: the states of earlier stages, which have keys, and files of the user's, by content.
     """
     for x in inputs:
+        # A key stands for all that an earlier stage read, so keys chain.
         if "key" in x:
             outside[x["kind"]] = x["key"]
         else:
