@@ -751,7 +751,7 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
         for mark in KL_MARKS:
             if farthest < mark <= metrics["ref_kl"]:
                 loop.keep(f"kl{mark:g}", **about, model=before)
-        loop.log(pause=0, shown=shown, **metrics)
+        loop.log(shown=shown, **metrics)
         if (i + 1) % 5 == 0:
             for row, score in zip(tokens[:2], run.batch["scores"]):
                 text = data.decode(pretrained["vocabulary"], row)

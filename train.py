@@ -1,9 +1,9 @@
 """The whole study: pretrain a GPT, train a reward model, tune the GPT by PPO, report.
 
-Read study() first, then OPTIONS, which has every option on one screen. Between them is the loop
-that remembers: each stage writes a checkpoint into --out and is repeated only if something it
-depends on has changed. A stage interrupted by Ctrl-C, a kill or a crash resumes from its last
-partial checkpoint; on a CPU, with as many threads and processes, the result has the same bits.
+Read main() first, then OPTIONS, which has every knob on one screen. What lies between is the loop
+that remembers: each stage writes a checkpoint into --out, and is done again only if something it
+depends on has changed. A stage that was cut off, by Ctrl-C or a kill or a crash, resumes from its
+last partial checkpoint, on a CPU (with as many threads and processes) to the same bits.
 
     python train.py                             everything at beta 0.2 (README: how long)
     python train.py --beta 0.02 0.1 0.2 0.4     the sweep; stages already done are reused
@@ -75,56 +75,43 @@ OPTIONS = list(map(Option._make, [
 CHOICES = {"reward_model": ["head", "bag"], "feedback": ["ratings", "comparisons"],
            "task": ["speeches", "continue"], "toward": ["positive", "negative"],
            "algorithm": ["simple", "rloo", "grpo", "ppo"]}
-# The scripts that a stage's result depends on.
-FILES = {"data": ["data"], "pretrain": ["data", "gpt"], "reward": ["data", "gpt", "reward"],
-         "judge": ["data", "gpt", "reward"], "rho": ["data", "gpt", "reward", "ppo"],
-         "ppo": ["data", "gpt", "reward", "ppo"]}
+CHECKPOINT_EVERY = 30.0     # seconds of work that a crash or Ctrl-C may cost
+# The scripts whose source a stage's result depends on.
+FILES = {"data": "data", "pretrain": "data gpt", "reward": "data gpt reward",
+         "judge": "data gpt reward", "rho": "data gpt reward ppo", "ppo": "data gpt reward ppo"}
 
 
 # ---- options ------------------------------------------------------------------------------
 
-def make_parser():
-    """The parser of the study's options: those below and one for each row of OPTIONS."""
-    parser = data.Parser(description=__doc__.split("\n")[0])
+def parse(argv=None):
+    """The options below and those of OPTIONS, filled in by --size, checked against each other."""
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    parser = data.Parser(description="The whole study, from text to plots.")
     add = parser.add_argument
-    add("--size", choices=SIZES, help="set of defaults (default: base on CUDA, small on a CPU)")
+    add("--size", choices=SIZES, help="model and budget (default: base on CUDA, small on a CPU)")
     add("--beta", type=number(float, 1e-3, 10), nargs="+", default=[0.2],
-        help="KL coefficients: a smaller one lets the policy drift farther (default 0.2)")
+        help="KL coefficients: smaller lets the policy drift farther for reward (default 0.2)")
     add("--out", default="out", type=Path,
         help="folder of checkpoints, figures and report (default out)")
     add("--until", choices=["pretrain", "reward", "ppo"],
-        help="stop after this stage (default: run all, write the report)")
+        help="stop after this stage (default: all, and the report)")
     add("--seed", type=number(int, 0, 2**31), default=0,
-        help="other seeds show how much results vary by chance (default 0)")
-    add("--device", choices=["cpu", "cuda"], help="where to compute (default: cuda if available)")
-    add("--fp32", action="store_true", help="compute in float32 even where bfloat16 is faster")
+        help="another seed shows how far results are chance (default 0)")
+    add("--device", choices=devices, default=devices[0], help="default: cuda where there is one")
+    add("--fp32", action="store_true", help="compute in float32 where bfloat16 would be faster")
     add("--keep", action="store_true",
-        help="reuse finished stages even if the source code has changed")
-    add("--checkpoint-every", type=number(float, 0), default=30.0,
-        help="seconds between partial checkpoints: what a crash may cost (default 30)")
-    add("--corpus", metavar="FILE.txt", help="your own text instead of the plays")
-    add("--labels", metavar="FILE.csv", nargs="+", help="your own ratings instead of labels/; "
-        "columns: play, first_line, last_line, rating; or text, rating")
+        help="reuse finished stages although source code has changed since")
+    add("--corpus", metavar="FILE.txt", help="a text of your own, not the plays")
+    add("--labels", metavar="FILE.csv", nargs="+", help="your own ratings, not those of labels/: "
+        "text, rating; or play, first_line, last_line, rating")
     for option in OPTIONS:
         kind = type(option.small)
         if kind is not str:
             kind = number(kind, 1 if kind is int else 0)
-        values = f"{option.tiny}, {option.small}, {option.base}"
-        if option.tiny == option.small == option.base:
-            values = option.small
         add("--" + option.name.replace("_", "-"), type=kind, choices=CHOICES.get(option.name),
-            help=f"{option.why} ({values})")
-    return parser
-
-
-def parse(argv=None):
-    """Parse the options, fill in the defaults of --size, check them against each other."""
-    parser = make_parser()
+            help=f"{option.why} ({option.tiny}, {option.small}, {option.base})")
     args = parser.parse_args(argv)
-    has_cuda = torch.cuda.is_available()
-    if args.device == "cuda" and not has_cuda:
-        parser.error("--device cuda: torch sees no CUDA device here; leave the option out")
-    args.device = torch.device(args.device or ("cuda" if has_cuda else "cpu"))
+    args.device = torch.device(args.device)
     args.size = args.size or ("base" if args.device.type == "cuda" else "small")
     for option in OPTIONS:
         if getattr(args, option.name) is None:
@@ -134,8 +121,6 @@ def parse(argv=None):
         parser.error(f"--length must be {reward.SHORTEST} to {longest}, not {args.length}")
     if args.n_embd % (2 * args.n_head):
         parser.error(f"--n-embd {args.n_embd} must be an even multiple of --n-head {args.n_head}")
-    if args.lam > 1:
-        parser.error(f"--lam must be 0 to 1, not {args.lam:g}")
     if args.group < 2 or args.batch % args.group:
         parser.error(f"--batch {args.batch} must be a multiple of --group, 2 or more")
     args.dtype = torch.float32 if args.fp32 else gpt.compute_dtype(args.device)
@@ -164,161 +149,130 @@ def source(file):
 
 
 class Stage:
-    """A stage's checkpoint, and the loop that remembers.
+    """A stage's checkpoint --out/name.pt, and the loop that remembers.
 
-    inputs holds all that the result depends on: the stage's options, the source of its FILES, the
-    keys of earlier stages, and outside (corpus, labels, beta). A stage receives no other options.
-    key is the fingerprint of inputs, so that any change also changes the keys of later stages.
-    state is the checkpoint --out/name.pt if it has the same inputs, else None.
+    inputs holds all that the result depends on: keys of earlier stages and fingerprints of what is
+    read from elsewhere (given), the stage's options (it receives no others), and without --keep the
+    source of its FILES. The key is their fingerprint, so any change also changes all later keys.
     """
 
-    def __init__(self, args, name, earlier, outside):
+    def __init__(self, args, name, inputs):
         kind = name.split("_")[0]
+        own = {x.name: getattr(args, x.name) for x in OPTIONS if kind in x.stages.split()}
         self.path = args.out / f"{name}.pt"
         self.partial_path = self.path.with_suffix(".partial.pt")
-        self.log_path = self.path.with_suffix(".metrics.jsonl")
-        self.keep_source, self.checkpoint_every = args.keep, args.checkpoint_every
-        self.inputs = {"seed": args.seed, "device": args.device.type, "dtype": str(args.dtype)}
-        for option in OPTIONS:
-            if kind in option.stages.split():
-                self.inputs[option.name] = getattr(args, option.name)
-        self.inputs |= outside
-        # Every stage, beta and --seed has its own random numbers.
-        self.options = SimpleNamespace(**self.inputs)
-        self.options.seed = data.fold(f"{args.seed} {name}", 2**31)
-        self.options.device, self.options.dtype = args.device, args.dtype
-        for file in FILES[kind]:
-            self.inputs[f"{file}.py"] = source(file)
-        for state in earlier:
-            self.inputs[state["kind"]] = state["key"]
-        self.key = data.digest(json.dumps(self.inputs))
-        self.about = {"kind": kind, "key": self.key, "inputs": self.inputs, "size": args.size}
-        self.history, self.start = [], 0
-        self.began = self.printed = time.monotonic()
-        self.state = self.reuse(self.path)
+        # Its own stream of random numbers for every stage, beta and --seed.
+        seed = data.fold(f"{args.seed} {name}", 2**31)
+        self.options = SimpleNamespace(seed=seed, device=args.device, dtype=args.dtype, **own,
+                                       **inputs)
+        self.inputs = {**vars(self.options), "seed": args.seed, "device": args.device.type,
+                       "dtype": str(args.dtype)}
+        if not args.keep:
+            for file in FILES[kind].split():
+                self.inputs[f"{file}.py"] = source(file)
+        key = data.digest(json.dumps(self.inputs))
+        self.about = {"kind": kind, "key": key, "inputs": self.inputs, "size": args.size}
+        self.history, self.began = [], time.monotonic()
+
+    def save(self, path, **state):
+        """Write a checkpoint of these inputs, with the history so far: a dict, returned."""
+        state = {**self.about, "history": self.history,
+                 "seconds": time.monotonic() - self.began, **state}
+        data.save_checkpoint(path, state)
+        return state
 
     def reuse(self, path):
-        """The checkpoint at path if it has the same inputs, else None; prints what has changed.
-
-        With --keep, changes of source code are ignored.
-        """
+        """The checkpoint at path if its inputs are these, else None, saying what has changed."""
         if not path.exists():
             return None
         state = data.load_checkpoint(path)
-        changed = []
-        for name in state["inputs"] | self.inputs:
-            same = state["inputs"].get(name) == self.inputs.get(name)
-            if not same and not (self.keep_source and name.endswith(".py")):
-                changed.append(name)
+        changed = [name for name, x in self.inputs.items() if state["inputs"].get(name) != x]
         if not changed:
             return state
         print(f"{path.name}: {', '.join(changed)} changed, so this stage is done again")
-        return None
 
     def steps(self, n, **parts):
-        """Yield the step numbers up to n - 1, from the last partial checkpoint if there is one.
+        """Yield the numbers of the steps of n that are still to do.
 
         parts: all that the loop changes, each with state_dict() and load_state_dict().
         """
-        self.n = n
+        self.n, start = n, 0
         partial = self.reuse(self.partial_path)
         if partial:
             for name, part in parts.items():
                 part.load_state_dict(partial["parts"][name])
-            # The global random state; a loop's own generators are among its parts.
+            # The global stream; each loop's own generators are among its parts.
             torch.set_rng_state(partial["rng"])
-            self.start, self.history = partial["step"], partial["history"]
+            start, self.history = partial["step"], partial["history"]
             self.began -= partial["seconds"]
-            print(f"{self.path.name}: resuming after step {self.start} of {n}")
-        else:
+            print(f"{self.path.name}: resuming after step {start} of {n}")
+        elif data.is_first_process():
             for old in self.path.parent.glob(f"{self.path.stem}_kl*.pt"):
-                old.unlink(missing_ok=True)     # kept by a run that this one replaces
+                old.unlink()            # kept by a run that this one replaces
         saved = time.monotonic()
-        for self.step in range(self.start, n):
-            # When the generator resumes, the loop has finished this step.
+        for self.step in range(start, n):
+            # The loop has done all of step i when it asks for the next one.
             yield self.step
-            if time.monotonic() - saved > self.checkpoint_every and self.step + 1 < n:
-                self.save_partial(parts)
+            if time.monotonic() - saved > CHECKPOINT_EVERY and self.step + 1 < n:
+                states = {name: part.state_dict() for name, part in parts.items()}
+                self.save(self.partial_path, kind="partial", step=self.step + 1, parts=states,
+                          rng=torch.get_rng_state())
                 saved = time.monotonic()
 
-    def save_partial(self, parts):
-        """Write all that is needed to resume after this step."""
-        states = {name: part.state_dict() for name, part in parts.items()}
-        data.save_checkpoint(self.partial_path, {
-            **self.about, "kind": "partial", "step": self.step + 1, "history": self.history,
-            "seconds": time.monotonic() - self.began, "parts": states,
-            "rng": torch.get_rng_state()})
-
-    def log(self, pause=5.0, shown=None, **metrics):
-        """Save a step's metrics; every pause seconds print those in shown (or all), time left."""
-        metrics = {"step": self.step + 1, **metrics}
-        self.history.append(metrics)
-        # Rewrite the whole file, so that no step is in it twice after a kill.
+    def log(self, shown=None, **metrics):
+        """Keep a step's metrics; print those shown (all), with the time left."""
+        done = self.step + 1
+        self.history.append({"step": done, **metrics})
+        # The whole file each time: so no step stands in it twice after a kill.
         lines = [json.dumps(row) + "\n" for row in self.history]
-        data.write_file(self.log_path, "".join(lines))
-        now, done = time.monotonic(), self.step + 1
-        if now - self.printed >= pause or done == self.n:
-            self.printed = now
-            left = (now - self.began) / done * (self.n - done)
-            values = [f"{key} {metrics[key]:.3g}" for key in shown or metrics if key in metrics]
-            print(f"{self.path.stem} {done}/{self.n}  {'  '.join(values)}  "
-                  f"{left // 60:.0f}:{left % 60:02.0f} left")
+        data.write_file(self.path.with_suffix(".metrics.jsonl"), "".join(lines))
+        left = (time.monotonic() - self.began) / done * (self.n - done)
+        values = [f"{key} {metrics[key]:.3g}" for key in shown or metrics if key in metrics]
+        print(f"{self.path.stem} {done}/{self.n}  {'  '.join(values)}  {left:.0f} s left")
 
     def show(self, title, text):
-        """Print a text under a title, indented."""
-        print(f"--- {title}\n    " + text.strip().replace("\n", "\n    "))
+        """Print a text under a title."""
+        print(f"--- {title}\n{text.strip()}")
 
     def keep(self, name, **state):
-        """Save an intermediate policy beside the stage's checkpoint, for sample.py --checkpoint."""
-        data.save_checkpoint(self.path.with_name(f"{self.path.stem}_{name}.pt"),
-                             {**self.about, **state})
-
-    def finish(self, results):
-        """Write the checkpoint of the finished stage, with its inputs and history."""
-        self.state = {**self.about, "history": self.history,
-                      "seconds": time.monotonic() - self.began, **results}
-        data.save_checkpoint(self.path, self.state)
-        if data.is_first_process():     # other processes may arrive before it has written
-            self.partial_path.unlink(missing_ok=True)
+        """Write a checkpoint of the way beside the stage's own, for sample.py --checkpoint."""
+        self.save(self.path.with_name(f"{self.path.stem}_{name}.pt"), **state)
 
 
 def run(args, name, function, *inputs, **outside):
-    """The state of a stage: its checkpoint if still valid, else the results of function, saved.
+    """The state of a stage: its checkpoint if it still holds, else the results of function, saved.
 
-    inputs: states of earlier stages, which have keys, and data from outside (corpus, labels), which
-    enter the stage's key by content.
+    inputs: the states of earlier stages, which have keys, and files of the user's, by content.
     """
-    earlier = []
     for x in inputs:
+        # A key stands for all that an earlier stage read, so keys chain.
         if "key" in x:
-            earlier.append(x)
+            outside[x["kind"]] = x["key"]
         else:
-            name_of = "labels" if isinstance(x, dict) else "corpus"
-            outside[name_of] = data.digest(json.dumps(x))
-    stage = Stage(args, name, earlier, outside)
-    if stage.state:
-        stage.partial_path.unlink(missing_ok=True)      # left by a kill within finish()
-    else:
-        torch.manual_seed(stage.options.seed)           # for the stage's initial weights
-        stage.finish(function(stage.options, *inputs, stage))
-    return stage.state
+            outside["files"] = data.digest(json.dumps(x))
+    stage = Stage(args, name, outside)
+    state = stage.reuse(stage.path)
+    if not state:
+        torch.manual_seed(stage.options.seed)           # of the weights that the stage will make
+        state = stage.save(stage.path, **function(stage.options, *inputs, stage))
+    if data.is_first_process():     # the others may be here before it has written
+        stage.partial_path.unlink(missing_ok=True)
+    return state
 
 
 # ---- the study ----------------------------------------------------------------------------
 
 def study(args):
-    """Run every stage in turn, up to --until."""
-    if not data.is_first_process():
-        gpt.barrier(args.device)        # wait for the first process to write corpus and tokenizer
+    """Every stage in turn, as far as --until."""
+    if data.is_first_process():
+        data.load_corpus(args.corpus)   # fetches the plays, once for all processes
+    gpt.barrier(args.device)
     corpus = data.load_corpus(args.corpus)
     rated = reward.read_ratings(args.labels)
     texts = run(args, "data", data.prepare, corpus)
     data.save_tokenizer(args.out / "tokenizer.tiktoken", texts["vocabulary"])
-    if data.is_first_process():
-        gpt.barrier(args.device)        # release the others, which wait above
     pretrained = run(args, "pretrain", gpt.pretrain, texts)
-    print(f"pretrain: {pretrained['parameters']:,} parameters, "
-          f"{pretrained['val_bits_per_byte']:.3f} bits per byte on held-out text")
+    print(f"pretrain: {pretrained['val_bits_per_byte']:.3f} bits per byte on held-out text")
     if args.until == "pretrain":
         return
     rewarded = run(args, "reward", reward.fit_reward, pretrained, rated)
@@ -326,7 +280,7 @@ def study(args):
     if args.until == "reward":
         return
     rho = run(args, "rho", ppo.sample_reference, texts, pretrained, rewarded, judged)
-    for beta in sorted(set(args.beta)):
+    for beta in args.beta:
         twin = "" if args.toward == "positive" else f"{args.toward}_"
         run(args, f"ppo_{twin}beta{beta:g}", ppo.tune, pretrained, rewarded, judged, rho, beta=beta)
     if args.until != "ppo" and data.is_first_process():
@@ -335,13 +289,10 @@ def study(args):
 
 def main():
     args = parse()
-    for file in FILES["ppo"]:
-        source(file)                    # cached before anyone can edit it
+    for file in FILES["ppo"].split():
+        source(file)                    # as they are now
     args.device = gpt.join_processes(args.device)
     began = time.monotonic()
-    args.out.mkdir(parents=True, exist_ok=True)
-    for old in args.out.glob(f".*{data.HALF_WRITTEN}"):     # of a killed write
-        old.unlink(missing_ok=True)
     study(args)
     print(f"{(time.monotonic() - began) / 60:.1f} minutes")
 

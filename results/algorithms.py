@@ -35,7 +35,7 @@ from tables import table  # noqa: E402
 
 COLUMNS = ["algorithm", "lr", "seed", "study", "score", "ref_kl", "J", "J_se", "fraction",
            "kl_to_optimum", "seconds", "code"]
-CODE = data.digest(" ".join(map(train.source, [*train.FILES["ppo"], "results/dpo"])))
+CODE = data.digest(" ".join(map(train.source, [*train.FILES["ppo"].split(), "results/dpo"])))
 CENTRES = {"simple": 1.2e-3, "rloo": 1.2e-3, "grpo": 1.2e-3, "ppo": 1.2e-3, "dpo": dpo.LR}
 
 

@@ -108,7 +108,7 @@ def texts(tmp_path_factory):
         rows = csv.writer(file)
         rows.writerow(["text", "rating"])
         for first in range(0, 1500, 6):
-            text = " ".join(lines[first:first + 6])
+            text = "\n".join(lines[first:first + 6]).strip()
             words = text.lower()
             rating = sum(word in words for word in KIND) - sum(word in words for word in SAD)
             rows.writerow([text, max(-2, min(2, rating))])
@@ -118,7 +118,7 @@ def texts(tmp_path_factory):
 def argv(texts, out, *more):
     """The command line of the toy study."""
     files = ["--out", out, "--corpus", texts / "play.txt", "--labels", texts / "labels.csv"]
-    return [str(x) for x in ("--size", "tiny", "--device", "cpu", *files, "--beta", 2, 0.5, *more)]
+    return [str(x) for x in ("--size", "tiny", "--device", "cpu", *files, "--beta", 0.5, 2, *more)]
 
 
 def toy_options():
@@ -133,6 +133,7 @@ def run_script(script, *arguments):
     import train
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "OPTIONS", toy_options())
+        patch.setattr(train, "CHECKPOINT_EVERY", 0.0)
         patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
         try:
             data.run(script.main)

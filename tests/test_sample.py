@@ -122,7 +122,7 @@ def test_where_nothing_was_made_the_command_that_makes_it_is_told(tmp_path, comm
     for script, name, *options in ((sample, "pretrain"), (sample, "rho", "--report", "out"),
                                    (reward, "reward", "--score", "x")):
         explains(command(script, *options),
-                 f"there is no checkpoint out/{name}.pt. Make one: python train.py --out out, or")
+                 f"checkpoint out/{name}.pt: No such file or directory. Make one: python train.py --out")
 
 
 def test_a_policy_without_its_study_beside_it_is_explained(study, tmp_path, command):
@@ -130,7 +130,7 @@ def test_a_policy_without_its_study_beside_it_is_explained(study, tmp_path, comm
     shutil.copy(study / "ppo_beta2.pt", tmp_path)
     draw = [sample, "--checkpoint", tmp_path / "ppo_beta2.pt", "--num", 1]
     for name in ("pretrain", "reward"):
-        explains(command(*draw), f"{name}.pt. Make one")
+        explains(command(*draw), f"{name}.pt: No such file or directory. Make one")
         data.save_checkpoint(tmp_path / f"{name}.pt", {**load(study, name), "key": "another"})
         explains(command(*draw), f"{name}.pt beside {draw[2]} is of another study")
         shutil.copy(study / f"{name}.pt", tmp_path)
@@ -255,7 +255,7 @@ def test_passages_of_the_plays_are_rated_as_labels(monkeypatch, tmp_path, comman
 @pytest.mark.parametrize("content, says", [
     ("play,first_line\n", "does not begin with text,rating,sense,drawn_from. Give another"),
     ("To be, or not to be\n", "does not begin with"), ("", "does not begin with"),
-    ("a\0b", "is not UTF-8 text"), (HEADER + "a,1,1\n", "was begun with other --rate"),
+    ("a\0b", "does not begin with"), (HEADER + "a,1,1\n", "was begun with other --rate"),
 ])
 def test_a_bad_file_of_ratings_is_explained_and_left_alone(study, tmp_path, command, content, says):
     """One line, and no byte of somebody's file is changed."""
