@@ -536,7 +536,8 @@ class PPO:
             loss, info = policy_loss(logprobs, batch["logprobs"][rows], advantages[rows],
                                      config.clip, mask)
             if kl_in_loss:
-                _, _, k3 = kl_estimates(logprobs, batch["ref_logprobs"][rows])
+                k1, _ = _masked(logprobs - batch["ref_logprobs"][rows], mask)
+                _, _, k3 = kl_estimates(k1, torch.zeros_like(k1))
                 loss = loss + kl_in_loss * masked_mean(k3, mask)
             info["policy_loss"] = loss.detach().clone()
             average(info.values(), weight)

@@ -88,7 +88,7 @@ class PrefixClassifier(nn.Module):
         for ids in tokens.tolist():
             words = self.find_words(ids)
             rows.append([numbers.get(word, 0) for word in words])
-        return torch.tensor(rows, device=tokens.device)
+        return torch.tensor(rows, device=tokens.device).view(tokens.shape)
 
 
 class RewardModel(PrefixClassifier):

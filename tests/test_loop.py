@@ -410,6 +410,18 @@ def test_going_on_from_a_checkpoint_gives_the_same_bits():
         assert not torch.equal(drawn[0][name], drawn[1][name]), f"another seed, the same {name}"
 
 
+def test_clip_and_unfrozen_are_those_of_the_settings(trained, spy_on):
+    """The clip range reaches the loss; the last blocks and the output layer alone are trained."""
+    seen = spy_on(ppo, "policy_loss")
+    new_run(clip=0.35).step(0)
+    assert {inputs[3] for inputs, _, _ in seen} == {0.35}
+    policy = PPO(trained, score_fn, PROMPT, PPOConfig(unfrozen=2, batch=8)).policy
+    names = {name for name, x in policy.named_parameters() if x.requires_grad}
+    wanted = [name for name, _ in policy.named_parameters()
+              if name.startswith(("blocks.1", "blocks.2", "lm_head"))]
+    assert names == set(wanted) and len(wanted) == 9
+
+
 # ---- where the loop ends ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("algorithm, beta, limit", [("simple", 1.0, 0.04), ("rloo", 2.5, 0.015),

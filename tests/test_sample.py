@@ -358,6 +358,8 @@ def test_the_figures_draw_the_runs_and_samples_are_kept(reported, study):
         assert [[x["ref_kl"], x["score"]]] in drawn["frontier"]
         assert [[row["ref_kl"], row["judge"]] for row in history] in drawn["judge"]
         assert [[row["step"], row["objective"]] for row in history] in drawn["ppo"]
+        selected = [[0, 0], *([kl, judge] for kl, _, judge in x["frontier"])]
+        assert selected in drawn["judge"], "the dotted line is not the judge's"
         star = [[x["optimum"]["ref_kl"], x["optimum"]["score"]]]
         assert (star in drawn["frontier"]) == (key != "negative_0.02")
         for name, texts in seen.items():

@@ -210,17 +210,40 @@ def test_what_a_run_reached_is_what_its_checkpoint_does(continued, study, name):
 
 def test_the_reward_model_is_the_kind_asked_for_and_learns_from_the_feedback(texts, again,
                                                                              monkeypatch):
-    """The judge stays a bag that learns from ratings."""
-    seen = []
+    """The judge stays a bag that learns from ratings. A passage cut short counts less."""
+    seen, weights = [], []
     for kind in (reward.RewardModel, reward.Bag):
         monkeypatch.setattr(kind, "fit", lambda self, *inputs, fit=kind.fit:
-                            seen.append((type(self), inputs[-1])) or fit(self, *inputs))
+                            seen.append((type(self), inputs[-1])) or weights.append(inputs[2])
+                            or fit(self, *inputs))
     more = ["--until", "reward", "--length", 12]
     for options in ([], ["--reward-model", "bag", "--feedback", "comparisons"]):
         assert run_script(train, *argv(texts, again, *more, *options)) == 0
     assert seen == [(reward.RewardModel, reward.soft_loss), (reward.Bag, reward.soft_loss),
                     (reward.Bag, reward.comparison_loss)]
     assert isinstance(reward.load_reward(load(again, "reward")), reward.Bag)
+    assert all(len(x.unique()) > 1 for x in weights), "all passages count alike"
+
+
+def test_an_adaptive_beta_is_the_one_that_the_run_is_measured_at(texts, again):
+    """beta after the last update, by its target and horizon in completions (32 an iteration)."""
+    assert run_script(train, *argv(texts, again, "--until", "ppo", "--adaptive-kl-target", 0.01,
+                                   "--adaptive-kl-horizon", 100, "--lr", 0.01)) == 0
+    state, controller = load(again, "ppo_beta0.5"), ppo.AdaptiveKL(0.5, 0.01, 100)
+    for row in state["history"]:
+        assert row["beta"] == controller.beta
+        controller.update(row["ref_kl"], 32)
+    assert state["result"]["beta"] == controller.beta != state["history"][-1]["beta"]
+
+
+def test_a_mark_keeps_the_first_policy_past_it_though_the_drift_goes_back(texts, again, monkeypatch):
+    """At drifts of 0.2, 1.2, 0.3 and 1.3 nats: those of the second iteration, once."""
+    step, keep, drifts, kept = ppo.PPO.step, train.Stage.keep, [0.2, 1.2, 0.3, 1.3], []
+    monkeypatch.setattr(ppo.PPO, "step", lambda self, i: {**step(self, i), "ref_kl": drifts[i]})
+    monkeypatch.setattr(train.Stage, "keep", lambda self, name, **state:
+                        kept.append((name, self.step)) or keep(self, name, **state))
+    assert run_script(train, *argv(texts, again, "--until", "ppo", "--iterations", 4)) == 0
+    assert kept == 2 * [("kl0.5", 1), ("kl1", 1)]
 
 
 def test_too_few_speeches_are_explained(tmp_path, command):

@@ -225,6 +225,14 @@ def other_value(option):
     return option.tiny * (2 if isinstance(option.tiny, int) else 0.5) or 1
 
 
+def test_another_precision_does_all_again(redone, monkeypatch):
+    """As --fp32 does where bfloat16 is fast."""
+    usual = gpt.compute_dtype(torch.device("cpu"))
+    other = torch.float32 if usual == torch.bfloat16 else torch.bfloat16
+    monkeypatch.setattr(gpt, "compute_dtype", lambda device: other)
+    assert set(redone()[0]) == ALL
+
+
 @pytest.mark.parametrize("option", toy_options(), ids=lambda option: option.name)
 def test_another_option_repeats_its_stages_and_all_that_is_built_on_them(redone, option):
     """And no other; what it says names the option."""
