@@ -5,16 +5,14 @@
     python tests/bug_hunt.py --only 5      one bug
     python tests/bug_hunt.py --check       only that every edit still fits the source; runs no test
 
-None of these bugs crashes. The loss goes down, samples change, plots look like plots; most were
-found in repositories that people had trained with and learnt from. Each is told in one
-sentence and is an edit of a few words, applied to a temporary copy of the project. The fast
-tests run there, those of the files most likely to fail first, and the first that fails is
-the answer, unless it fails without the bug too. The exit code is 0 only if every bug was caught.
+None of these bugs crashes: the loss goes down and plots look like plots. Most were found in
+repositories that people had learnt from. Each is an edit of a few words, applied to a temporary
+copy of the project, where the tests run that are most likely to fail; the first that fails, and
+passes without the bug, is the answer. The exit code is 0 only if every bug was caught.
 
-The exercise: take a bug of --list. Say what would be seen in the plots (often: nothing), which
-equation no longer holds, and which test you would write; then look who caught it. Harder:
-edit the source yourself so that the mathematics is wrong and every test still passes, then
-write the test that was missing.
+The exercise: take a bug of --list, say which equation no longer holds and which test you would
+write, then look who caught it. Harder: make the mathematics wrong while every test still passes,
+then write the test that was missing.
 """
 
 import argparse

@@ -287,11 +287,9 @@ def test_values_are_fitted_to_what_did_come(spy_on):
     assert torch.equal(mask, run.batch["mask"]) and not mask.all(), "other tokens"
 
 
-def test_adam_has_a_large_epsilon_and_the_rate_falls_to_0():
-    """As its comment says why; the first iteration has the whole rate."""
+def test_the_learning_rate_falls_to_0():
+    """The first iteration has the whole rate."""
     run = new_run(iterations=4, lr=1e-3, batch=8)
-    settings = [run.optimizer.defaults[name] for name in ("betas", "eps", "weight_decay")]
-    assert settings == [(0.9, 0.95), 1e-3, 0], "Adam's averages, epsilon and weight decay"
     rates = [(run.step(i), run.optimizer.param_groups[0]["lr"])[1] for i in range(4)]
     assert rates[0] == 1e-3 and rates == sorted(rates, reverse=True), "the rate should fall"
     assert 0 < rates[3] < 3e-4, "the rate should fall to 0"
@@ -487,13 +485,6 @@ def test_grpo_reaches_a_fixed_point_of_its_own_which_is_not_the_optimum():
     assert_close(kl(fixed, target), 0.12, "the docstring is out of date", atol=0.005, rtol=0)
     assert kl(p, fixed) < 0.03, f"{kl(p, fixed):.4f} nats from its own fixed point"
     assert kl(p, target) > 0.08, f"only {kl(p, target):.4f} nats from pi*"
-
-
-def test_beta_0_goes_greedy():
-    """Nothing holds the policy back: its mass goes to the completion that scores best, 2 2 2 2."""
-    options = {**RLOO, "iterations": 12, "lr": 4e-3, "beta": 0.0}
-    run, _ = train(score=lambda tokens: (tokens == 2).sum(1).float(), **options)
-    assert logprobs(run.policy)[-1].exp() > 0.9, "another completion than the best is likely"
 
 
 # ---- what it says of itself ---------------------------------------------------------------------
