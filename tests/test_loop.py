@@ -113,7 +113,6 @@ RLOO = {"algorithm": "rloo", "iterations": 40, "lr": 1.2e-3, "batch": 256, "epoc
 LONG = {"iterations": 60, "lr": 2e-3}
 SETTINGS = {"simple": {**RLOO, "algorithm": "simple"}, "rloo": RLOO,
             "grpo": {**RLOO, **LONG, "algorithm": "grpo"},
-            # As shipped.
             "ppo": {**RLOO, **LONG, "algorithm": "ppo", "lam": PPOConfig().lam, "minibatch": 128,
                     "max_update_kl": PPOConfig().max_update_kl}}
 
@@ -217,7 +216,6 @@ def test_the_first_step_is_the_policy_gradient_of_each_completion_by_itself(algo
         k3.append((ref - pi).exp() - 1 + pi - ref)
         paid.append(-(0.0 if algorithm == "grpo" else 0.7) * (pi - ref).detach())
         paid[-1][-1] += score
-    # Rewards-to-go, and 0 after the end.
     to_go = torch.stack([F.pad(x.flip(0).cumsum(0).flip(0), (0, 4 - len(x))) for x in paid])
     values = fit_values(run.batch["so_far"], to_go, run.batch["mask"])
     table = {"simple": to_go, "rloo": leave_one_out(to_go, 4), "grpo": whiten_groups(to_go, 4)}

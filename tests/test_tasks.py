@@ -67,7 +67,6 @@ def continued(texts, tmp_path_factory):
         seen.policies[seen.running].append(copy.deepcopy(self.policy.state_dict()))
         return real.step(self, i)
 
-    # At this rate the policy is seen to change.
     arguments = argv(texts, out, "--task", "continue", "--lr", 0.01,
                      "--max-update-kl", 1, "--fp32", "--until", "ppo")
     with pytest.MonkeyPatch.context() as patch:
