@@ -150,7 +150,9 @@ class Bag(PrefixClassifier):
 
         def sums(weight):
             added = weight + weight[0] * ratings
-            return added[rows].sum(1)
+            # gather, whose backward pass has the same bits with several threads; that of
+            # added[rows] has not.
+            return added.gather(0, rows.flatten()).view_as(rows).sum(1)
 
         weight, self.bias = regress(sums, len(names), targets, weights, 20.0, loss)
         added = weight + weight[0] * ratings
