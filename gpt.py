@@ -388,6 +388,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """Move every matrix against its orthogonalised momentum, at the group's rate."""
         for group in self.param_groups:
             by_shape = {}
             for p in group["params"]:
