@@ -20,6 +20,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def parse_rating(text, low=-2, high=2):
 def run(main):
     """Run a script's main(). An error that a user can cause ends it with one line, exit code 2."""
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}.\n"
     again, code = "Run the same command again to resume from the last checkpoint.", 2
     try:
         return main()

@@ -56,21 +56,24 @@ class Linear(nn.Linear):
 
 
 class KVCache:
-    """Keys and values of all tokens read so far, for each layer."""
+    """Keys and values of all tokens read so far, for each layer, in buffers of `size` tokens."""
 
-    def __init__(self, config):
-        self.layers = [None] * config.n_layer
+    def __init__(self, config, size):
+        self.size = size
         self.length = 0                             # tokens read so far
+        self.layers = [None] * config.n_layer
 
     def append(self, layer, k, v):
-        """Append k, v (B,H,T,head) of the new tokens; return those of all S tokens (B,H,S,head)."""
-        if self.layers[layer]:
-            # Concatenate: every matrix product would copy a slice of a preallocated buffer.
-            old_k, old_v = self.layers[layer]
-            k = torch.cat((old_k, k), dim=2)
-            v = torch.cat((old_v, v), dim=2)
-        self.layers[layer] = k, v
-        return k, v
+        """Store k, v (B,H,T,head) of new tokens; return the layer's buffers (B,H,size,head)."""
+        if self.layers[layer] is None:
+            B, H, _, head = k.shape
+            # Zeros, because attention weighs what is not yet filled by 0, and 0 * NaN is NaN.
+            self.layers[layer] = k.new_zeros(2, B, H, self.size, head)
+        buffer = self.layers[layer]
+        new = slice(self.length, self.length + k.size(2))
+        buffer[0, :, :, new] = k
+        buffer[1, :, :, new] = v
+        return buffer
 
 
 def norm(x):
@@ -92,14 +95,14 @@ def rotate(x, cos, sin):
     return torch.cat((y1, y2), dim=-1)
 
 
-def blocked_keys(queries, keys, device, pad=None):
+def blocked_keys(start, end, keys, device, pad=None):
     """The attention mask, True where query t must not see key s: (T,S), with padding (B,1,T,S).
 
-    The queries are the last T of S positions. Future keys and padding, pad (B,S), are blocked. A
-    padded query sees itself, for a softmax over nothing is NaN; its output is never used.
+    The T queries are positions start to end of S keys. Future keys and padding, pad (B,S), are
+    blocked. A padded query sees itself, as a softmax over nothing is NaN; its output is never used.
     """
     key = torch.arange(keys, device=device)
-    query = torch.arange(keys - queries, keys, device=device)[:, None]
+    query = torch.arange(start, end, device=device)[:, None]
     future = key > query
     if pad is None:
         return future
@@ -133,10 +136,10 @@ class Block(nn.Module):
         B, T, C = x.shape
         head = C // self.n_head
         qkv = self.qkv(norm(x)).view(B, T, 3, self.n_head, head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                        # each (B,H,T,head)
+        qkv = qkv.permute(2, 0, 3, 1, 4)                            # (3,B,H,T,head)
         # Normalising q and k bounds the attention scores: high learning rates stay stable.
-        q = rotate(norm(q), cos, sin)
-        k = rotate(norm(k), cos, sin)
+        q, k = rotate(norm(qkv[:2]), cos, sin)                      # each (B,H,T,head)
+        v = qkv[2]
         if cache is not None:
             k, v = cache.append(layer, k, v)                        # (B,H,S,head)
         # Attention mixes positions.
@@ -174,15 +177,16 @@ class GPT(nn.Module):
     def hidden(self, tokens, cache=None, pad=None):
         """Final hidden states (B,T,C), in the compute dtype, of tokens (B,T).
 
-        With a cache, tokens continue the text that it has read. pad (B,S) is True at padding, for
-        all S tokens read so far, these included.
+        With a cache, tokens continue the text that it has read. pad (B,S) is True at padding; S is
+        T, or the cache's size.
         """
-        T = tokens.size(1)
-        start = 0 if cache is None else cache.length
-        end = start + T
+        start, keys = 0, tokens.size(1)
+        if cache is not None:
+            start, keys = cache.length, cache.size
+        end = start + tokens.size(1)
         if end > self.config.block_size:        # cos and sin end there
             raise ValueError(f"{end} tokens do not fit the context of {self.config.block_size}")
-        blocked = blocked_keys(T, end, tokens.device, pad)
+        blocked = blocked_keys(start, end, keys, tokens.device, pad)
         cos = self.cos[start:end].to(self.dtype)
         sin = self.sin[start:end].to(self.dtype)
         # PAD has no embedding and gets that of token 0; its output is never used.
@@ -272,13 +276,12 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None,
     if uniform is None:
         uniform = draw_uniform(length, B, prompt.device, generator)
     model = cast_weights(model)
-    cache = KVCache(model.config)
-    pad = padding(prompt)
+    cache = KVCache(model.config, T0 + length)
+    pad = padding(F.pad(prompt, (0, length)))                           # (B,T0+length) or None
     # The first pass reads the prompt, each later one the token just drawn.
     new, tokens = prompt, [prompt]
     for t in range(length):
-        so_far = pad if pad is None else F.pad(pad, (0, t))             # (B,T0+t)
-        logits = model(new, cache, so_far)[:, -1]                       # (B,V)
+        logits = model(new, cache, pad)[:, -1]                          # (B,V)
         new = sample_tokens(logits, uniform[t], temperature, top_k)[:, None]
         tokens.append(new)
     return torch.cat(tokens, dim=1)

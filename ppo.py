@@ -458,12 +458,9 @@ class PPO:
         config = self.config
         P = len(self.prompts)
         # Every prompt is used once before any is used again; its completions are adjacent rows.
-        groups = config.batch // self.group
-        orders = []
-        for _ in range(math.ceil(groups / P)):
-            orders.append(torch.randperm(P, generator=self.shuffler))
-        rows = torch.cat(orders)[:groups]
-        prompts = self.prompts[rows].repeat_interleave(self.group, 0)
+        order = torch.randperm(P, generator=self.shuffler)
+        rows = order[torch.arange(config.batch) // self.group % P]
+        prompts = self.prompts[rows]
         tokens = sample_completions(self.policy, prompts, config.length, self.sampler,
                                     self.end)
         read = in_chunks(self.read, prompts, tokens, size=config.minibatch)
@@ -821,11 +818,12 @@ def evaluate(options, run, judge_fn, rho):
 def main():
     """The shortest complete example: rho, a reward, PPO, and the optimum for comparison."""
     parser = data.Parser(description="PPO toward the reward at the end of ppo.py.")
-    parser.add_argument("--out", default="out", type=Path, help="the folder of pretrain.pt")
-    parser.add_argument("--beta", default=0.5, type=data.number(float, 1e-3, 1e3),
-                        help="price of a nat of drift, in units of the reward (default 0.5)")
-    parser.add_argument("--iterations", default=20, type=data.number(int, 1),
-                        help="more come closer to the optimum (default 20)")
+    add = parser.add_argument
+    add("--out", default="out", type=Path, help="the folder of pretrain.pt")
+    add("--beta", default=0.5, type=data.number(float, 1e-3, 1e3),
+        help="price of a nat of drift, in units of the reward (default 0.5)")
+    add("--iterations", default=20, type=data.number(int, 1),
+        help="more come closer to the optimum (default 20)")
     args = parser.parse_args()
     state = data.load_checkpoint(args.out / "pretrain.pt", "pretrain")
     vocabulary = state["vocabulary"]
@@ -834,36 +832,30 @@ def main():
     config = PPOConfig(beta=args.beta, iterations=args.iterations, length=32, batch=256)
 
     def score_fn(tokens):               # (B,T) -> (B,T+1), scores of all prefixes
-        rows = []
-        for row in tokens:
-            prefixes = [row[:t] for t in range(len(row) + 1)]
-            texts = [data.decode(vocabulary, prefix) for prefix in prefixes]
-            rows.append([float(my_reward(text)) for text in texts])
-        return torch.tensor(rows)
+        scores = torch.empty(len(tokens), config.length + 1)
+        for row, row_scores in zip(tokens, scores):
+            for t in range(len(row_scores)):
+                row_scores[t] = my_reward(data.decode(vocabulary, row[:t]))
+        return scores
 
     sampler = torch.Generator().manual_seed(0)
     before = sample_completions(rho, prompt.expand(4096, 1), config.length, sampler)
     scores = score_fn(before)[:, -1]
-    with warnings.catch_warnings(action="ignore"):
-        best = optimum(scores, args.beta)
-    target = f"{best['objective']:.2f}" if best["ess"] >= MIN_ESS else "unknown"
-    print(f"rho: J {scores.mean():.2f}; the optimum: J* {target} (effective sample size "
-          f"{best['ess']:.0f} of {MIN_ESS} needed)")
+    best = optimum(scores, args.beta)
+    print("rho: J {:.2f}; the optimum: J* {objective:.2f}, score {score:.2f}, KL {ref_kl:.2f} "
+          "(effective sample size {ess:.0f})".format(scores.mean(), **best))
     run = PPO(rho, score_fn, prompt, config)
     for i in range(args.iterations):
-        x = run.step(i)
-        print(f"{i + 1}/{args.iterations}  score {x['score']:.2f}  KL {x['ref_kl']:.2f}  "
-              f"J {x['objective']:.2f} of {target}")
+        line = "{}/{}  score {score:.2f}  KL {ref_kl:.2f}  J {objective:.2f} of {:.2f}"
+        print(line.format(i + 1, args.iterations, best["objective"], **run.step(i)))
     # Samples of pi*: samples of rho, resampled with weights exp(r / beta).
     weights = (scores / args.beta).softmax(0)
-    rows = weights.multinomial(2, generator=sampler)
-    at_optimum = before[rows]
+    at_optimum = before[weights.multinomial(2, generator=sampler)]
     shown = {"before": before, "after": run.batch["tokens"], "at the optimum": at_optimum}
     for name, tokens in shown.items():
         for row in tokens[:2]:
             text = data.decode(vocabulary, row)
-            print(f"\n----- {name}, reward {my_reward(text):g}")
-            print(text)
+            print(f"\n----- {name}, reward {my_reward(text):g}\n{text}")
 
 
 def my_reward(text):

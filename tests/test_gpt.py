@@ -54,7 +54,7 @@ def test_attention_is_scaled_dot_product_attention_over_the_past(T, S, pads):
     seen = torch.tensor([[[s == S - T + t or first[b] <= s <= S - T + t for s in range(S)]
                           for t in range(T)] for b in range(2)])      # a padded query sees itself
     pad = pads and torch.arange(S) < torch.tensor(pads)[:, None]
-    y = attention(q, k, v, blocked_keys(T, S, q.device, pad))
+    y = attention(q, k, v, blocked_keys(S - T, S, S, q.device, pad))
     assert_close(y, F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None]),
                  "check the mask, the scale, and softmax over keys")
 
@@ -149,10 +149,8 @@ def test_changing_token_t_plus_1_leaves_logits_up_to_t_unchanged(trained):
 
 def read_in_pieces(model, tokens, pieces, pad=None):
     """Logits of tokens (B,T) read through a key-value cache, a few positions at a time."""
-    cache, logits = KVCache(model.config), []
-    for piece in tokens.split(pieces, dim=1):
-        end = cache.length + piece.size(1)
-        logits.append(model(piece, cache, None if pad is None else pad[:, :end]))
+    cache = KVCache(model.config, tokens.size(1))
+    logits = [model(piece, cache, pad) for piece in tokens.split(pieces, dim=1)]
     assert cache.length == tokens.size(1), "the cache should count the tokens read"
     return torch.cat(logits, dim=1)
 

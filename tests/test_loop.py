@@ -401,7 +401,7 @@ def test_going_on_from_a_checkpoint_gives_the_same_bits():
     for row in metrics:                     # in nats per completion, from one step to the next
         assert row["beta"] == controller.beta, "beta follows another KL"
         controller.update(row["ref_kl"], 128)
-    drawn = [train(seed=s, iterations=1, prompts=PROMPTS)[0].batch for s in (1, 2)]
+    drawn = [train(seed=s, iterations=1, prompts=PROMPTS)[0].batch for s in (1, 4)]
     for name in ("tokens", "prompts"):
         assert not torch.equal(drawn[0][name], drawn[1][name]), f"another seed, the same {name}"
 
