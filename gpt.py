@@ -174,11 +174,11 @@ class GPT(nn.Module):
             nn.init.zeros_(block.proj.weight)           # each block starts as the identity
             nn.init.zeros_(block.out.weight)
 
-    def hidden(self, tokens, cache=None, pad=None):
-        """Final hidden states (B,T,C), in the compute dtype, of tokens (B,T).
+    def stream(self, tokens, cache=None, pad=None, blocks=slice(None), lower=None):
+        """The residual stream (B,T,C), in the compute dtype, of tokens (B,T) after these blocks.
 
         With a cache, tokens continue the text that it has read. pad (B,S) is True at padding; S is
-        T, or the cache's size.
+        T, or the cache's size. lower (B,T,C): the stream before blocks, if they are not the first.
         """
         start, keys = 0, tokens.size(1)
         if cache is not None:
@@ -189,20 +189,26 @@ class GPT(nn.Module):
         blocked = blocked_keys(start, end, keys, tokens.device, pad)
         cos = self.cos[start:end].to(self.dtype)
         sin = self.sin[start:end].to(self.dtype)
-        # PAD has no embedding and gets that of token 0; its output is never used.
-        x = norm(self.embed(tokens.clamp(min=0)).to(self.dtype))        # (B,T,C)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, blocked, layer, cache)
+        x = lower
+        if x is None:
+            # PAD has no embedding and gets that of token 0; its output is never used.
+            x = norm(self.embed(tokens.clamp(min=0)).to(self.dtype))
+        for layer in range(len(self.blocks))[blocks]:
+            x = self.blocks[layer](x, cos, sin, blocked, layer, cache)
         if cache is not None:
             cache.length = end
-        return norm(x)
+        return x
+
+    def hidden(self, tokens, **options):
+        """Final hidden states (B,T,C): the stream after the last block, normalised."""
+        return norm(self.stream(tokens, **options))
 
     def logits(self, hidden):
         """Logits (B,T,V), float32, of hidden states (B,T,C)."""
         return self.lm_head(hidden).float()
 
     def forward(self, tokens, cache=None, pad=None):
-        return self.logits(self.hidden(tokens, cache, pad))
+        return self.logits(self.hidden(tokens, cache=cache, pad=pad))
 
 
 # ---- sampling -----------------------------------------------------------------------------
@@ -322,23 +328,28 @@ def sample_completions(model, prompts, length, generator, end=None, batch=512):
 
 # ---- scoring ------------------------------------------------------------------------------
 
-def completion_hidden(model, prompts, tokens):
+def completion_inputs(prompts, tokens):
+    """What a model reads to predict completions tokens (B,T) of prompts (B,T0): (B,T0+T-1)."""
+    return torch.cat((prompts, tokens), dim=1)[:, :-1]
+
+
+def completion_hidden(model, prompts, tokens, **part):
     """Hidden states (B,T,C) that predict completions tokens (B,T) of prompts (B,T0).
 
-    The state that predicts a token is at the position before it.
+    The state that predicts a token is at the position before it. part: blocks and lower, as in
+    GPT.stream.
     """
-    texts = torch.cat((prompts, tokens), dim=1)
-    inputs = texts[:, :-1]
-    hidden = model.hidden(inputs, pad=padding(inputs))
+    inputs = completion_inputs(prompts, tokens)
+    hidden = model.hidden(inputs, pad=padding(inputs), **part)
     hidden = hidden[:, prompts.size(1) - 1:]
     # On a strided input torch uses one kernel if weights need a gradient and another if not: the
     # logits of rho and of a policy equal to it would differ in the last bit.
     return hidden.contiguous()
 
 
-def completion_logits(model, prompts, tokens):
+def completion_logits(model, prompts, tokens, **part):
     """Logits (B,T,V) that predict completions tokens (B,T) of prompts (B,T0)."""
-    return model.logits(completion_hidden(model, prompts, tokens))
+    return model.logits(completion_hidden(model, prompts, tokens, **part))
 
 
 @torch.no_grad()

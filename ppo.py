@@ -40,8 +40,8 @@ import torch
 import data
 import reward
 from data import PAD
-from gpt import (Generator, average, completion_logits, compute_dtype, in_chunks, load_gpt,
-                 optimizer_step, sample_completions, set_rates, share)
+from gpt import (Generator, average, completion_inputs, completion_logits, compute_dtype, in_chunks,
+                 load_gpt, optimizer_step, padding, sample_completions, set_rates, share)
 
 MIN_ESS = 100       # the smallest effective sample size at which an optimum is quoted
 # A run keeps a copy of the policy when ref_kl first reaches each of these, nats per completion.
@@ -413,9 +413,11 @@ class PPO:
         self.ref = copy.deepcopy(ref).requires_grad_(False)
         self.policy = copy.deepcopy(self.ref)
         # Only the last blocks and the output layer are trained: fewer weights that can fit noise,
-        # and less to compute.
+        # and less to compute, for policy and reference share the output of the frozen blocks.
+        frozen = max(ref.config.n_layer - config.unfrozen, 0)
+        self.frozen, self.tuned = slice(frozen), slice(frozen, None)
         self.policy.lm_head.requires_grad_(True)
-        self.policy.blocks[-config.unfrozen:].requires_grad_(True)
+        self.policy.blocks[self.tuned].requires_grad_(True)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         # Adam divides by the gradient's size, so every weight moves about equally far, even if its
         # small gradient is mostly noise. This large epsilon brings Adam close to momentum SGD; its
@@ -433,11 +435,20 @@ class PPO:
                       "sampler": self.sampler,
                       "shuffler": self.shuffler}
 
+    def logits(self, model, prompts, tokens, lower):
+        """Logits (B,T,V) of policy or reference from lower, the output of the frozen blocks."""
+        return completion_logits(model, prompts, tokens, blocks=self.tuned, lower=lower)
+
     @torch.no_grad()
     def read(self, prompts, tokens):
-        """Step 2: scores (B,), logprobs, ref_logprobs and so_far (B,T) of completions (B,T)."""
-        logits = completion_logits(self.policy, prompts, tokens)
-        ref_logits = completion_logits(self.ref, prompts, tokens)
+        """Step 2: scores (B,), logprobs, ref_logprobs, so_far (B,T) of completions (B,T).
+
+        And lower (B,T0+T-1,C), the output of the frozen blocks, which the update needs again.
+        """
+        inputs = completion_inputs(prompts, tokens)
+        lower = self.ref.stream(inputs, pad=padding(inputs), blocks=self.frozen)
+        logits = self.logits(self.policy, prompts, tokens, lower)
+        ref_logits = self.logits(self.ref, prompts, tokens, lower)
         scores = self.score_fn(tokens)
         B, T = tokens.shape
         if scores.shape not in ((B,), (B, T + 1)) or not scores.is_floating_point():
@@ -451,7 +462,8 @@ class PPO:
         return {"scores": scores,
                 "logprobs": token_logprobs(logits, tokens),
                 "ref_logprobs": token_logprobs(ref_logits, tokens),
-                "so_far": so_far}
+                "so_far": so_far,
+                "lower": lower}
 
     def rollout(self):
         """Steps 1 and 2: sample a batch of completions and read them: a dict of tensors."""
@@ -528,7 +540,7 @@ class PPO:
             mask = batch["mask"][rows]
             # This process's share of the minibatch's tokens; 1 for a single process.
             weight = mask.sum() / batch["mask"][everyones].sum()
-            logits = completion_logits(self.policy, batch["prompts"][rows], tokens)
+            logits = self.logits(self.policy, batch["prompts"][rows], tokens, batch["lower"][rows])
             logprobs = token_logprobs(logits, tokens)
             loss, info = policy_loss(logprobs, batch["logprobs"][rows], advantages[rows],
                                      config.clip, mask)
@@ -561,10 +573,9 @@ class PPO:
         scores = batch["scores"]
         k1, _ = _masked(batch["logprobs"] - batch["ref_logprobs"], mask)
         ref_kl = k1.sum(1)                                              # (B,): nats per completion
-        prompts = batch["prompts"][:whole]
-        tokens = batch["tokens"][:whole]
-        logprobs = completion_logits(self.policy, prompts, tokens).log_softmax(-1)
-        ref_logprobs = completion_logits(self.ref, prompts, tokens).log_softmax(-1)
+        first = [batch[name][:whole] for name in ("prompts", "tokens", "lower")]
+        logprobs = self.logits(self.policy, *first).log_softmax(-1)
+        ref_logprobs = self.logits(self.ref, *first).log_softmax(-1)
         kl, _ = _masked(exact_kl(logprobs, ref_logprobs), mask[:whole])
         return {"score": scores.mean().item(),
                 "ref_kl": ref_kl.mean().item(),
