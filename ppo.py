@@ -579,7 +579,7 @@ class PPO:
         kl, _ = _masked(exact_kl(logprobs, ref_logprobs), mask[:whole])
         return {"score": scores.mean().item(),
                 "ref_kl": ref_kl.mean().item(),
-                "ref_kl_se": mean_se(ref_kl)[1],
+                "ref_kl_se": ref_kl.std().item() / len(ref_kl) ** 0.5,
                 "exact_kl": kl.sum(1).mean().item(),
                 "objective": (scores - beta * ref_kl).mean().item(),
                 "entropy": masked_mean(entropy(logprobs), mask[:whole]).item(),
@@ -588,12 +588,6 @@ class PPO:
 
 
 # ---- what a run reached -------------------------------------------------------------------
-
-def mean_se(x):
-    """(mean, standard error) of independent values (N,), as floats; the error of one is NaN."""
-    x = x.double().flatten()
-    return x.mean().item(), x.std().item() / len(x) ** 0.5
-
 
 def bootstrap(function, *samples, times=100):
     """Bootstrap standard errors (Efron 1979) of function(*samples), K numbers: a list of K.

@@ -31,7 +31,7 @@ import dpo  # noqa: E402
 import ppo  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from tables import table  # noqa: E402
+from tables import mean_se, table  # noqa: E402
 
 COLUMNS = ["algorithm", "lr", "seed", "study", "score", "ref_kl", "J", "J_se", "fraction",
            "kl_to_optimum", "seconds", "code"]
@@ -115,7 +115,7 @@ def best_rate(rows, algorithm):
 
 def means(runs, *names):
     """(mean, standard error) over runs of each column; of a single run the error is NaN."""
-    return [ppo.mean_se(torch.tensor([float(row[name]) for row in runs])) for name in names]
+    return [mean_se([float(row[name]) for row in runs]) for name in names]
 
 
 def print_table(rows, ends, result):

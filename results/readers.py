@@ -16,10 +16,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
-import ppo  # noqa: E402
 import reward  # noqa: E402
 import sample  # noqa: E402
 from gpt import in_chunks  # noqa: E402
+from tables import mean_se  # noqa: E402
 
 # What is known of a passage, and the range that the figure maps to 0 to 1.
 MEASURES = {"feeling": (-2, 2), "sense": (1, 5), "P(positive)": (0, 1), "judge's P": (0, 1)}
@@ -75,7 +75,7 @@ def quadratic_kappa(a, b):
 
 def print_models(passages):
     """What each model's passages are like, and how they differ from the pretrained model's."""
-    means = {name: [ppo.mean_se(x) for x in values.T] for name, values in passages.items()}
+    means = {name: [mean_se(x) for x in values.T] for name, values in passages.items()}
     for name, values in passages.items():
         words = [f"{what} {mean:.2f} ± {se:.2f}" for what, (mean, se) in zip(MEASURES, means[name])]
         print(f"{name}, {len(values)} passages: {', '.join(words)}")
@@ -133,7 +133,7 @@ def draw_figure(passages, study):
     axis.set_ylabel("mean of the passages, 0 to 1")
     for i, (measure, (least, most)) in enumerate(MEASURES.items()):
         scaled = [(passages[name][:, i] - least) / (most - least) for name in names]
-        means, errors = zip(*map(ppo.mean_se, scaled))
+        means, errors = zip(*map(mean_se, scaled))
         axis.errorbar(kl, means, errors, fmt=f"C{i}o-")
         sample.curve(axis, kl, means, "-", measure, f"C{i}")
     return figure

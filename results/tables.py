@@ -1,5 +1,15 @@
 """Markdown tables, which the scripts of this folder print."""
 
+import numpy as np
+
+
+def mean_se(values):
+    """(mean, standard error) of independent values (N,); the error of a single one is NaN."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return values.mean(), np.nan
+    return values.mean(), values.std(ddof=1) / len(values) ** 0.5
+
 
 def cell(x):
     """How a table shows a value; a pair is a mean and its standard error.

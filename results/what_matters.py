@@ -24,7 +24,7 @@ import ppo  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from gpt import completion_hidden, load_gpt  # noqa: E402
-from tables import table  # noqa: E402
+from tables import mean_se, table  # noqa: E402
 
 COLUMNS = ["change", "beta", "seed", "iterations", "batch", "study", "machine", "code", "score",
            "ref_kl", "J", "fraction", "seconds"]
@@ -175,7 +175,7 @@ def print_table(rows):
     for key, runs in groups.items():
         cells = []
         for name in ("score", "ref_kl", "J", "fraction", "seconds"):
-            mean, se = ppo.mean_se(torch.tensor([float(row[name]) for row in runs]))
+            mean, se = mean_se([float(row[name]) for row in runs])
             cells.append((mean, se) if len(runs) > 1 else mean)
         lines.append([*key, len(runs), *cells])
     print(*table(["study", "beta", "iterations", "batch", "change", "seeds", "score",
