@@ -54,13 +54,13 @@ OPTIONS = list(map(Option._make, [
     ("ppo", "algorithm", "ppo", "ppo", "ppo", "advantages; simple: rewards-to-go; rloo: minus the "
      "mean of the group's others; grpo: scores whitened per group, KL in the loss; ppo: GAE with "
      "a value function"),
-    ("ppo", "iterations", 8, 24, 40, "more come closer to the optimum"),
+    ("ppo", "iterations", 8, 36, 40, "more come closer to the optimum"),
     ("ppo", "batch", 128, 512, 2048, "completions per iteration: more mean less noise"),
     ("ppo", "group", 4, 4, 4, "completions per prompt within a batch (one prompt: all)"),
     ("ppo", "minibatch", 16, 32, 128, "completions per optimizer step"),
     ("ppo", "unfrozen", 1, 1, 4, "last blocks that PPO trains: more fit more, noise included"),
     ("ppo", "epochs", 1, 1, 1, "passes over each batch: more use it better, but off policy"),
-    ("ppo", "lr", 1.2e-3, 1.2e-3, 1.2e-3,
+    ("ppo", "lr", 1.8e-3, 1.8e-3, 1.8e-3,
      "initial learning rate, decays to 0; if too high, KL is spent on noise"),
     ("ppo", "clip", 0.2, 0.2, 0.2, "PPO's clip range; lower limits each update more"),
     ("ppo", "lam", 0.8, 0.8, 0.8, "GAE's lambda: lower trusts the value function more"),
