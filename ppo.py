@@ -142,8 +142,9 @@ def fit_values(so_far, returns, mask):
     terms = torch.stack((one, t, t * t, k, k * t, k * k), dim=-1)       # (B,T,6)
     x = terms[mask]
     y = returns[mask].double()
-    # Ridge regression: the identity pulls weights that the data do not determine to 0.
-    ridge = torch.eye(6, dtype=torch.float64, device=x.device)
+    # Ridge regression: weights that the data do not determine become 0. A larger ridge would leave
+    # an error of a constant return, which whitening would blow up.
+    ridge = 1e-6 * torch.eye(6, dtype=torch.float64, device=x.device)
     weights = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
     return (terms @ weights).float()
 
