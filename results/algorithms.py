@@ -1,13 +1,14 @@
 """Policy gradients, GRPO, DPO and best-of-n beside the exact optimum, on a finished study.
 
     python train.py                                     the study; its run at beta 0.2 gives J*
-    OMP_NUM_THREADS=1 python results/algorithms.py      25 runs, about 90 minutes
+    OMP_NUM_THREADS=1 python results/algorithms.py      about 28 runs, 2 hours
     python results/algorithms.py --table                table and figure of the runs kept
 
 simple, rloo, grpo, ppo (train.py --algorithm) and dpo (results/dpo.py) run at the defaults of
-train.OPTIONS, with equally many samples. Each tries three learning rates with seed 0: half, once
-and twice the shipped one, or for grpo and dpo that of a short trial. Further seeds run at the rate of the highest J. The means include seed 0, on
-which the rate was chosen, so all are slightly high.
+train.OPTIONS, with equally many samples. Each tries half, once and twice a learning rate (PPO's
+default; dpo's is lower) with seed 0, and goes on as long as the best is the lowest or the highest.
+Two further seeds run at the rate of the highest J. The means include seed 0, on which the rate was
+chosen, so all are slightly high.
 
 Every finished run appends one row to the CSV file. Rows of the same study and the same code are not
 run again, so the script can be killed and started again.
@@ -36,21 +37,29 @@ from tables import mean_se, table  # noqa: E402
 COLUMNS = ["algorithm", "lr", "seed", "study", "score", "ref_kl", "J", "J_se", "fraction",
            "kl_to_optimum", "seconds", "code"]
 CODE = data.digest(" ".join(map(train.source, [*train.FILES["ppo"].split(), "results/dpo"])))
-CENTRES = {"simple": 1.2e-3, "rloo": 1.2e-3, "grpo": 1.2e-3, "ppo": 1.2e-3, "dpo": dpo.LR}
+CENTRES = {"simple": 1.8e-3, "rloo": 1.8e-3, "grpo": 1.8e-3, "ppo": 1.8e-3, "dpo": dpo.LR}
 
 
 # ---- runs ---------------------------------------------------------------------------------
 
 def compare(args, study, result, rows, key):
     """Run what is not among the rows yet."""
+    def run(algorithm, lr, seed):
+        if not select(rows, algorithm, lr, seed):
+            row = {"algorithm": algorithm, "lr": lr, "seed": seed, "study": key, "code": CODE,
+                   **run_once(study, result, algorithm, lr, seed)}
+            rows.append(append_row(args.rows, row))
+
     for algorithm in args.only:
         centre = CENTRES[algorithm]
-        for lr, seed in ((centre, 0), (centre / 2, 0), (centre * 2, 0), (None, 1), (None, 2)):
-            lr = lr or best_rate(rows, algorithm)
-            if not select(rows, algorithm, lr, seed):
-                row = {"algorithm": algorithm, "lr": lr, "seed": seed, "study": key,
-                       "code": CODE, **run_once(study, result, algorithm, lr, seed)}
-                rows.append(append_row(args.rows, row))
+        rates = [centre / 2, centre, centre * 2]
+        for lr in rates:                # it grows while the best rate is at an end of it
+            run(algorithm, lr, 0)
+            best = best_rate(rows, algorithm)
+            if lr == rates[-1] and best in (min(rates), max(rates)):
+                rates.append(best * 2 if best == max(rates) else best / 2)
+        for seed in (1, 2):
+            run(algorithm, best, seed)
 
 
 def run_once(study, result, algorithm, lr, seed):

@@ -411,11 +411,18 @@ def test_clip_and_unfrozen_are_those_of_the_settings(trained, spy_on):
     seen = spy_on(ppo, "policy_loss")
     new_run(clip=0.35).step(0)
     assert {inputs[3] for inputs, _, _ in seen} == {0.35}
-    policy = PPO(trained, score_fn, PROMPT, PPOConfig(unfrozen=2, batch=8)).policy
-    names = {name for name, x in policy.named_parameters() if x.requires_grad}
-    wanted = [name for name, _ in policy.named_parameters()
-              if name.startswith(("blocks.1", "blocks.2", "lm_head"))]
-    assert names == set(wanted) and len(wanted) == 9
+    for unfrozen in range(5):
+        config = PPOConfig(unfrozen=unfrozen, batch=8, minibatch=8, length=6, max_update_kl=9.0)
+        run = PPO(trained, lambda tokens: tokens.sum(1).float(), PROMPT, config)
+        run.step(0)
+        names = {name for name, x in run.policy.named_parameters() if x.requires_grad}
+        layers = ["blocks.0", "blocks.1", "blocks.2"][max(3 - unfrozen, 0):]
+        assert len(names) == 1 + 4 * len(layers), names
+        assert all(name.startswith(("lm_head", *layers)) for name in names), names
+        batch = run.rollout()           # of a policy that is no longer rho
+        for model, name in ((run.policy, "logprobs"), (trained, "ref_logprobs")):
+            logits = completion_logits(model, batch["prompts"], batch["tokens"])
+            assert_close(batch[name], token_logprobs(logits, batch["tokens"]), f"{name} are others")
 
 
 # ---- where the loop ends ------------------------------------------------------------------------
