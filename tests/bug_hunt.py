@@ -59,8 +59,7 @@ BUGS = [
         [("length, uniform=", "length, top_k=50, uniform=")]),
     Bug("positions counted otherwise in sampling than in scoring", "trlx #509, OpenRLHF #217",
         "gpt.py: gpt", "With the cache every token is read as if it stood at position 0, and the "
-        "ratio is not 1 before the first step.",
-        [("self.cos[start:end]", "self.cos[:end - start]"),
+        "ratio is not 1 before the first step.", [("self.cos[start:end]", "self.cos[:end - start]"),
          ("self.sin[start:end]", "self.sin[:end - start]")]),
     Bug("the scorer attends to padding", "NeMo-Aligner #68", "gpt.py: gpt loop",
         "A completion's log-probability depends on the longest prompt of its batch.",
@@ -92,8 +91,7 @@ BUGS = [
     # ---- the reward model
     Bug("the last sampled token never reaches the reward model", "ZiyueWang25, ckkissane, minRLHF",
         "ppo.py: loop", "The token that earns the score is not in the text that is scored, so it "
-        "is rewarded at random.",
-        [("        scores = self.score_fn(tokens)\n",
+        "is rewarded at random.", [("        scores = self.score_fn(tokens)\n",
           "        scores = self.score_fn(tokens[:, :-1])\n        if scores.dim() == 2:\n"
           "            scores = torch.cat((scores, scores[:, -1:]), dim=1)\n")]),
     Bug("reward z-scored in every batch", "ZiyueWang25, ckkissane", "ppo.py: loop",

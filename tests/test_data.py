@@ -163,8 +163,7 @@ def speeches(n, seed):
     return text.strip()
 
 
-def test_the_data_stage_tokenizes_both_texts_with_the_tokenizer_of_the_first(tmp_path,
-                                                                             monkeypatch):
+def test_the_data_stage_tokenizes_both_texts_with_the_tokenizer_of_the_first(tmp_path, monkeypatch):
     """All of each text is kept, start is the boundary, each text has its openings, the second
     those that the first has not; tiktoken reads the file of the tokenizer.
     """

@@ -511,8 +511,7 @@ def test_metrics_are_per_completion_and_of_the_rollout():
                 "exact_kl": exact_kl(pi, ref)[mask[:32]].sum() / 32,
                 "score": batch["scores"].mean(),
                 "objective": batch["scores"].mean() - 0.5 * sums.mean(),
-                "entropy": ppo.entropy(pi)[mask[:32]].mean(), "beta": 0.5,
-                "tokens": n / 128,
+                "entropy": ppo.entropy(pi)[mask[:32]].mean(), "beta": 0.5, "tokens": n / 128,
                 "explained_variance": ppo.explained_variance(
                     fit_values(batch["so_far"], to_go, mask)[mask], to_go[mask])}
     assert_close({name: metrics[name] for name in expected},

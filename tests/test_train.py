@@ -183,10 +183,8 @@ WORDS = r'((def|class) .*:\n +""")', r"\1Other words. "
 
 @pytest.mark.parametrize("file, pattern, new, stages", [
     ("data.py", "LONGEST_PROMPT = 32", "LONGEST_PROMPT = 31", ALL),
-    ("data.py", *RETURN, ALL),
-    ("gpt.py", *RETURN, AFTER["pretrain"]),
-    ("reward.py", *RETURN, AFTER["reward"] | AFTER["judge"]),
-    ("ppo.py", *RETURN, AFTER["rho"]),
+    ("data.py", *RETURN, ALL), ("gpt.py", *RETURN, AFTER["pretrain"]),
+    ("reward.py", *RETURN, AFTER["reward"] | AFTER["judge"]), ("ppo.py", *RETURN, AFTER["rho"]),
     ("train.py", *RETURN, set()), ("sample.py", *RETURN, set()),
     ("data.py", '"""', '"""Other words. ', set()),
     ("gpt.py", *WORDS, set()), ("reward.py", *WORDS, set()),
@@ -399,8 +397,7 @@ def test_a_study_killed_in_every_stage_ends_with_the_same_bits(study, killed):
 
 @pytest.mark.parametrize("fault, code, says", [
     (KeyboardInterrupt, 130, "Run the same command again"),
-    (math.nan, 2, "scores of the completions are not"),
-], ids=["Ctrl-C", "NaN"])
+    (math.nan, 2, "scores of the completions are not"), ], ids=["Ctrl-C", "NaN"])
 def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, command, monkeypatch,
                                                         fault, code, says):
     """One line says what and what to do; once its cause is gone, the run ends in the same bits."""
@@ -429,12 +426,9 @@ def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, com
 
 @pytest.mark.parametrize("options, says", [
     ("--nonsense", "unrecognized arguments: --nonsense"),
-    ("--beta -1", "-1 is not from 0.001 to 10"),
-    ("--beta much", "invalid number value: 'much'"),
-    ("--beta nan", "nan is not from"),
-    ("--size huge", "invalid choice: 'huge'"),
-    ("--seed -1", "-1 is not from 0"),
-    ("--length 80", "--length must be 8 to 79, not 80"),
+    ("--beta -1", "-1 is not from 0.001 to 10"), ("--beta much", "invalid number value: 'much'"),
+    ("--beta nan", "nan is not from"), ("--size huge", "invalid choice: 'huge'"),
+    ("--seed -1", "-1 is not from 0"), ("--length 80", "--length must be 8 to 79, not 80"),
     ("--length 7", "--length must be 8 to 79, not 7"),
     ("--task continue --length 60", "--length must be 8 to 48, not 60"),
     ("--group 5", "--batch 32 must be a multiple of --group, 2 or more"),
@@ -450,8 +444,7 @@ def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, com
     ("--labels none.csv", "labels none.csv: No such file or directory"),
     ("--labels play.txt", "The columns must be play, first_line, last_line, rating (or"),
     ("--labels few.csv", "too few passages to train and to measure on"),
-    ("--labels labels.csv bad.csv", "bad.csv line 3: 'good' is not a number from -2 to 2"),
-])
+    ("--labels labels.csv bad.csv", "bad.csv line 3: 'good' is not a number from -2 to 2"), ])
 def test_bad_options_are_explained(texts, command, monkeypatch, tmp_path, options, says):
     """What an option takes is said where it is given; nothing is trained first."""
     shutil.copytree(texts, tmp_path, dirs_exist_ok=True)
