@@ -358,7 +358,7 @@ class PPOConfig:
     """The settings of a PPO run; train.OPTIONS gives reasons to change them."""
     beta: float = 0.2
     algorithm: str = "ppo"              # or simple, rloo, grpo
-    iterations: int = 36
+    iterations: int = 40
     length: int = 64                    # tokens of a completion
     batch: int = 512                    # completions an iteration
     group: int = 4                      # completions of each prompt; with one prompt, the batch

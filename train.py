@@ -54,7 +54,7 @@ OPTIONS = list(map(Option._make, [
     ("ppo", "algorithm", "ppo", "ppo", "ppo", "advantages; simple: rewards-to-go; rloo: minus the "
      "mean of the group's others; grpo: scores whitened per group, KL in the loss; ppo: GAE with "
      "a value function"),
-    ("ppo", "iterations", 8, 36, 40, "more come closer to the optimum"),
+    ("ppo", "iterations", 8, 40, 40, "more come closer to the optimum"),
     ("ppo", "batch", 128, 512, 2048, "completions per iteration: more mean less noise"),
     ("ppo", "group", 4, 4, 4, "completions per prompt within a batch (one prompt: all)"),
     ("ppo", "minibatch", 16, 32, 128, "completions per optimizer step"),
