@@ -10,8 +10,7 @@ step of pretraining, on random weights: medians of --repeats after a warm-up.
 - total_seconds of an iteration = rollout (sampling) + scoring (all of PPO.read) + update (the rest:
   nearly all of it gradient_seconds, step 6). Scoring = policy_and_rho + reward_model.
 - matmul_gflops is the rate of a block's largest product in the same run; floor_seconds is what the
-  matrix products of an iteration take at that rate, the backward pass through the trained blocks
-  alone; floor_ratio = total / floor.
+  matrix products of an iteration take at that rate; floor_ratio = total / floor.
 - naive_seconds: one iteration in float32 without a key-value cache; naive_ratio = naive / total.
 """
 
@@ -169,12 +168,14 @@ def measure(args):
     if has_cuda:
         memory = torch.cuda.max_memory_allocated() / 2**20
     pretrain, rate = pretrain_seconds(args), matmul_rate(args)
-    # Forward passes: sampling, policy, rho, one an epoch, and the reward model's block; a backward
-    # pass through the blocks that are trained is worth two.
+    # Sampling runs all blocks; reading the frozen ones once, the others for policy and reference,
+    # and the reward model's block; an epoch the others forward and, at twice the cost, backward.
     shape = args.batch, args.length
     forward = forward_flops(args, *shape, args.layers, args.vocab)
-    trained = forward_flops(args, *shape, ppo.PPOConfig().unfrozen, args.vocab)
-    floor = (3 + args.epochs) * forward + 2 * args.epochs * trained
+    unfrozen = ppo.PPOConfig().unfrozen
+    frozen = forward_flops(args, *shape, args.layers - unfrozen, 0)
+    trained = forward_flops(args, *shape, unfrozen, args.vocab)
+    floor = forward + frozen + (2 + 3 * args.epochs) * trained
     floor = (floor + forward_flops(args, *shape, 1, 0)) / rate
     both = pretrain["total"] - pretrain["muon"] - pretrain["adam"]
     windows = PRETRAIN_BATCH, args.context
