@@ -233,8 +233,7 @@ FUNCTIONS = {
     "whiten, mean kept": lambda a, b, c, mask: [whiten(a, mask, shift_mean=False)],
     "masked_mean": lambda a, b, c, mask: [masked_mean(a, mask)],
     "policy_loss": lambda a, b, c, mask: [(found := policy_loss(a, b, c, mask=mask))[0],
-                                          *found[1].values()],
-}
+                                          *found[1].values()],}
 functions = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 
 

@@ -108,8 +108,7 @@ def test_the_seed_the_temperature_and_top_k_decide_what_is_drawn(study, drawn):
     ("--top-k 0", "--top-k: 0 is not from 1"), ("--num 0", "--num: 0 is not from 1"),
     ("--temperature nan", "--temperature: nan is not"), ("--seed -1", "--seed: -1 is not from 0"),
     ("--checkpoint .", "Is a directory"),
-    ("--rate a.pt b/a.pt --ratings new.csv", "apart by their file names. Rename a copy"),
-])
+    ("--rate a.pt b/a.pt --ratings new.csv", "apart by their file names. Rename a copy")])
 def test_bad_options_are_explained(study, command, monkeypatch, options, says):
     """In one line, with what to give instead."""
     monkeypatch.chdir(study)
@@ -255,8 +254,7 @@ def test_passages_of_the_plays_are_rated_as_labels(monkeypatch, tmp_path, comman
 @pytest.mark.parametrize("content, says", [
     ("play,first_line\n", "does not begin with text,rating,sense,drawn_from. Give another"),
     ("To be, or not to be\n", "does not begin with"), ("", "does not begin with"),
-    ("a\0b", "does not begin with"), (HEADER + "a,1,1\n", "was begun with other --rate"),
-])
+    ("a\0b", "does not begin with"), (HEADER + "a,1,1\n", "was begun with other --rate")])
 def test_a_bad_file_of_ratings_is_explained_and_left_alone(study, tmp_path, command, content, says):
     """One line, and no byte of somebody's file is changed."""
     (path := tmp_path / "notes.csv").write_text(content)
