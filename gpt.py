@@ -251,7 +251,8 @@ def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
 
 def draw_uniform(length, batch, device, generator=None):
     """The uniform random numbers (length,batch,1) that sample_tokens needs for a batch."""
-    return torch.rand(length, batch, 1, dtype=torch.float64, device=device, generator=generator)
+    return torch.rand(length, batch, 1,
+                      dtype=torch.float64, device=device, generator=generator)
 
 
 def padding(tokens):
@@ -271,7 +272,8 @@ def cast_weights(model):
 
 
 @torch.no_grad()
-def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None, uniform=None):
+def generate(model, prompt, length, temperature=1.0, top_k=None,
+             generator=None, uniform=None):
     """Continue prompts (B,T0), padded left with PAD, by length tokens: (B,T0+length).
 
     A key-value cache lets the model read each token only once. The random numbers come from
@@ -547,7 +549,8 @@ def pretrain(options, texts, loop):
     T = options.block_size
     steps = options.pretrain_steps
     batch = 16
-    config = GPTConfig(len(vocabulary), T, options.n_layer, options.n_head, options.n_embd)
+    config = GPTConfig(len(vocabulary), T,
+                       options.n_layer, options.n_head, options.n_embd)
     model = GPT(config, options.dtype)
     if config.n_embd < config.vocab_size:
         bigram_start(model, train)
