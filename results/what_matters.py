@@ -1,6 +1,6 @@
 """What is each ingredient of PPO worth? PPO again on a finished study, with one thing changed.
 
-    python results/what_matters.py --study out                  63 runs: an hour of one core
+    python results/what_matters.py --study out                  63 runs: 20 minutes of one core
     python results/what_matters.py --study out --table          the table of the runs there are
 
 Each run is a row of --csv, written when it ends; a run that is there is not done again. Rows name
