@@ -30,6 +30,25 @@ from gpt import cut_after, generate, load_gpt
 
 SAMPLE = "-----\n{text}\n\nPositive Prob: {positive:.1%}   log pi - log rho: {ref_kl:.1f} nats\n"
 HEADER = "text,rating,sense,drawn_from\n"       # first line of a ratings file
+REPORT = """# Size {size}: {pretrain[val_bits_per_byte]:.3f} bits per byte on held-out text
+
+| beta | score | judge | P(positive) | KL | J | J* | ESS | fraction | KL to pi* |
+|---|---|---|---|---|---|---|---|---|---|
+| rho | 0 | 0 | | 0 | 0 | | | | |
+{results}
+± a standard error; KL in nats; J* takes {ess} effective samples (ESS); fraction: of the way from \
+rho to J*; judge: the score by a model never optimised.
+
+| model | Pearson | AUC | calibration slope | log loss |
+|---|---|---|---|---|
+{models}
+![](figures/frontier.png)
+
+![](figures/judge.png)
+
+![](figures/ppo.png)
+{samples}"""
+MODEL = "| {}, held-out {} | {pearson:.3f} | {auc:.3f} | {slope:.2f} | {log_loss:.3f} |\n"
 
 
 # ---- samples ------------------------------------------------------------------------------
@@ -49,17 +68,16 @@ def draw(path, num, seed=0, prompt="", temperature=1.0, top_k=None):
     if state["kind"] == "pretrain":
         # rho gets the same prompts as the policies tuned from it.
         study = data.load_checkpoint(path.parent / "rho.pt", "rho")
-    policy = load_gpt(state)
-    ref = load_gpt(load_beside(path, study, "pretrain"))
+    policy, ref = load_gpt(state), load_gpt(load_beside(path, study, "pretrain"))
     rewarded = load_beside(path, study, "reward")
     length, prompts = rewarded["length"], study["test_prompts"]
     if prompt:
         ids = data.make_tokenizer(state["vocabulary"]).encode_ordinary(prompt)
         # Only the end of a long prompt is read, so that the sample fits the context.
         prompts = torch.tensor([ids[length - policy.config.block_size:]])
-    generator = torch.Generator().manual_seed(seed)
-    prompts = prompts[torch.randint(len(prompts), (num,), generator=generator)]
-    tokens = generate(policy, prompts, length, temperature, top_k, generator)
+    torch.manual_seed(seed)
+    prompts = prompts[torch.randint(len(prompts), (num,))]
+    tokens = generate(policy, prompts, length, temperature, top_k)
     completions = cut_after(tokens[:, prompts.size(1):], study["end"])
     positive = reward.load_reward(rewarded)(completions).sigmoid().tolist()
     ref_kl = ppo.log_ratios(policy, ref, prompts, completions).tolist()
@@ -118,25 +136,24 @@ def rate(args):
     if rated != passages[:len(rated)]:
         raise data.UserError(f"{args.ratings} was begun with other --rate, --num or --seed. "
                              "Give those, or another file.")
-    left = len(passages) - len(rated)
-    print(f"{len(rated)} rated, {left} to go. Ctrl-C ends; the same command goes on.")
-    for text, name in passages[len(rated):]:
-        print(f"\n----- {left} to go\n{text}\n")
-        feeling = ask("feeling, -2 very negative to 2 very positive: ", -2, 2)
-        sense = ""
+    todo = passages[len(rated):]
+    print(f"{len(rated)} rated, {len(todo)} to go. Ctrl-C ends; the same command goes on.")
+    for i, (text, name) in enumerate(todo):
+        print(f"\n----- {len(todo) - i} to go\n{text}\n")
+        feeling, sense = ask("feeling, -2 very negative to 2 very positive: ", -2, 2), ""
         if len(args.rate) > 1:
             sense = ask("sense, 1 (none) to 5 (all of it makes sense): ", 1, 5)
         # Append each row at once, so that no crash loses it.
         with open(args.ratings, "a", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerow([text, feeling, sense, name])
-        left -= 1
     # Results are shown only at the end: a reader who resumes must still be blind.
     print(f"\nAll are rated. In numbers: python results/readers.py {args.ratings}")
 
 
-# ---- the report ---------------------------------------------------------------------------
+# ---- figures ------------------------------------------------------------------------------
 
 def column(rows, key):
+    """A metric of each row; None, which matplotlib leaves out, where a row lacks it."""
     return [row.get(key) for row in rows]
 
 
@@ -160,29 +177,30 @@ def curve(axis, x, y, style, name, color):
 
 def draw_paths(axis, runs, x, y, style="-"):
     """Plot metric y against metric x of each run's iterations."""
-    for i, run in enumerate(runs):
-        axis.plot(column(run["history"], x), column(run["history"], y), f"C{i}{style}", lw=1,
+    for run in runs:
+        axis.plot(column(run["history"], x), column(run["history"], y), run["color"] + style,
                   label=f"{y}, beta {run['label']}")
 
 
-def draw_frontier(runs, path):
+def draw_frontier(runs):
     """Score against KL: PPO's paths, best of n, and the optimum, which no policy can exceed."""
     figure, axis = drift_figure()
     draw_paths(axis, runs, "ref_kl", "score")
-    for i, run in enumerate(runs):
-        curve(axis, [run["ref_kl"]], [run["score"]], "o", f"PPO, beta {run['label']}", f"C{i}")
+    for run in runs:
+        color, best = run["color"], run["optimum"]
+        curve(axis, [run["ref_kl"]], [run["score"]], "o", f"PPO, beta {run['label']}", color)
         axis.plot(run["frontier"][0], run["frontier"][1], "k")
-        best = run["optimum"]           # None if J* is not known: then no star is drawn
-        axis.plot([best["ref_kl"]], [best["score"]], f"C{i}*", ms=14, mec="k", zorder=3)
+        # None if J* is not known: then no star is drawn.
+        axis.plot([best["ref_kl"]], [best["score"]], color + "*", ms=14, mec="k", zorder=3)
     # All runs estimate the same curve; the longest is labelled.
     kl, scores, _ = max(column(runs, "frontier"), key=np.size)
     curve(axis, kl, scores, "-", "optimum", "k")
     _, scores, _, kl = zip(*run["best_of_n"])
     curve(axis, kl, scores, ".-", "best of n", "C7")
-    figure.savefig(path)
+    return figure
 
 
-def draw_judge(runs, path):
+def draw_judge(runs):
     """Scores by the reward model and by the judge, which is not optimised, against KL."""
     figure, axis = drift_figure()
     draw_paths(axis, runs, "ref_kl", "score")
@@ -191,24 +209,31 @@ def draw_judge(runs, path):
         axis.plot(run["frontier"][0], run["frontier"][2], "k:")
     axis.set_title("dotted: the judge's score by selection alone")
     axis.legend()
-    figure.savefig(path)
+    return figure
 
 
-def draw_ppo(runs, path):
+def draw_ppo(runs):
     """PPO's metrics against iteration; faint: the run of this name and size in results/runs."""
-    keys = "objective score judge ref_kl policy_loss clipfrac explained_variance entropy exact_kl"
     figure = Figure(figsize=(13, 9), layout="constrained")
-    axes = figure.subplots(3, 3).flatten()
-    for axis, key in zip(axes, keys.split()):
+    axes = figure.subplot_mosaic([["objective", "score", "judge"],
+                                  ["ref_kl", "policy_loss", "clipfrac"],
+                                  ["explained_variance", "entropy", "exact_kl"]])
+    for key, axis in axes.items():
         axis.set(title=key, xlabel="iteration")
         draw_paths(axis, runs, "step", key)
-        for i, run in enumerate(runs):
-            axis.plot(column(run["old"], "step"), column(run["old"], key), f"C{i}", alpha=0.3)
-    axes[0].legend()
-    axes[0].set_title("objective J; dotted: J*")
-    draw_paths(axes[0], runs, "step", "J*", ":")
-    figure.savefig(path)
+    axes["objective"].legend(title="dotted: J*")
+    for run in runs:
+        J = run["optimum"]["objective"]         # None if not known: then no line is drawn
+        axes["objective"].hlines([J], 1, run["iterations"], run["color"], "dotted")
+        log = data.HERE / f"results/runs/{run['size']}_{run['name']}.metrics.jsonl"
+        if log.exists():
+            rows = [json.loads(line) for line in open(log)]
+            for key, axis in axes.items():
+                axis.plot(column(rows, "step"), column(rows, key), run["color"], alpha=0.3)
+    return figure
 
+
+# ---- the report ---------------------------------------------------------------------------
 
 def load_runs(out, rho):
     """The finished PPO runs of a folder that were made with its rho.pt, with their results."""
@@ -217,77 +242,38 @@ def load_runs(out, rho):
         run = data.load_checkpoint(path)
         # An intermediate policy has no result.
         if "result" in run and run["inputs"]["rho"] == rho["key"]:
-            run |= run["result"]
-            run["name"] = path.stem
-            run["label"] = path.stem.removeprefix("ppo_").replace("beta", "")
-            log = data.HERE / "results/runs/{size}_{name}.metrics.jsonl".format_map(run)
-            lines = log.read_text().splitlines() if log.exists() else []
-            run["old"] = list(map(json.loads, lines))
-            # The frontier begins at rho, with KL and scores 0.
-            run["frontier"] = np.transpose([[0, 0, 0], *run["frontier"]])
-            for row in run["history"]:
-                row["J*"] = run["optimum"]["objective"]         # None if not known
+            result = run["result"]
+            result["seconds_per_iteration"] = run["seconds"] / result["iterations"]
+            run |= {**result, "name": path.stem, "label": re.sub("ppo_|beta", "", path.stem),
+                    "color": f"C{len(runs)}",
+                    # The frontier begins at rho, with KL and scores 0.
+                    "frontier": np.transpose([[0, 0, 0], *result["frontier"]])}
             runs.append(run)
     if not runs:
         raise data.UserError(f"{out} has no finished PPO run. Run train.py --out {out} first.")
     return runs
 
 
-def summarise(stages, runs):
-    """The content of summary.json: a dict of numbers of every stage."""
-    seconds = {name: state["seconds"] for name, state in stages.items()}
-    seconds["total"] = sum(seconds.values()) + sum(column(runs, "seconds"))
-    seconds["ppo"] = {run["label"]: run["seconds"] for run in runs}
-    pretrained = stages["pretrain"]
-    summary = {"size": pretrained["size"], "device": pretrained["inputs"]["device"],
-               "seconds": seconds, "ppo": [],
-               "pretrain": {key: pretrained[key] for key in ("parameters", "val_bits_per_byte")}}
-    for name in ("reward", "judge"):
-        # The metrics on passages, or on samples if the labels have no passages.
-        measures = next(iter(stages[name]["report"].values()))
-        summary[name] = {f"val_{key}": x for key, x in measures.items()}
-        summary[name] |= stages["rho"]["scales"][name]["positive"]
-    for run in runs:
-        summary["ppo"].append({**run["result"],
-                               "seconds_per_iteration": run["seconds"] / run["iterations"]})
-    return summary
-
-
-def result_tables(stages, runs):
-    """Tables of the results of rho, each run and the reward models: lines of markdown."""
-    lines = ["| beta | score | judge | P(positive) | KL | J | J* | ESS | fraction | KL to pi* |",
-             "|---|---|---|---|---|---|---|---|---|---|",
-             "| rho | 0 | 0 | | 0 | 0 | | | | |"]       # scores have mean 0 on rho's samples
-    for run in runs:
-        line = ("| {label} | {score:.2f} | {judge:.2f} | {positive:.2f} | {ref_kl:.2f} | "
-                "{objective:.2f} ± {objective_se:.2f} | ")
-        if run["fraction_of_optimum"] is None:
-            line += "not known | {optimum[ess]:.0f} | | |"
-        else:
-            line += ("{optimum[objective]:.2f} ± {optimum[objective_se]:.2f} | {optimum[ess]:.0f} "
-                     "| {fraction_of_optimum:.2f} ± {fraction_se:.2f} | {kl_to_optimum:.2f} |")
-        lines.append(line.format_map(run))
-    lines += [f"\n± a standard error; KL in nats; J* takes {ppo.MIN_ESS} effective samples (ESS); "
-              "fraction: of the way from rho to J*; judge: the score by a model never optimised.\n",
-              "| model | Pearson | AUC | calibration slope | log loss |", "|---|---|---|---|---|"]
-    for name in ("reward", "judge"):
-        for kind, measures in stages[name]["report"].items():
-            line = " | {pearson:.3f} | {auc:.3f} | {slope:.2f} | {log_loss:.3f} |"
-            lines.append(f"| {name}, held-out {kind}{line.format_map(measures)}")
-    return lines
-
-
-def before_and_after(run, before, after):
-    """A sample of rho beside a sample of a run, and a line with the run's results: text."""
-    text = f"\n{'before':52}  after\n"
-    for left, right in itertools.zip_longest(before.split("\n"), after.split("\n"), fillvalue=""):
-        text += f"{left[:52]:52}  {right}\n"
+def describe(run):
+    """A run's results: a row of the report's table, and a line of text."""
+    row = ("| {label} | {score:.2f} | {judge:.2f} | {positive:.2f} | {ref_kl:.2f} | "
+           "{objective:.2f} ± {objective_se:.2f} | ")
     line = "beta {label}: score {score:.2f}, KL {ref_kl:.2f} nats, J {objective:.2f}"
     if run["fraction_of_optimum"] is None:
+        row += "not known | {optimum[ess]:.0f} | | |\n"
         line += "; J* is not known from these samples"
     else:
+        row += ("{optimum[objective]:.2f} ± {optimum[objective_se]:.2f} | {optimum[ess]:.0f} "
+                "| {fraction_of_optimum:.2f} ± {fraction_se:.2f} | {kl_to_optimum:.2f} |\n")
         line += " of J* {optimum[objective]:.2f}: {fraction_of_optimum:.0%} of the way from rho"
-    return text + line.format_map(run)
+    return row.format_map(run), line.format_map(run)
+
+
+def save_samples(path):
+    """Draw 20 samples of a checkpoint into samples/*.txt. Returns the lines of the first."""
+    texts = [SAMPLE.format_map(row) for row in draw(path, 20)]
+    data.write_file(path.parent / f"samples/{path.stem}.txt", "\n".join(texts))
+    return texts[0].split("\n")
 
 
 def report(out):
@@ -297,32 +283,45 @@ def report(out):
     stages = {"rho": rho}
     for name in ("data", "pretrain", "reward", "judge"):
         stages[name] = load_beside(out / "rho.pt", rho, name)
-    summary = summarise(stages, runs)
-    data.write_file(out / "summary.json", json.dumps(summary, indent=1))
-    (out / "figures").mkdir(exist_ok=True)
-    draw_frontier(runs, out / "figures/frontier.png")
-    draw_judge(runs, out / "figures/judge.png")
-    draw_ppo(runs, out / "figures/ppo.png")
-    lines = ["# Size {size}: {pretrain[val_bits_per_byte]:.3f} bits per byte on held-out text\n"
-             .format_map(summary), *result_tables(stages, runs), "\n![](figures/frontier.png)\n\n"
-             "![](figures/judge.png)\n\n![](figures/ppo.png)\n"]
-    first = {}
-    for name in ["pretrain", *column(runs, "name")]:
-        texts = [SAMPLE.format_map(row) for row in draw(out / f"{name}.pt", 20)]
-        data.write_file(out / f"samples/{name}.txt", "\n".join(texts))
-        first[name] = texts[0]
+    seconds = {name: state["seconds"] for name, state in stages.items()}
+    seconds["total"] = sum(column([*stages.values(), *runs], "seconds"))
+    seconds["ppo"] = {run["label"]: run["seconds"] for run in runs}
+    summary = {"size": rho["size"], "device": rho["inputs"]["device"], "seconds": seconds,
+               "ppo": column(runs, "result"), "pretrain": {}}
+    for key in ("parameters", "val_bits_per_byte"):
+        summary["pretrain"][key] = stages["pretrain"][key]
+    results = models = samples = ""
+    for name in ("reward", "judge"):
+        measures = stages[name]["report"]
+        # The metrics on passages, or on samples if the labels have no passages.
+        summary[name] = {f"val_{key}": x for key, x in next(iter(measures.values())).items()}
+        summary[name] |= rho["scales"][name]["positive"]
+        for kind, x in measures.items():
+            models += MODEL.format(name, kind, **x)
+    before = save_samples(out / "pretrain.pt")
     for run in runs:
-        text = before_and_after(run, first["pretrain"], first[run["name"]])
-        lines += ["```", text, "```\n"]
-        print(text)
-    data.write_file(out / "report.md", "\n".join(lines))
+        row, line = describe(run)
+        after = save_samples(out / f"{run['name']}.pt")
+        text = f"\n{'before':52}  after\n"
+        for pair in itertools.zip_longest(before, after, fillvalue=""):
+            text += "{:52.52}  {}\n".format(*pair)
+        print(text + line)
+        results += row
+        samples += f"\n```\n{text}{line}\n```\n"
+    (out / "figures").mkdir(exist_ok=True)
+    draw_frontier(runs).savefig(out / "figures/frontier.png")
+    draw_judge(runs).savefig(out / "figures/judge.png")
+    draw_ppo(runs).savefig(out / "figures/ppo.png")
+    data.write_file(out / "summary.json", json.dumps(summary, indent=1))
+    data.write_file(out / "report.md", REPORT.format(
+        results=results, models=models, samples=samples, ess=ppo.MIN_ESS, **summary))
     print(f"Figures, tables and samples: {out / 'report.md'}")
 
 
 # ---- the command line ---------------------------------------------------------------------
 
 def main():
-    parser = data.Parser(description=__doc__.split("\n")[0])
+    parser = data.Parser(description="Samples, blind ratings, figures, the report.")
     add = parser.add_argument
     add("--checkpoint", default="out/pretrain.pt", type=Path, help="pretrain.pt or ppo_*.pt")
     add("--num", type=data.number(int, 1), default=20, help="samples per checkpoint (default 20)")
