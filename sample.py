@@ -140,7 +140,8 @@ def rate(args):
     print(f"{len(rated)} rated, {len(todo)} to go. Ctrl-C ends; the same command goes on.")
     for i, (text, name) in enumerate(todo):
         print(f"\n----- {len(todo) - i} to go\n{text}\n")
-        feeling, sense = ask("feeling, -2 very negative to 2 very positive: ", -2, 2), ""
+        feeling = ask("feeling, -2 very negative to 2 very positive: ", -2, 2)
+        sense = ""
         if len(args.rate) > 1:
             sense = ask("sense, 1 (none) to 5 (all of it makes sense): ", 1, 5)
         # Append each row at once, so that no crash loses it.
@@ -153,7 +154,7 @@ def rate(args):
 # ---- figures ------------------------------------------------------------------------------
 
 def column(rows, key):
-    """A metric of each row; None, which matplotlib leaves out, where a row lacks it."""
+    """The values of one metric, None (which matplotlib leaves out) where a row lacks it."""
     return [row.get(key) for row in rows]
 
 
@@ -178,7 +179,7 @@ def curve(axis, x, y, style, name, color):
 def draw_paths(axis, runs, x, y, style="-"):
     """Plot metric y against metric x of each run's iterations."""
     for run in runs:
-        axis.plot(column(run["history"], x), column(run["history"], y), run["color"] + style,
+        axis.plot(column(run["history"], x), column(run["history"], y), run["color"] + style, lw=1,
                   label=f"{y}, beta {run['label']}")
 
 
@@ -187,11 +188,10 @@ def draw_frontier(runs):
     figure, axis = drift_figure()
     draw_paths(axis, runs, "ref_kl", "score")
     for run in runs:
-        color, best = run["color"], run["optimum"]
-        curve(axis, [run["ref_kl"]], [run["score"]], "o", f"PPO, beta {run['label']}", color)
         axis.plot(run["frontier"][0], run["frontier"][1], "k")
-        # None if J* is not known: then no star is drawn.
+        color, best = run["color"], run["optimum"]      # None if J* is not known: then no star
         axis.plot([best["ref_kl"]], [best["score"]], color + "*", ms=14, mec="k", zorder=3)
+        curve(axis, [run["ref_kl"]], [run["score"]], "o", f"PPO, beta {run['label']}", color)
     # All runs estimate the same curve; the longest is labelled.
     kl, scores, _ = max(column(runs, "frontier"), key=np.size)
     curve(axis, kl, scores, "-", "optimum", "k")
@@ -221,13 +221,14 @@ def draw_ppo(runs):
     for key, axis in axes.items():
         axis.set(title=key, xlabel="iteration")
         draw_paths(axis, runs, "step", key)
-    axes["objective"].legend(title="dotted: J*")
+    axes["objective"].set_title("objective J; dotted: J*")
+    axes["objective"].legend()
     for run in runs:
         J = run["optimum"]["objective"]         # None if not known: then no line is drawn
         axes["objective"].hlines([J], 1, run["iterations"], run["color"], "dotted")
         log = data.HERE / f"results/runs/{run['size']}_{run['name']}.metrics.jsonl"
         if log.exists():
-            rows = [json.loads(line) for line in open(log)]
+            rows = [json.loads(line) for line in log.read_text().splitlines()]
             for key, axis in axes.items():
                 axis.plot(column(rows, "step"), column(rows, key), run["color"], alpha=0.3)
     return figure
@@ -245,9 +246,9 @@ def load_runs(out, rho):
             result = run["result"]
             result["seconds_per_iteration"] = run["seconds"] / result["iterations"]
             run |= {**result, "name": path.stem, "label": re.sub("ppo_|beta", "", path.stem),
-                    "color": f"C{len(runs)}",
-                    # The frontier begins at rho, with KL and scores 0.
-                    "frontier": np.transpose([[0, 0, 0], *result["frontier"]])}
+                    "color": f"C{len(runs)}"}
+            # The frontier begins at rho, with KL and scores 0.
+            run["frontier"] = np.transpose([[0, 0, 0], *result["frontier"]])
             runs.append(run)
     if not runs:
         raise data.UserError(f"{out} has no finished PPO run. Run train.py --out {out} first.")
@@ -290,7 +291,7 @@ def report(out):
                "ppo": column(runs, "result"), "pretrain": {}}
     for key in ("parameters", "val_bits_per_byte"):
         summary["pretrain"][key] = stages["pretrain"][key]
-    results = models = samples = ""
+    models = results = samples = ""
     for name in ("reward", "judge"):
         measures = stages[name]["report"]
         # The metrics on passages, or on samples if the labels have no passages.

@@ -321,7 +321,7 @@ BUGS = [
         [("dim=1), positive, ref_kl)", "dim=1), positive[::-1], ref_kl)")]),
     Bug("a rating session shifted by one row", OURS, "sample.py: sample",
         "The reader is shown the text before, and the answer is kept beside the next one.",
-        [(r'to go\n{text}\n")', r'to go\n{passages[len(passages) - left - 1][0]}\n")')]),
+        [(r'to go\n{text}\n")', r'to go\n{todo[i - 1][0]}\n")')]),
 
     # ---- several processes
     Bug("every process draws the same completions", OURS, "gpt.py: tasks", "A batch holds each "
