@@ -226,7 +226,7 @@ def draw_ppo(runs):
     for run in runs:
         J = run["optimum"]["objective"]         # None if not known: then no line is drawn
         axes["objective"].hlines([J], 1, run["iterations"], run["color"], "dotted")
-        log = data.HERE / f"results/runs/{run['size']}_{run['name']}.metrics.jsonl"
+        log = data.HERE / f"results/runs/{run['size']}_{run['path'].stem}.metrics.jsonl"
         if log.exists():
             rows = [json.loads(line) for line in log.read_text().splitlines()]
             for key, axis in axes.items():
@@ -245,8 +245,8 @@ def load_runs(out, rho):
         if "result" in run and run["inputs"]["rho"] == rho["key"]:
             result = run["result"]
             result["seconds_per_iteration"] = run["seconds"] / result["iterations"]
-            run |= {**result, "name": path.stem, "label": re.sub("ppo_|beta", "", path.stem),
-                    "color": f"C{len(runs)}"}
+            label = re.sub("ppo_|beta", "", path.stem)
+            run |= {**result, "path": path, "label": label, "color": f"C{len(runs)}"}
             # The frontier begins at rho, with KL and scores 0.
             run["frontier"] = np.transpose([[0, 0, 0], *result["frontier"]])
             runs.append(run)
@@ -284,13 +284,14 @@ def report(out):
     stages = {"rho": rho}
     for name in ("data", "pretrain", "reward", "judge"):
         stages[name] = load_beside(out / "rho.pt", rho, name)
+    pretrained = stages["pretrain"]
     seconds = {name: state["seconds"] for name, state in stages.items()}
     seconds["total"] = sum(column([*stages.values(), *runs], "seconds"))
     seconds["ppo"] = {run["label"]: run["seconds"] for run in runs}
     summary = {"size": rho["size"], "device": rho["inputs"]["device"], "seconds": seconds,
-               "ppo": column(runs, "result"), "pretrain": {}}
-    for key in ("parameters", "val_bits_per_byte"):
-        summary["pretrain"][key] = stages["pretrain"][key]
+               "ppo": column(runs, "result"),
+               "pretrain": {"parameters": pretrained["parameters"],
+                            "val_bits_per_byte": pretrained["val_bits_per_byte"]}}
     models = results = samples = ""
     for name in ("reward", "judge"):
         measures = stages[name]["report"]
@@ -302,9 +303,8 @@ def report(out):
     before = save_samples(out / "pretrain.pt")
     for run in runs:
         row, line = describe(run)
-        after = save_samples(out / f"{run['name']}.pt")
         text = f"\n{'before':52}  after\n"
-        for pair in itertools.zip_longest(before, after, fillvalue=""):
+        for pair in itertools.zip_longest(before, save_samples(run["path"]), fillvalue=""):
             text += "{:52.52}  {}\n".format(*pair)
         print(text + line)
         results += row
