@@ -76,9 +76,9 @@ CHOICES = {"reward_model": ["head", "bag"], "feedback": ["ratings", "comparisons
            "task": ["speeches", "continue"], "toward": ["positive", "negative"],
            "algorithm": ["simple", "rloo", "grpo", "ppo"]}
 CHECKPOINT_EVERY = 30.0     # seconds of work that a crash or Ctrl-C may cost
-# The scripts whose source a stage's result depends on.
-FILES = {"data": "data", "pretrain": "data gpt", "reward": "data gpt reward",
-         "judge": "data gpt reward", "rho": "data gpt reward ppo", "ppo": "data gpt reward ppo"}
+# The script whose function does a stage. What it imports counts through the stages before it.
+FILES = {"data": "data.py", "pretrain": "gpt.py", "reward": "reward.py", "judge": "reward.py",
+         "rho": "ppo.py", "ppo": "ppo.py"}
 
 
 # ---- options ------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def parse(argv=None):
         if kind is not str:
             kind = number(kind, 1 if kind is int else 0)
         add("--" + option.name.replace("_", "-"), type=kind, choices=CHOICES.get(option.name),
-            help=f"{option.why} ({option.tiny}, {option.small}, {option.base})")
+            help="{why} ({tiny}, {small}, {base})".format_map(option._asdict()))
     args = parser.parse_args(argv)
     args.device = torch.device(args.device)
     args.size = args.size or ("base" if args.device.type == "cuda" else "small")
@@ -135,61 +135,44 @@ def source(file):
 
     It is cached at the first call: edits during a run count from the next run on.
     """
-    tree = ast.parse((data.HERE / f"{file}.py").read_text(encoding="utf-8"))
+    tree = ast.parse((data.HERE / file).read_bytes())
     for node in ast.walk(tree):
-        documented = isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef))
-        if documented and ast.get_docstring(node):
-            del node.body[0]
-    kept = []
-    for node in tree.body:
         # The script's own command, and the reader's reward: no stage calls them.
-        if getattr(node, "name", "") not in ("main", "my_reward"):
-            kept.append(ast.dump(node))
-    return data.digest("".join(kept))
+        if getattr(node, "name", "") in ("main", "my_reward"):
+            node.body = []
+        elif isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)):
+            if ast.get_docstring(node):
+                del node.body[0]
+    return data.digest(ast.dump(tree))
 
 
 class Stage:
-    """A stage's checkpoint --out/name.pt, and the loop that remembers.
+    """The loop that remembers: checkpoints and metrics of the stage --out/name.pt.
 
-    inputs holds all that the result depends on: keys of earlier stages and fingerprints of what is
-    read from elsewhere (given), the stage's options (it receives no others), and without --keep the
-    source of its FILES. The key is their fingerprint, so any change also changes all later keys.
+    about: the stage's kind, its inputs, which are all that the result depends on, and their key.
     """
 
-    def __init__(self, args, name, inputs):
-        kind = name.split("_")[0]
-        own = {x.name: getattr(args, x.name) for x in OPTIONS if kind in x.stages.split()}
-        self.path = args.out / f"{name}.pt"
-        self.partial_path = self.path.with_suffix(".partial.pt")
-        # Its own stream of random numbers for every stage, beta and --seed.
-        seed = data.fold(f"{args.seed} {name}", 2**31)
-        self.options = SimpleNamespace(seed=seed, device=args.device, dtype=args.dtype, **own,
-                                       **inputs)
-        self.inputs = {**vars(self.options), "seed": args.seed, "device": args.device.type,
-                       "dtype": str(args.dtype)}
-        if not args.keep:
-            for file in FILES[kind].split():
-                self.inputs[f"{file}.py"] = source(file)
-        key = data.digest(json.dumps(self.inputs))
-        self.about = {"kind": kind, "key": key, "inputs": self.inputs, "size": args.size}
+    def __init__(self, path, about):
+        self.path, self.about = path, about
+        self.partial_path = path.with_suffix(".partial.pt")
         self.history, self.began = [], time.monotonic()
 
     def save(self, path, **state):
         """Write a checkpoint of these inputs, with the history so far: a dict, returned."""
-        state = {**self.about, "history": self.history,
-                 "seconds": time.monotonic() - self.began, **state}
+        seconds = time.monotonic() - self.began
+        state = {**self.about, "history": self.history, "seconds": seconds, **state}
         data.save_checkpoint(path, state)
         return state
 
     def reuse(self, path):
         """The checkpoint at path if its inputs are these, else None, saying what has changed."""
-        if not path.exists():
-            return None
-        state = data.load_checkpoint(path)
-        changed = [name for name, x in self.inputs.items() if state["inputs"].get(name) != x]
-        if not changed:
-            return state
-        print(f"{path.name}: {', '.join(changed)} changed, so this stage is done again")
+        if path.exists():
+            state = data.load_checkpoint(path)
+            inputs = self.about["inputs"].items()
+            changed = [name for name, x in inputs if state["inputs"].get(name) != x]
+            if not changed:
+                return state
+            print(f"{path.name}: {', '.join(changed)} changed, so this stage is done again")
 
     def steps(self, n, **parts):
         """Yield the numbers of the steps of n that are still to do.
@@ -213,7 +196,7 @@ class Stage:
         for self.step in range(start, n):
             # The loop has done all of step i when it asks for the next one.
             yield self.step
-            if time.monotonic() - saved > CHECKPOINT_EVERY and self.step + 1 < n:
+            if time.monotonic() - saved > CHECKPOINT_EVERY:
                 states = {name: part.state_dict() for name, part in parts.items()}
                 self.save(self.partial_path, kind="partial", step=self.step + 1, parts=states,
                           rng=torch.get_rng_state())
@@ -224,11 +207,11 @@ class Stage:
         done = self.step + 1
         self.history.append({"step": done, **metrics})
         # The whole file each time: so no step stands in it twice after a kill.
-        lines = [json.dumps(row) + "\n" for row in self.history]
-        data.write_file(self.path.with_suffix(".metrics.jsonl"), "".join(lines))
+        lines = "\n".join(map(json.dumps, self.history)) + "\n"
+        data.write_file(self.path.with_suffix(".metrics.jsonl"), lines)
         left = (time.monotonic() - self.began) / done * (self.n - done)
         values = [f"{key} {metrics[key]:.3g}" for key in shown or metrics if key in metrics]
-        print(f"{self.path.stem} {done}/{self.n}  {'  '.join(values)}  {left:.0f} s left")
+        print(f"{self.path.stem} {done}/{self.n}", *values, f"{left:.0f} s left", sep="  ")
 
     def show(self, title, text):
         """Print a text under a title."""
@@ -239,23 +222,36 @@ class Stage:
         self.save(self.path.with_name(f"{self.path.stem}_{name}.pt"), **state)
 
 
-def run(args, name, function, *inputs, **outside):
+def run(args, name, function, *earlier, **options):
     """The state of a stage: its checkpoint if it still holds, else the results of function, saved.
 
-    inputs: the states of earlier stages, which have keys, and files of the user's, by content.
+    earlier: the states of earlier stages, and files of the user's, by content. The function gets
+    the stage's own options and no others, so any change of an input changes this key and all later.
     """
-    for x in inputs:
+    kind = name.split("_")[0]
+    for option in OPTIONS:
+        if kind in option.stages:
+            options[option.name] = getattr(args, option.name)
+    inputs = {"seed": args.seed, "device": args.device.type, "dtype": str(args.dtype), **options}
+    for state in earlier:
         # A key stands for all that an earlier stage read, so keys chain.
-        if "key" in x:
-            outside[x["kind"]] = x["key"]
+        if "key" in state:
+            inputs[state["kind"]] = state["key"]
         else:
-            outside["files"] = data.digest(json.dumps(x))
-    stage = Stage(args, name, outside)
+            inputs["files"] = data.digest(json.dumps(state))
+    if not args.keep:
+        inputs[FILES[kind]] = source(FILES[kind])
+    key = data.digest(json.dumps(inputs))
+    about = {"kind": kind, "key": key, "inputs": inputs, "size": args.size}
+    stage = Stage(args.out / f"{name}.pt", about)
     state = stage.reuse(stage.path)
     if not state:
-        torch.manual_seed(stage.options.seed)           # of the weights that the stage will make
-        state = stage.save(stage.path, **function(stage.options, *inputs, stage))
-    if data.is_first_process():     # the others may be here before it has written
+        # Its own stream of random numbers for every stage, beta and --seed.
+        seed = data.fold(f"{args.seed} {name}", 2**31)
+        torch.manual_seed(seed)         # of the weights that the stage will make
+        options = SimpleNamespace(**options, seed=seed, device=args.device, dtype=args.dtype)
+        state = stage.save(stage.path, **function(options, *earlier, stage))
+    if data.is_first_process():         # the others may be here before it has written
         stage.partial_path.unlink(missing_ok=True)
     return state
 
@@ -289,7 +285,7 @@ def study(args):
 
 def main():
     args = parse()
-    for file in FILES["ppo"].split():
+    for file in FILES.values():
         source(file)                    # as they are now
     args.device = gpt.join_processes(args.device)
     began = time.monotonic()

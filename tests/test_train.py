@@ -61,7 +61,7 @@ def fake_stage(out, before=lambda i: None, after=lambda i: None, every=-1.0, see
     args = SimpleNamespace(out=out, seed=seed, keep=False, size="tiny", dtype=torch.float32,
                            device=torch.device("cpu"))
     with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train.FILES, "fake", "")
+        patch.setitem(train.FILES, "fake", "data.py")
         patch.setattr(train, "CHECKPOINT_EVERY", every)
         return train.run(args, "fake", fit, lr=lr)
 
