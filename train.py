@@ -12,7 +12,6 @@ last partial checkpoint, on a CPU (with as many threads and processes) to the sa
 """
 
 import ast
-import functools
 import json
 import time
 from collections import namedtuple
@@ -76,9 +75,6 @@ CHOICES = {"reward_model": ["head", "bag"], "feedback": ["ratings", "comparisons
            "task": ["speeches", "continue"], "toward": ["positive", "negative"],
            "algorithm": ["simple", "rloo", "grpo", "ppo"]}
 CHECKPOINT_EVERY = 30.0     # seconds of work that a crash or Ctrl-C may cost
-# The script whose function does a stage. What it imports counts through the stages before it.
-FILES = {"data": "data.py", "pretrain": "gpt.py", "reward": "reward.py", "judge": "reward.py",
-         "rho": "ppo.py", "ppo": "ppo.py"}
 
 
 # ---- options ------------------------------------------------------------------------------
@@ -104,11 +100,10 @@ def parse(argv=None):
     add("--corpus", metavar="FILE.txt", help="a text of your own, not the plays")
     add("--labels", metavar="FILE.csv", nargs="+", help="your own ratings, not those of labels/: "
         "text, rating; or play, first_line, last_line, rating")
+    types = {str: str, int: number(int, 1), float: number(float, 0)}
     for option in OPTIONS:
-        kind = type(option.small)
-        if kind is not str:
-            kind = number(kind, 1 if kind is int else 0)
-        add("--" + option.name.replace("_", "-"), type=kind, choices=CHOICES.get(option.name),
+        add("--" + option.name.replace("_", "-"), type=types[type(option.small)],
+            choices=CHOICES.get(option.name),
             help="{why} ({tiny}, {small}, {base})".format_map(option._asdict()))
     args = parser.parse_args(argv)
     args.device = torch.device(args.device)
@@ -129,12 +124,8 @@ def parse(argv=None):
 
 # ---- the loop that remembers --------------------------------------------------------------
 
-@functools.cache
 def source(file):
-    """Fingerprint of a script's syntax tree, without comments, blank lines and docstrings.
-
-    It is cached at the first call: edits during a run count from the next run on.
-    """
+    """Fingerprint of a script's syntax tree, without comments, blank lines and docstrings."""
     tree = ast.parse((data.HERE / file).read_bytes())
     for node in ast.walk(tree):
         # The script's own command, and the reader's reward: no stage calls them.
@@ -144,6 +135,13 @@ def source(file):
             if ast.get_docstring(node):
                 del node.body[0]
     return data.digest(ast.dump(tree))
+
+
+# The script whose function does a stage. What it imports counts through the stages before it.
+FILES = {"data": "data.py", "pretrain": "gpt.py", "reward": "reward.py", "judge": "reward.py",
+         "rho": "ppo.py", "ppo": "ppo.py"}
+# As they are now: edits during a run count from the next run on.
+SOURCES = {file: source(file) for file in FILES.values()}
 
 
 class Stage:
@@ -159,8 +157,8 @@ class Stage:
 
     def save(self, path, **state):
         """Write a checkpoint of these inputs, with the history so far: a dict, returned."""
-        seconds = time.monotonic() - self.began
-        state = {**self.about, "history": self.history, "seconds": seconds, **state}
+        state = {**self.about, "history": self.history,
+                 "seconds": time.monotonic() - self.began, **state}
         data.save_checkpoint(path, state)
         return state
 
@@ -168,11 +166,10 @@ class Stage:
         """The checkpoint at path if its inputs are these, else None, saying what has changed."""
         if path.exists():
             state = data.load_checkpoint(path)
-            inputs = self.about["inputs"].items()
-            changed = [name for name, x in inputs if state["inputs"].get(name) != x]
+            changed = dict(self.about["inputs"].items() - state["inputs"].items())
             if not changed:
                 return state
-            print(f"{path.name}: {', '.join(changed)} changed, so this stage is done again")
+            print(f"{path.name}: {', '.join(sorted(changed))} changed, so this stage is done again")
 
     def steps(self, n, **parts):
         """Yield the numbers of the steps of n that are still to do.
@@ -214,7 +211,6 @@ class Stage:
         print(f"{self.path.stem} {done}/{self.n}", *values, f"{left:.0f} s left", sep="  ")
 
     def show(self, title, text):
-        """Print a text under a title."""
         print(f"--- {title}\n{text.strip()}")
 
     def keep(self, name, **state):
@@ -238,10 +234,10 @@ def run(args, name, function, *earlier, **options):
         if "key" in state:
             inputs[state["kind"]] = state["key"]
         else:
-            inputs["files"] = data.digest(json.dumps(state))
+            inputs["files"] = data.digest(str(state))
     if not args.keep:
-        inputs[FILES[kind]] = source(FILES[kind])
-    key = data.digest(json.dumps(inputs))
+        inputs[FILES[kind]] = SOURCES[FILES[kind]]
+    key = data.digest(str(inputs))
     about = {"kind": kind, "key": key, "inputs": inputs, "size": args.size}
     stage = Stage(args.out / f"{name}.pt", about)
     state = stage.reuse(stage.path)
@@ -285,8 +281,6 @@ def study(args):
 
 def main():
     args = parse()
-    for file in FILES.values():
-        source(file)                    # as they are now
     args.device = gpt.join_processes(args.device)
     began = time.monotonic()
     study(args)

@@ -36,7 +36,7 @@ from tables import mean_se, table  # noqa: E402
 
 COLUMNS = ["algorithm", "lr", "seed", "study", "score", "ref_kl", "J", "J_se", "fraction",
            "kl_to_optimum", "seconds", "code"]
-CODE = data.digest(" ".join(map(train.source, [*train.FILES.values(), "results/dpo.py"])))
+CODE = data.digest(" ".join([*train.SOURCES.values(), train.source("results/dpo.py")]))
 CENTRES = {"simple": 1.8e-3, "rloo": 1.8e-3, "grpo": 1.8e-3, "ppo": 1.8e-3, "dpo": dpo.LR}
 
 

@@ -195,7 +195,7 @@ def main():
     add("--table", action="store_true", help="print the rows there are, run nothing")
     args = parser.parse_args()
     path = args.csv or args.study / "what_matters.csv"
-    code = data.digest(" ".join(train.source(file) for file in train.FILES.values()))
+    code = data.digest(" ".join(train.SOURCES.values()))
     rows = [row for row in read_rows(path) if row["code"] == code]
     if args.table:
         return print_table(rows)

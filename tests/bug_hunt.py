@@ -284,12 +284,12 @@ BUGS = [
         [('"pretrain": "gpt.py"', '"pretrain": "data.py"')]),
     Bug("keys that do not chain", OURS, "train.py: train",
         "Another corpus repeats the GPT, but the reward model on the GPT of the old one stands.",
-        [("json.dumps(inputs)",
-          "json.dumps({x: y for x, y in inputs.items() if x not in FILES})")]),
+        [("digest(str(inputs))",
+          "digest(str({x: y for x, y in inputs.items() if x not in FILES}))")]),
     Bug("an edit of labels/words.csv that counts for nothing", OURS, "train.py: train",
         "Of what readers rated only the passages are in the key, so the old reward model stands.",
-        [("data.digest(json.dumps(state))",
-          'data.digest(json.dumps(state["passages"] if "passages" in state else state))')]),
+        [("data.digest(str(state))",
+          'data.digest(str(state["passages"] if "passages" in state else state))')]),
 
     # ---- what a run reached
     Bug("the optimum of prompts pooled as if they were one", OURS, "ppo.py: ppo",
