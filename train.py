@@ -1,6 +1,6 @@
 """The whole study: pretrain a GPT, train a reward model, tune the GPT by PPO, report.
 
-Read main() first, then OPTIONS, which has every knob on one screen. What lies between is the loop
+Read study() first, then OPTIONS, which has every knob on one screen. What lies between is the loop
 that remembers: each stage writes a checkpoint into --out, and is done again only if something it
 depends on has changed. A stage that was cut off, by Ctrl-C or a kill or a crash, resumes from its
 last partial checkpoint, on a CPU (with as many threads and processes) to the same bits.
@@ -39,8 +39,7 @@ OPTIONS = list(map(Option._make, [
     ("pretrain", "n_head", 2, 4, 8, "attention heads; n_embd must be an even multiple"),
     ("pretrain", "n_embd", 64, 256, 512, "width of the transformer"),
     ("pretrain", "pretrain_steps", 150, 330, 1000, "more make a better language model"),
-    ("reward", "reward_model", "head", "head", "head",
-     "head: a classifier head on the GPT; bag: a bag of words, to compare"),
+    ("reward", "reward_model", "head", "head", "head", "head: a head on the GPT; bag: of words"),
     ("reward", "feedback", "ratings", "ratings", "ratings",
      "ratings: soft targets; comparisons: which of two was rated higher, as RLHF usually does"),
     ("reward judge rho ppo", "length", 64, 64, 64, "tokens per completion and per rated passage"),
@@ -59,12 +58,10 @@ OPTIONS = list(map(Option._make, [
     ("ppo", "minibatch", 16, 32, 128, "completions per optimizer step"),
     ("ppo", "unfrozen", 1, 1, 4, "last blocks that PPO trains: more fit more, noise included"),
     ("ppo", "epochs", 1, 1, 1, "passes over each batch: more use it better, but off policy"),
-    ("ppo", "lr", 1.8e-3, 1.8e-3, 1.8e-3,
-     "initial learning rate, decays to 0; if too high, KL is spent on noise"),
+    ("ppo", "lr", 1.8e-3, 1.8e-3, 1.8e-3, "initial, decays to 0; too high spends KL on noise"),
     ("ppo", "clip", 0.2, 0.2, 0.2, "PPO's clip range; lower limits each update more"),
     ("ppo", "lam", 0.8, 0.8, 0.8, "GAE's lambda: lower trusts the value function more"),
-    ("ppo", "max_update_kl", 0.02, 0.02, 0.02,
-     "approx_kl, nats per token, above which an update stops early"),
+    ("ppo", "max_update_kl", 0.02, 0.02, 0.02, "approx_kl, nats per token, that ends an update"),
     ("ppo", "adaptive_kl_target", 0.0, 0.0, 0.0,
      "ref_kl, nats per completion, that an adaptive beta keeps (Ziegler 2019); 0: fixed beta"),
     ("ppo", "adaptive_kl_horizon", 1e4, 1e4, 1e4,
@@ -87,16 +84,14 @@ def parse(argv=None):
     add("--size", choices=SIZES, help="model and budget (default: base on CUDA, small on a CPU)")
     add("--beta", type=number(float, 1e-3, 10), nargs="+", default=[0.2],
         help="KL coefficients: smaller lets the policy drift farther for reward (default 0.2)")
-    add("--out", default="out", type=Path,
-        help="folder of checkpoints, figures and report (default out)")
+    add("--out", default="out", type=Path, help="folder of checkpoints and report (default out)")
     add("--until", choices=["pretrain", "reward", "ppo"],
         help="stop after this stage (default: all, and the report)")
     add("--seed", type=number(int, 0, 2**31), default=0,
         help="another seed shows how far results are chance (default 0)")
     add("--device", choices=devices, default=devices[0], help="default: cuda where there is one")
     add("--fp32", action="store_true", help="compute in float32 where bfloat16 would be faster")
-    add("--keep", action="store_true",
-        help="reuse finished stages although source code has changed since")
+    add("--keep", action="store_true", help="reuse finished stages although source code changed")
     add("--corpus", metavar="FILE.txt", help="a text of your own, not the plays")
     add("--labels", metavar="FILE.csv", nargs="+", help="your own ratings, not those of labels/: "
         "text, rating; or play, first_line, last_line, rating")
@@ -145,9 +140,9 @@ SOURCES = {file: source(file) for file in FILES.values()}
 
 
 class Stage:
-    """The loop that remembers: checkpoints and metrics of the stage --out/name.pt.
+    """The loop that remembers: checkpoints and metrics of the stage whose file is path.
 
-    about: the stage's kind, its inputs, which are all that the result depends on, and their key.
+    about: its kind, its inputs (all that the result depends on), their key and the size.
     """
 
     def __init__(self, path, about):
@@ -194,8 +189,8 @@ class Stage:
             # The loop has done all of step i when it asks for the next one.
             yield self.step
             if time.monotonic() - saved > CHECKPOINT_EVERY:
-                states = {name: part.state_dict() for name, part in parts.items()}
-                self.save(self.partial_path, kind="partial", step=self.step + 1, parts=states,
+                self.save(self.partial_path, kind="partial", step=self.step + 1,
+                          parts={name: part.state_dict() for name, part in parts.items()},
                           rng=torch.get_rng_state())
                 saved = time.monotonic()
 
@@ -237,8 +232,7 @@ def run(args, name, function, *earlier, **options):
             inputs["files"] = data.digest(str(state))
     if not args.keep:
         inputs[FILES[kind]] = SOURCES[FILES[kind]]
-    key = data.digest(str(inputs))
-    about = {"kind": kind, "key": key, "inputs": inputs, "size": args.size}
+    about = {"kind": kind, "key": data.digest(str(inputs)), "inputs": inputs, "size": args.size}
     stage = Stage(args.out / f"{name}.pt", about)
     state = stage.reuse(stage.path)
     if not state:
