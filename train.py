@@ -39,7 +39,8 @@ OPTIONS = list(map(Option._make, [
     ("pretrain", "n_head", 2, 4, 8, "attention heads; n_embd must be an even multiple"),
     ("pretrain", "n_embd", 64, 256, 512, "width of the transformer"),
     ("pretrain", "pretrain_steps", 150, 330, 1000, "more make a better language model"),
-    ("reward", "reward_model", "head", "head", "head", "head: a head on the GPT; bag: of words"),
+    ("reward", "reward_model", "head", "head", "head",
+     "head: a classifier head on the GPT; bag: a bag of words, to compare"),
     ("reward", "feedback", "ratings", "ratings", "ratings",
      "ratings: soft targets; comparisons: which of two was rated higher, as RLHF usually does"),
     ("reward judge rho ppo", "length", 64, 64, 64, "tokens per completion and per rated passage"),
@@ -58,7 +59,8 @@ OPTIONS = list(map(Option._make, [
     ("ppo", "minibatch", 16, 32, 128, "completions per optimizer step"),
     ("ppo", "unfrozen", 1, 1, 4, "last blocks that PPO trains: more fit more, noise included"),
     ("ppo", "epochs", 1, 1, 1, "passes over each batch: more use it better, but off policy"),
-    ("ppo", "lr", 1.8e-3, 1.8e-3, 1.8e-3, "initial, decays to 0; too high spends KL on noise"),
+    ("ppo", "lr", 1.8e-3, 1.8e-3, 1.8e-3,
+     "initial learning rate, decays to 0; if too high, KL is spent on noise"),
     ("ppo", "clip", 0.2, 0.2, 0.2, "PPO's clip range; lower limits each update more"),
     ("ppo", "lam", 0.8, 0.8, 0.8, "GAE's lambda: lower trusts the value function more"),
     ("ppo", "max_update_kl", 0.02, 0.02, 0.02, "approx_kl, nats per token, that ends an update"),
@@ -84,7 +86,7 @@ def parse(argv=None):
     add("--size", choices=SIZES, help="model and budget (default: base on CUDA, small on a CPU)")
     add("--beta", type=number(float, 1e-3, 10), nargs="+", default=[0.2],
         help="KL coefficients: smaller lets the policy drift farther for reward (default 0.2)")
-    add("--out", default="out", type=Path, help="folder of checkpoints and report (default out)")
+    add("--out", default="out", type=Path, help="checkpoints, figures and report (default out)")
     add("--until", choices=["pretrain", "reward", "ppo"],
         help="stop after this stage (default: all, and the report)")
     add("--seed", type=number(int, 0, 2**31), default=0,
