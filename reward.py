@@ -17,6 +17,7 @@ computed once over samples of the pretrained model.
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn as nn
@@ -61,34 +62,32 @@ class PrefixClassifier(nn.Module):
         if mask is not None:
             tokens = tokens.masked_fill(mask == 0, PAD)
         # A stable sort moves padding, wherever it is, to the right of the real tokens.
-        order = (tokens == PAD).int().argsort(dim=1, stable=True)
+        order = (tokens == PAD).int().argsort(stable=True)
         return self.prefixes(tokens.gather(1, order))[:, -1]
 
-    def find_words(self, ids):
-        """Yield, at each token of a passage, the word so far, cut to LETTERS letters.
+    def find_words(self, tokens):
+        """Yield, at each of tokens (B,T), row by row, the word so far, cut to LETTERS letters.
 
-        "My", " gra", "cious", " lord" give "my", "gra", "graciou", "lord". A repeated word gives
-        "", because only its first occurrence counts; so does padding.
+        "My", " gra", "cious", " lord" give "my", "gra", "graciou", "lord". A word repeated in a row
+        gives "", because only its first occurrence counts; so does padding.
         """
-        word = ""
-        seen = {""}
-        for i in ids:
-            token = self.spelling[i]
-            # BPE splits words into tokens: a letter right after a letter continues the word.
-            if not (word[-1:] + token[:1]).isalpha():
-                word = ""
-            word += token.strip()
-            name = word[:LETTERS]
-            yield "" if name in seen else name
-            seen.add(name)
+        for ids in tokens.tolist():
+            word = ""
+            seen = {""}
+            for i in ids:
+                token = self.spelling[i]
+                # BPE splits words into tokens: a letter right after a letter continues the word.
+                if not (word[-1:] + token[:1]).isalpha():
+                    word = ""
+                word += token.strip()
+                name = word[:LETTERS]
+                yield "" if name in seen else name
+                seen.add(name)
 
     def look_up(self, tokens, numbers):
         """The number in numbers of the word so far at each of tokens (B,T): (B,T), default 0."""
-        rows = []
-        for ids in tokens.tolist():
-            words = self.find_words(ids)
-            rows.append([numbers.get(word, 0) for word in words])
-        return torch.tensor(rows, device=tokens.device).view(tokens.shape)
+        found = [numbers.get(word, 0) for word in self.find_words(tokens)]
+        return torch.tensor(found, device=tokens.device).view(tokens.shape)
 
 
 class RewardModel(PrefixClassifier):
@@ -103,8 +102,8 @@ class RewardModel(PrefixClassifier):
         super().__init__(vocabulary, words)
         self.config = vars(gpt.config)
         self.trunk = gpt
-        self.trunk.blocks = gpt.blocks[:blocks]
-        self.trunk.lm_head = nn.Identity()              # unused: the trunk predicts no tokens
+        gpt.blocks = gpt.blocks[:blocks]
+        gpt.lm_head = nn.Identity()                     # unused: the trunk predicts no tokens
         self.head = nn.Linear(2 * gpt.config.n_embd + 2, 1, bias=False)
 
     def features(self, tokens):
@@ -127,7 +126,7 @@ class RewardModel(PrefixClassifier):
         x = in_chunks(lambda rows: self.features(rows).sum(1), tokens)      # (N,2C+2)
         # Of ridges from 100 to 300,000 this one predicts the ratings of "choose" best.
         weight, self.bias = regress(x.mv, x.size(1), targets, weights, 10_000.0, loss)
-        self.head.weight.data = weight[None]
+        self.head.weight.data[0] = weight
 
 
 class Bag(PrefixClassifier):
@@ -138,16 +137,11 @@ class Bag(PrefixClassifier):
 
     def fit(self, tokens, targets, weights, loss):
         """Fit each word's contribution, its own weight plus strength * its rating, into words."""
-        names = {"", *self.words}
-        for ids in tokens.tolist():
-            names.update(self.find_words(ids))
-        names = sorted(names)                                           # "" comes first
-        column = {name: i for i, name in enumerate(names)}
-        rows = self.look_up(tokens, column)                             # (N,T)
-        told = [self.words.get(name, 0.0) for name in names]
-        ratings = torch.tensor(told, device=rows.device)
+        names = sorted({"", *self.words, *self.find_words(tokens)})
+        rows = self.look_up(tokens, {name: i for i, name in enumerate(names)})      # (N,T)
         # weight[0] is the strength, which leaves "" without a weight; rating -1 cancels it to 0.
-        ratings[0] = -1.0
+        told = dict.fromkeys(names, 0.0) | self.words | {"": -1.0}
+        ratings = torch.tensor(list(told.values()), device=tokens.device)
 
         def sums(weight):
             added = weight + weight[0] * ratings
@@ -177,12 +171,11 @@ def comparison_loss(log_odds, targets, rounds=8):
     passage of higher target is the better one; ties are left out (Ziegler 2019).
     """
     generator = torch.Generator().manual_seed(0)            # the same pairs in every call
-    orders = [torch.randperm(len(targets), generator=generator) for _ in range(rounds)]
-    other = torch.stack(orders)
+    other = torch.stack([torch.randperm(len(targets), generator=generator)
+                         for _ in range(rounds)])
     better = (targets - targets[other]).sign()              # (rounds,N): 1, -1, or 0 (tie)
     gap = better * (log_odds - log_odds[other])
-    losses = -better.abs() * F.logsigmoid(gap)
-    return losses.mean(0)
+    return (-better.abs() * F.logsigmoid(gap)).mean(0)
 
 
 def regress(linear, size, targets, weights=1.0, ridge=0.0, loss=soft_loss):
@@ -197,8 +190,8 @@ def regress(linear, size, targets, weights=1.0, ridge=0.0, loss=soft_loss):
 
     def closure():
         optimizer.zero_grad()
-        misfit = weights * loss(linear(weight) + bias, targets)
-        value = misfit.sum() + (ridge * weight.square()).sum() / 2
+        misfits = weights * loss(linear(weight) + bias, targets)
+        value = misfits.sum() + (ridge * weight.square()).sum() / 2
         value.backward()
         return value
 
@@ -219,20 +212,16 @@ def calibrate(model, tokens, targets):
 
 # ---- the score ----------------------------------------------------------------------------
 
-def log_p(log_odds, toward="positive"):
-    """log P(positive) or log P(negative) from log-odds of positive, in nats."""
-    return F.logsigmoid(log_odds if toward == "positive" else -log_odds)
-
-
-def score_constants(log_odds, toward="positive"):
-    """Mean and std of log P(toward) over samples of rho with log-odds (N,), for score()."""
-    values = log_p(log_odds, toward)
-    return {"mean": values.mean().item(), "std": values.std().item()}
-
-
 def score(log_odds, mean, std, toward="positive"):
     """The score r(y) = (log P(toward) - mean) / std from log-odds of positive (B,): (B,)."""
-    return (log_p(log_odds, toward) - mean) / std
+    sign = 1 if toward == "positive" else -1
+    return (F.logsigmoid(sign * log_odds) - mean) / std
+
+
+def score_constants(log_odds, toward):
+    """Mean and std of log P(toward) over samples of rho with log-odds (N,), for score()."""
+    log_p = score(log_odds, 0.0, 1.0, toward)
+    return {"mean": log_p.mean().item(), "std": log_p.std().item()}
 
 
 # ---- ratings and measures -----------------------------------------------------------------
@@ -251,7 +240,7 @@ def read_ratings(labels=None):
     folder = data.HERE / "labels"
     names = ("passages.csv", "more_passages.csv", "samples.csv")
     passages = {part: [] for part in PARTS}
-    for path in labels or [folder / name for name in names]:
+    for path in labels or map(folder.joinpath, names):
         for text, rating, play in data.read_labels(path):
             part = PARTS[data.fold(play or text, 10)]
             passages[part].append((text, rating, play is None))
@@ -261,7 +250,7 @@ def read_ratings(labels=None):
     ratings = {}
     for word, rating, _ in data.read_labels(folder / "words.csv"):
         ratings.setdefault(word[:LETTERS], []).append(rating)
-    words = {word: sum(same) / len(same) for word, same in ratings.items()}
+    words = {word: fmean(same) for word, same in ratings.items()}
     return {"passages": passages, "words": words}
 
 
@@ -271,15 +260,15 @@ def prepare(rated, vocabulary, length, device="cpu"):
     parts = {}
     for part, passages in rated["passages"].items():
         texts, ratings, is_sample = zip(*passages)
-        ids = [tokenizer.encode_ordinary(text) for text in texts]
-        lengths = torch.tensor(list(map(len, ids)))
-        is_sample = torch.tensor(is_sample)
-        targets = (torch.tensor(ratings) + 2) / 4
-        # A rating is for the whole passage, so it is weighted by the share of tokens read. Samples
-        # of models count twice, because PPO asks the reward model about samples.
-        weights = (length / lengths).clamp(max=1) * (1 + is_sample)
-        columns = data.pad(ids, length), targets, weights, is_sample
-        parts[part] = [column.to(device) for column in columns]
+        ids = list(map(tokenizer.encode_ordinary, texts))
+        with torch.device(device):              # on which the tensors are made
+            lengths = torch.tensor(list(map(len, ids)))
+            is_sample = torch.tensor(is_sample)
+            targets = (torch.tensor(ratings) + 2) / 4
+            # A rating is for the whole passage, so it is weighted by the share of tokens read.
+            # Samples of models count twice: PPO asks the reward model about samples.
+            weights = (length / lengths).clamp(max=1) * (1 + is_sample)
+            parts[part] = data.pad(ids, length), targets, weights, is_sample
     return parts
 
 
@@ -307,11 +296,9 @@ def rating_metrics(log_odds, targets):
 def fit_reward(options, pretrained, rated, loop):
     """Fit the reward model that PPO optimises: the content of reward.pt, a dict."""
     told = pretrained["vocabulary"], rated["words"]
-    if options.reward_model == "bag":
-        model = Bag(*told)
-    else:
-        gpt = load_gpt(pretrained, dtype=options.dtype)
-        model = RewardModel(gpt, *told)
+    model = Bag(*told)
+    if options.reward_model == "head":
+        model = RewardModel(load_gpt(pretrained, dtype=options.dtype), *told)
     loss = comparison_loss if options.feedback == "comparisons" else soft_loss
     return fit_to_ratings(options, model, rated, "reward", loss, loop)
 
@@ -334,18 +321,15 @@ def fit_to_ratings(options, model, rated, part, loss, loop):
     tokens, targets, _, is_sample = parts["report"]
     log_odds = in_chunks(model, tokens)
     report = {}
-    line = ("{} model, {n} held-out {}: Pearson {pearson:.3f}, AUC {auc:.3f}, "
-            "calibration slope {slope:.2f}")
     for kind, chosen in (("passages", ~is_sample), ("samples", is_sample)):
         if chosen.any():
             report[kind] = rating_metrics(log_odds[chosen], targets[chosen])
-            print(line.format(part, kind, **report[kind]))
+            print("{} model, {n} held-out {}: Pearson {pearson:.3f}, AUC {auc:.3f}, "
+                  "calibration slope {slope:.2f}".format(part, kind, **report[kind]))
     # Show the three most negative and the three most positive passages.
-    order = log_odds.argsort()
-    for i in order[[0, 1, 2, -3, -2, -1]]:
-        p = log_odds[i].sigmoid()
+    for i in log_odds.argsort()[[0, 1, 2, -3, -2, -1]]:
         text = data.decode(model.vocabulary, tokens[i])
-        loop.show(f"P(positive) {p:.2f}", text)
+        loop.show(f"P(positive) {log_odds[i].sigmoid():.2f}", text)
     return {"model": model.state_dict(),
             "config": model.config,
             "vocabulary": model.vocabulary,
@@ -358,11 +342,10 @@ def fit_to_ratings(options, model, rated, part, loss, loop):
 def load_reward(state, device="cpu", dtype=torch.float32):
     """The frozen model of a reward.pt or judge.pt checkpoint."""
     told = state["vocabulary"], state["words"]
-    if state["config"] is None:
-        model = Bag(*told)
-    else:
-        config = GPTConfig(**state["config"])
-        model = RewardModel(GPT(config, dtype), *told)
+    model = Bag(*told)
+    if state["config"]:
+        gpt = GPT(GPTConfig(**state["config"]), dtype)
+        model = RewardModel(gpt, *told)
     model.load_state_dict(state["model"])
     return model.requires_grad_(False).to(device)
 
@@ -383,9 +366,8 @@ def main():
     model = load_reward(state)
     for row in data.read_jsonl(args.score):
         ids = tokenizer.encode_ordinary(row["text"].strip())
-        p = model(data.pad([ids], state["length"])).sigmoid()
-        row["positive"] = round(p.item(), 6)
-        print(json.dumps(row, ensure_ascii=False))
+        p = model(data.pad([ids], state["length"])).sigmoid().item()
+        print(json.dumps({**row, "positive": round(p, 6)}, ensure_ascii=False))
 
 
 if __name__ == "__main__":
