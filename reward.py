@@ -1,15 +1,15 @@
 """The reward model: how positive does a passage feel? A classifier head on the GPT.
 
 Read this file second, after gpt.py. RewardModel is the first block of the pretrained GPT, frozen,
-with a linear head; the log-odds of "positive" are a sum of one contribution per token. Its input
-includes ratings of single words (labels/words.csv), which five megabytes of plays do not teach.
-From rated passages, with soft targets (rating + 2) / 4, it learns how much each rating counts.
+with a linear head; the log-odds of "positive" are a sum of one contribution per token. It learns
+from rated passages, with soft targets (rating + 2) / 4, and is told the ratings of single words
+(labels/words.csv), which five megabytes of plays do not teach.
 
 Bag, a bag of words, is the second kind of model. Fitted to other plays, without the word ratings,
-it serves as the judge: it measures what PPO did and is never optimised.
+it is the judge: it measures what PPO did and is never optimised.
 
-The score that PPO maximises is r(y) = (log P(positive given y) - mean) / std, with mean and std
-computed once over samples of the pretrained model.
+PPO maximises the score r(y) = (log P(positive given y) - mean) / std, with mean and std computed
+once over samples of the pretrained model.
 
     python train.py --until reward               trains both, prints their held-out metrics
     python reward.py --score FILE.jsonl          prints each line {"text": ...} with "positive": p
@@ -34,14 +34,14 @@ LETTERS = 7             # words are cut to 7 letters, so kindness and kindnesses
 
 # ---- the models ---------------------------------------------------------------------------
 
-class PrefixClassifier(nn.Module):
-    """Log-odds of positive for every prefix: bias + scale * the sum of its tokens' contributions.
+class Bag(nn.Module):
+    """A bag of words: log-odds of positive are bias + scale * the sum of tokens' contributions.
 
-    Subclasses define contributions(tokens (B,T)) -> (B,T), 0 at PAD. vocabulary: the bytes of each
-    token. words: {first LETTERS letters of a word: a number}. calibrate() sets scale and bias.
+    A word contributes its number where it first occurs. vocabulary: the bytes of each token.
+    words: {first LETTERS letters of a word: its rating from -2 to 2, after fit() its weight}.
     """
 
-    config = None                   # the GPT's; a bag has none
+    config = None                   # RewardModel has its GPT's
 
     def __init__(self, vocabulary, words):
         super().__init__()
@@ -84,18 +84,39 @@ class PrefixClassifier(nn.Module):
                 yield "" if name in seen else name
                 seen.add(name)
 
-    def look_up(self, tokens, numbers):
-        """The number in numbers of the word so far at each of tokens (B,T): (B,T), default 0."""
-        found = [numbers.get(word, 0) for word in self.find_words(tokens)]
-        return torch.tensor(found, device=tokens.device).view(tokens.shape)
+    def contributions(self, tokens):
+        """The number in words of the word so far at each of tokens (B,T), default 0: (B,T)."""
+        numbers = [self.words.get(word, 0) for word in self.find_words(tokens)]
+        return torch.tensor(numbers, device=tokens.device).view(tokens.shape)
+
+    def fit(self, tokens, targets, weights, loss):
+        """Fit to passages tokens (N,T), soft targets (N,), weighted by weights (N,).
+
+        A word's new number is a weight of its own plus strength * its rating.
+        """
+        names = sorted({"", *self.words, *self.find_words(tokens)})
+        # weight[0] is the strength, which leaves "" without a weight; rating -1 cancels it to 0.
+        told = dict.fromkeys(names, 0.0) | self.words | {"": -1.0}
+        ratings = torch.tensor(list(told.values()), device=tokens.device)
+        self.words = {name: i for i, name in enumerate(names)}      # for now
+        columns = self.contributions(tokens)                        # (N,T)
+
+        def sums(weight):
+            added = weight + weight[0] * ratings
+            # gather, whose backward pass has the same bits with several threads; that of
+            # added[columns] has not.
+            return added.gather(0, columns.flatten()).view_as(columns).sum(1)
+
+        weight, self.bias = regress(sums, len(names), targets, weights, 20.0, loss)
+        added = weight + weight[0] * ratings
+        self.words = dict(zip(names, added.tolist()))
 
 
-class RewardModel(PrefixClassifier):
-    """The reward model: RewardModel(gpt, vocabulary, words)(tokens (B,T)) -> log-odds (B,).
+class RewardModel(Bag):
+    """The reward model: a bag that reads words in context, by the first blocks of gpt and a head.
 
-    The first blocks of gpt, which is modified, and a linear head. words: their ratings, -2 to 2.
-    The head reads each token's hidden state, and the hidden state times the rating of the word so
-    far, so that the context of a word decides how much its rating counts.
+    The head is linear. It reads each token's hidden state, and the hidden state times the rating
+    of the word so far, so the context decides how much the rating counts. gpt is modified.
     """
 
     def __init__(self, gpt, vocabulary, words, blocks=1):
@@ -111,81 +132,49 @@ class RewardModel(PrefixClassifier):
         # Attention is causal, so the features of a prefix do not depend on what follows.
         hidden = self.trunk.hidden(tokens).float()                          # (B,T,C)
         x = F.pad(hidden, (0, 1), value=1.0) * (tokens != PAD)[..., None]
-        ratings = self.look_up(tokens, self.words)[..., None]               # (B,T,1)
+        ratings = super().contributions(tokens)[..., None]                  # (B,T,1)
         return torch.cat((x, ratings * x), dim=-1)
 
     def contributions(self, tokens):
         return self.head(self.features(tokens)).squeeze(-1)
 
     def fit(self, tokens, targets, weights, loss):
-        """Fit the head to passages tokens (N,T), soft targets (N,), weighted by weights (N,).
-
-        The pretrained trunk stays frozen: fine-tuning it takes longer and predicts held-out ratings
-        no better (results/README.md).
-        """
+        """Fit the head alone: fine-tuning the trunk predicts no better (results/README.md)."""
         x = in_chunks(lambda rows: self.features(rows).sum(1), tokens)      # (N,2C+2)
         # Of ridges from 100 to 300,000 this one predicts the ratings of "choose" best.
         weight, self.bias = regress(x.mv, x.size(1), targets, weights, 10_000.0, loss)
-        self.head.weight.data[0] = weight
-
-
-class Bag(PrefixClassifier):
-    """A bag of words: Bag(vocabulary, words). A word adds its number where it first occurs."""
-
-    def contributions(self, tokens):
-        return self.look_up(tokens, self.words)
-
-    def fit(self, tokens, targets, weights, loss):
-        """Fit each word's contribution, its own weight plus strength * its rating, into words."""
-        names = sorted({"", *self.words, *self.find_words(tokens)})
-        rows = self.look_up(tokens, {name: i for i, name in enumerate(names)})      # (N,T)
-        # weight[0] is the strength, which leaves "" without a weight; rating -1 cancels it to 0.
-        told = dict.fromkeys(names, 0.0) | self.words | {"": -1.0}
-        ratings = torch.tensor(list(told.values()), device=tokens.device)
-
-        def sums(weight):
-            added = weight + weight[0] * ratings
-            # gather, whose backward pass has the same bits with several threads; that of
-            # added[rows] has not.
-            return added.gather(0, rows.flatten()).view_as(rows).sum(1)
-
-        weight, self.bias = regress(sums, len(names), targets, weights, 20.0, loss)
-        added = weight + weight[0] * ratings
-        self.words = dict(zip(names, added.tolist()))
+        self.head.weight.data = weight[None]
 
 
 # ---- losses and regression ----------------------------------------------------------------
 
 def soft_loss(log_odds, targets):
-    """Cross-entropy with soft targets from 0 to 1, elementwise, in nats.
-
-    At target 1/2 (a neutral passage) and log-odds 0 it is log 2 and its gradient is 0.
-    """
+    """Cross-entropy with soft targets from 0 to 1 (neutral: 1/2), elementwise, in nats."""
     return F.binary_cross_entropy_with_logits(log_odds, targets, reduction="none")
 
 
 def comparison_loss(log_odds, targets, rounds=8):
     """Bradley-Terry: -log sigmoid(r(better) - r(worse)), the usual loss of RLHF, in nats.
 
-    log_odds, targets (N,) -> (N,). Each round compares every passage with a random other one. The
-    passage of higher target is the better one; ties are left out (Ziegler 2019).
+    log_odds, targets (N,) -> (N,). Each round compares every passage with a random other one. That
+    of higher target is the better one; ties are left out (Ziegler 2019).
     """
     generator = torch.Generator().manual_seed(0)            # the same pairs in every call
-    other = torch.stack([torch.randperm(len(targets), generator=generator)
-                         for _ in range(rounds)])
+    orders = [torch.randperm(len(targets), generator=generator) for _ in range(rounds)]
+    other = torch.stack(orders)                             # (rounds,N)
     better = (targets - targets[other]).sign()              # (rounds,N): 1, -1, or 0 (tie)
-    gap = better * (log_odds - log_odds[other])
-    return (-better.abs() * F.logsigmoid(gap)).mean(0)
+    losses = -better.abs() * F.logsigmoid(better * (log_odds - log_odds[other]))
+    return losses.mean(0)
 
 
 def regress(linear, size, targets, weights=1.0, ridge=0.0, loss=soft_loss):
     """Ridge logistic regression on soft targets (N,): the fitted weight (size,) and bias (1,).
 
-    The log-odds are linear(weight) (N,) + bias. weights (N,): how much each passage counts. The
-    loss is convex, so L-BFGS finds its minimum without a learning rate.
+    The log-odds are linear(weight) (N,) + bias. weights (N,): how much each passage counts.
     """
     weight = targets.new_zeros(size, requires_grad=True)
     bias = targets.new_zeros(1, requires_grad=True)
+    # The loss is convex, so L-BFGS finds its minimum without a learning rate.
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure():
@@ -221,7 +210,8 @@ def score(log_odds, mean, std, toward="positive"):
 def score_constants(log_odds, toward):
     """Mean and std of log P(toward) over samples of rho with log-odds (N,), for score()."""
     log_p = score(log_odds, 0.0, 1.0, toward)
-    return {"mean": log_p.mean().item(), "std": log_p.std().item()}
+    return {"mean": log_p.mean().item(),
+            "std": log_p.std().item()}
 
 
 # ---- ratings and measures -----------------------------------------------------------------
@@ -235,7 +225,7 @@ PARTS = ["report", "choose", "judge", "judge", *["reward"] * 6]
 def read_ratings(labels=None):
     """Passages {part: [(text, rating, is a sample)]} and words {first LETTERS letters: rating}.
 
-    labels: the user's CSV files. Words with the same first LETTERS letters get their mean rating.
+    labels: the user's CSV files. Words with the same first letters get their mean rating.
     """
     folder = data.HERE / "labels"
     names = ("passages.csv", "more_passages.csv", "samples.csv")
@@ -251,7 +241,8 @@ def read_ratings(labels=None):
     for word, rating, _ in data.read_labels(folder / "words.csv"):
         ratings.setdefault(word[:LETTERS], []).append(rating)
     words = {word: fmean(same) for word, same in ratings.items()}
-    return {"passages": passages, "words": words}
+    return {"passages": passages,
+            "words": words}
 
 
 def prepare(rated, vocabulary, length, device="cpu"):
@@ -261,7 +252,7 @@ def prepare(rated, vocabulary, length, device="cpu"):
     for part, passages in rated["passages"].items():
         texts, ratings, is_sample = zip(*passages)
         ids = list(map(tokenizer.encode_ordinary, texts))
-        with torch.device(device):              # on which the tensors are made
+        with torch.device(device):              # where the tensors are made
             lengths = torch.tensor(list(map(len, ids)))
             is_sample = torch.tensor(is_sample)
             targets = (torch.tensor(ratings) + 2) / 4
@@ -275,14 +266,15 @@ def prepare(rated, vocabulary, length, device="cpu"):
 def rating_metrics(log_odds, targets):
     """How well log-odds (N,) of positive predict soft targets (N,): a dict of numbers.
 
-    pearson: between P(positive) and target; auc: targets above 1/2 against those below; slope: of
-    the calibration, above 1 underconfident, below 1 overconfident; log_loss: in nats.
+    pearson: of P(positive) and target; auc: targets above 1/2 against those below; slope: of the
+    calibration, above 1 underconfident, below 1 overconfident; log_loss: in nats.
     """
     p = log_odds.sigmoid()
     # Pearson's r is the cosine similarity of the centred vectors.
     pearson = F.cosine_similarity(p - p.mean(), targets - targets.mean(), dim=0)
+    better, worse = p[targets > 0.5], p[targets < 0.5]
     # For each pair of a better and a worse passage: 1 if the better has the higher p, 1/2 a tie.
-    wins = ((p[targets > 0.5][:, None] - p[targets < 0.5]).sign() + 1) / 2
+    wins = ((better[:, None] - worse).sign() + 1) / 2
     slope, _ = regress(log_odds.mul, 1, targets)
     return {"n": len(p),
             "pearson": pearson.item(),
@@ -298,7 +290,8 @@ def fit_reward(options, pretrained, rated, loop):
     told = pretrained["vocabulary"], rated["words"]
     model = Bag(*told)
     if options.reward_model == "head":
-        model = RewardModel(load_gpt(pretrained, dtype=options.dtype), *told)
+        gpt = load_gpt(pretrained, dtype=options.dtype)
+        model = RewardModel(gpt, *told)
     loss = comparison_loss if options.feedback == "comparisons" else soft_loss
     return fit_to_ratings(options, model, rated, "reward", loss, loop)
 
@@ -335,7 +328,6 @@ def fit_to_ratings(options, model, rated, part, loss, loop):
             "vocabulary": model.vocabulary,
             "words": model.words,
             "length": options.length,
-            "labels": len(weights),
             "report": report}
 
 

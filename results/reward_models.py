@@ -42,12 +42,12 @@ class TokenWeights(Bag):
 
     def contributions(self, tokens):
         own = self.weight[tokens.clamp(min=0)] * (tokens != data.PAD)
-        return own + self.strength * self.look_up(tokens, self.words)
+        return own + self.strength * super().contributions(tokens)
 
     def fit(self, tokens, targets, weights, loss):
         counts = torch.zeros(len(tokens), len(self.vocabulary))         # (N,V)
         counts.scatter_add_(1, tokens.clamp(min=0), (tokens != data.PAD) * (1.0 - self.alone))
-        x = torch.cat((counts, self.look_up(tokens, self.words).sum(1, keepdim=True)), dim=1)
+        x = torch.cat((counts, super().contributions(tokens).sum(1, keepdim=True)), dim=1)
         ridge = torch.tensor([60.0] * (x.size(1) - 1) + [0.0])          # none on the strength
         weight, self.bias = regress(x.mv, len(ridge), targets, weights, ridge, loss)
         self.weight, self.strength = weight[:-1], weight[-1]
@@ -56,26 +56,28 @@ class TokenWeights(Bag):
 class PairBag(Bag):
     """A bag of words and of pairs of tokens, which earlier versions shipped. Pairs: more ridge."""
 
-    def find_words(self, ids):
+    def find_words(self, tokens):
         """For each token two names: the word so far, and the pair "last token, this token"."""
-        seen, last = {""}, ""
-        for i, word in zip(ids, super().find_words(ids)):
-            token = self.spelling[i].strip(" ")
-            pair = "" if i == data.PAD else f"{last} {token}"
-            yield word
-            yield "" if pair in seen else pair
-            seen.add(pair)
-            last = token
+        for row in tokens:
+            seen, last = {""}, ""
+            for i, word in zip(row.tolist(), super().find_words(row[None])):
+                token = self.spelling[i].strip(" ")
+                pair = "" if i == data.PAD else f"{last} {token}"
+                yield word
+                yield "" if pair in seen else pair
+                seen.add(pair)
+                last = token
 
     def contributions(self, tokens):
-        return super().contributions(tokens).view(*tokens.shape, 2).sum(-1)
+        numbers = [self.words.get(name, 0) for name in self.find_words(tokens)]
+        return torch.tensor(numbers).view(*tokens.shape, 2).sum(-1)
 
     def fit(self, tokens, targets, weights, loss):
-        counts = collections.Counter()
-        for ids in tokens.tolist():
-            counts.update(self.find_words(ids))
+        counts = collections.Counter(self.find_words(tokens))
         names = sorted({"", *self.words} | {name for name, n in counts.items() if n > 1})
-        rows = self.look_up(tokens, {name: i for i, name in enumerate(names)})
+        column = {name: i for i, name in enumerate(names)}
+        rows = torch.tensor([column.get(name, 0) for name in self.find_words(tokens)])
+        rows = rows.view(len(tokens), -1)                               # (N,2T)
         ratings = torch.tensor([self.words.get(name, 0.0) for name in names])
         ratings[0] = -1.0
         ridge = torch.tensor([100.0 if " " in name else 20.0 for name in names])
@@ -223,7 +225,7 @@ def print_spoilt(study, rewarded, texts, dtype):
         lines.append([name, len(p), p.mean().item(), p.quantile(0.99).item(), judges.item()])
     print(*table(["text", "n", "mean P(positive)", "99 % quantile", "the judge's mean"],
                  lines), sep="\n")
-    log_p = reward.log_p(in_chunks(model, groups["samples of rho"]))
+    log_p = reward.score(in_chunks(model, groups["samples of rho"]), mean=0.0, std=1.0)
     values = log_p.quantile(torch.tensor([0.001, 0.01, 0.1, 0.5, 0.9, 0.99])).tolist()
     print("log P(positive) of rho's samples, quantiles at 0.1, 1, 10, 50, 90, 99 %:",
           ", ".join(f"{x:.2f}" for x in values))

@@ -220,7 +220,7 @@ def test_the_reward_model_is_the_kind_asked_for_and_learns_from_the_feedback(tex
         assert run_script(train, *argv(texts, again, *more, *options)) == 0
     assert seen == [(reward.RewardModel, reward.soft_loss), (reward.Bag, reward.soft_loss),
                     (reward.Bag, reward.comparison_loss)]
-    assert isinstance(reward.load_reward(load(again, "reward")), reward.Bag)
+    assert type(reward.load_reward(load(again, "reward"))) is reward.Bag
     assert all(len(x.unique()) > 1 for x in weights), "all passages count alike"
 
 
