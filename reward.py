@@ -1,12 +1,12 @@
 """The reward model: how positive does a passage feel? A classifier head on the GPT.
 
-Read this file second, after gpt.py. RewardModel is the first block of the pretrained GPT, frozen,
-with a linear head; the log-odds of "positive" are a sum of one contribution per token. It learns
-from rated passages, with soft targets (rating + 2) / 4, and is told the ratings of single words
-(labels/words.csv), which five megabytes of plays do not teach.
+Read this file second, after gpt.py. A Bag of words sums one number per word. RewardModel reads the
+words in context: a linear head on the first block of the pretrained GPT, frozen, contributes one
+number per token. It learns from rated passages, with soft targets (rating + 2) / 4, and is told the
+ratings of single words (labels/words.csv), which five megabytes of plays do not teach.
 
-Bag, a bag of words, is the second kind of model. Fitted to other plays, without the word ratings,
-it is the judge: it measures what PPO did and is never optimised.
+A Bag fitted to other plays, without the word ratings, is the judge: it measures what PPO did and is
+never optimised.
 
 PPO maximises the score r(y) = (log P(positive given y) - mean) / std, with mean and std computed
 once over samples of the pretrained model.
@@ -37,8 +37,8 @@ LETTERS = 7             # words are cut to 7 letters, so kindness and kindnesses
 class Bag(nn.Module):
     """A bag of words: log-odds of positive are bias + scale * the sum of tokens' contributions.
 
-    A word contributes its number where it first occurs. vocabulary: the bytes of each token.
-    words: {first LETTERS letters of a word: its rating from -2 to 2, after fit() its weight}.
+    A word contributes its number in words where it first occurs. vocabulary: the bytes of each
+    token. words: {first LETTERS letters: rating from -2 to 2; after Bag.fit() the fitted number}.
     """
 
     config = None                   # RewardModel has its GPT's
@@ -48,7 +48,8 @@ class Bag(nn.Module):
         self.vocabulary = vocabulary
         self.words = words
         # " Love", "LOVE" and "love" count as one word. PAD = -1 indexes the last entry, "".
-        self.spelling = [token.decode("latin-1").lower() for token in [*vocabulary, b""]]
+        self.spelling = [token.decode("latin-1").lower()
+                         for token in [*vocabulary, b""]]
         self.register_buffer("scale", torch.ones(1))
         self.register_buffer("bias", torch.zeros(1))
 
@@ -68,8 +69,8 @@ class Bag(nn.Module):
     def find_words(self, tokens):
         """Yield, at each of tokens (B,T), row by row, the word so far, cut to LETTERS letters.
 
-        "My", " gra", "cious", " lord" give "my", "gra", "graciou", "lord". A word repeated in a row
-        gives "", because only its first occurrence counts; so does padding.
+        "My", " gra", "cious", " lord" give "my", "gra", "graciou", "lord". A word said before in
+        the row gives "", because only its first occurrence counts; so does padding.
         """
         for ids in tokens.tolist():
             word = ""
@@ -90,16 +91,18 @@ class Bag(nn.Module):
         return torch.tensor(numbers, device=tokens.device).view(tokens.shape)
 
     def fit(self, tokens, targets, weights, loss):
-        """Fit to passages tokens (N,T), soft targets (N,), weighted by weights (N,).
+        """Fit to passages (N,T) with soft targets (N,), weighted by weights (N,).
 
         A word's new number is a weight of its own plus strength * its rating.
         """
         names = sorted({"", *self.words, *self.find_words(tokens)})
+        ratings = [self.words.get(name, 0.0) for name in names]
         # weight[0] is the strength, which leaves "" without a weight; rating -1 cancels it to 0.
-        told = dict.fromkeys(names, 0.0) | self.words | {"": -1.0}
-        ratings = torch.tensor(list(told.values()), device=tokens.device)
-        self.words = {name: i for i, name in enumerate(names)}      # for now
-        columns = self.contributions(tokens)                        # (N,T)
+        ratings[0] = -1.0
+        ratings = torch.tensor(ratings, device=tokens.device)
+        # For now a word's number is its column.
+        self.words = {name: i for i, name in enumerate(names)}
+        columns = self.contributions(tokens)                                # (N,T)
 
         def sums(weight):
             added = weight + weight[0] * ratings
@@ -113,10 +116,10 @@ class Bag(nn.Module):
 
 
 class RewardModel(Bag):
-    """The reward model: a bag that reads words in context, by the first blocks of gpt and a head.
+    """The reward model: a linear head on the first blocks of gpt, which is modified.
 
-    The head is linear. It reads each token's hidden state, and the hidden state times the rating
-    of the word so far, so the context decides how much the rating counts. gpt is modified.
+    The head reads each token's hidden state, and the hidden state times the rating of the word so
+    far, so that the context of a word decides how much its rating counts.
     """
 
     def __init__(self, gpt, vocabulary, words, blocks=1):
@@ -160,10 +163,12 @@ def comparison_loss(log_odds, targets, rounds=8):
     of higher target is the better one; ties are left out (Ziegler 2019).
     """
     generator = torch.Generator().manual_seed(0)            # the same pairs in every call
-    orders = [torch.randperm(len(targets), generator=generator) for _ in range(rounds)]
+    orders = [torch.randperm(len(targets), generator=generator)
+              for _ in range(rounds)]
     other = torch.stack(orders)                             # (rounds,N)
     better = (targets - targets[other]).sign()              # (rounds,N): 1, -1, or 0 (tie)
-    losses = -better.abs() * F.logsigmoid(better * (log_odds - log_odds[other]))
+    gap = better * (log_odds - log_odds[other])
+    losses = -better.abs() * F.logsigmoid(gap)
     return losses.mean(0)
 
 
@@ -189,11 +194,9 @@ def regress(linear, size, targets, weights=1.0, ridge=0.0, loss=soft_loss):
 
 
 def calibrate(model, tokens, targets):
-    """Fit a model's scale and bias (Platt 1999) on passages that it was not trained on.
-
-    Comparisons leave the zero of the log-odds undetermined; here ratings determine it.
-    """
+    """Fit a model's scale and bias (Platt 1999) on passages that it was not trained on."""
     log_odds = in_chunks(model, tokens)
+    # Comparisons leave the zero of the log-odds undetermined; ratings determine it here.
     slope, intercept = regress(log_odds.mul, 1, targets)
     model.scale *= slope
     model.bias = slope * model.bias + intercept
