@@ -91,9 +91,9 @@ class Bag(nn.Module):
         return torch.tensor(numbers, device=tokens.device).view(tokens.shape)
 
     def fit(self, tokens, targets, weights, loss):
-        """Fit to passages (N,T) with soft targets (N,), weighted by weights (N,).
+        """Fit to passages tokens (N,T), soft targets (N,), weighted by weights (N,).
 
-        A word's new number is a weight of its own plus strength * its rating.
+        The number of a word becomes a weight of its own plus strength * its rating.
         """
         names = sorted({"", *self.words, *self.find_words(tokens)})
         ratings = [self.words.get(name, 0.0) for name in names]
@@ -106,8 +106,7 @@ class Bag(nn.Module):
 
         def sums(weight):
             added = weight + weight[0] * ratings
-            # gather, whose backward pass has the same bits with several threads; that of
-            # added[columns] has not.
+            # Not added[columns]: with several threads the bits of its backward pass vary.
             return added.gather(0, columns.flatten()).view_as(columns).sum(1)
 
         weight, self.bias = regress(sums, len(names), targets, weights, 20.0, loss)
