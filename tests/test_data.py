@@ -229,13 +229,13 @@ def test_a_rating_belongs_to_the_lines_or_the_text_beside_it(tmp_path):
 
 def test_a_rating_is_a_number_within_its_bounds():
     """Not nan and not infinite, which compare false with everything."""
-    assert [data.parse_rating(text) for text in ("2", "-2", " 0.5 ")] == [2, -2, 0.5]
-    assert data.parse_rating("9", 1, 10) == 9, "other bounds may be given"
+    assert [data.number(float, -2, 2)(text) for text in ("2", "-2", " 0.5 ")] == [2, -2, 0.5]
+    assert data.number(int, 1, 10)("9") == 9, "other bounds may be given"
     for text, said in [("2.1", "'2.1' is not a number from -2 to 2"), ("-3", "'-3' is not"),
                        ("nan", "'nan' is not"), ("-inf", "'-inf' is not"),
                        ("", "'' is not a number"), ("good", "'good' is not a number")]:
         with pytest.raises(ValueError, match=said):
-            data.parse_rating(text)
+            data.number(float, -2, 2)(text)
 
 
 def test_folds_are_of_equal_size_and_depend_on_the_words_alone():

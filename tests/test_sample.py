@@ -105,8 +105,8 @@ def test_the_seed_the_temperature_and_top_k_decide_what_is_drawn(study, drawn):
 
 @pytest.mark.parametrize("options, says", [
     ("--checkpoint reward.pt", "is a reward checkpoint, where one of kind pretrain or ppo"),
-    ("--top-k 0", "--top-k: 0 is not from 1"), ("--num 0", "--num: 0 is not from 1"),
-    ("--temperature nan", "--temperature: nan is not"), ("--seed -1", "--seed: -1 is not from 0"),
+    ("--top-k 0", "--top-k: '0' is not an int"), ("--num 0", "--num: '0' is not an integer"),
+    ("--temperature nan", "--temperature: 'nan' is not"), ("--seed -1", "--seed: '-1' is not an"),
     ("--checkpoint .", "Is a directory"),
     ("--rate a.pt b/a.pt --ratings new.csv", "apart by their file names. Rename a copy")])
 def test_bad_options_are_explained(study, command, monkeypatch, options, says):

@@ -425,10 +425,10 @@ def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, com
 
 @pytest.mark.parametrize("options, says", [
     ("--nonsense", "unrecognized arguments: --nonsense"),
-    ("--beta -1", "-1 is not from 0.001 to 10"), ("--beta much", "invalid number value: 'much'"),
-    ("--beta nan", "nan is not from"), ("--size huge", "invalid choice: 'huge'"),
-    ("--seed -1", "-1 is not from 0"), ("--length 80", "--length must be 8 to 79, not 80"),
-    ("--length 7", "--length must be 8 to 79, not 7"),
+    ("--beta -1", "'-1' is not a number from 0.001 to 10"), ("--beta much", "'much' is not a num"),
+    ("--beta nan", "'nan' is not a"), ("--size huge", "invalid choice: 'huge'"),
+    ("--seed -1", "'-1' is not an integer from 0"), ("--seed 1.5", "'1.5' is not an int"),
+    *[(f"--length {n}", f"--length must be 8 to 79, not {n}") for n in (80, 7)],
     ("--task continue --length 60", "--length must be 8 to 48, not 60"),
     ("--group 5", "--batch 32 must be a multiple of --group, 2 or more"),
     ("--group 1", "--batch 32 must be a multiple of --group, 2 or more"),
