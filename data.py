@@ -341,8 +341,7 @@ def read_labels(path):
                 text = join_lines(lines[int(row["first_line"]) - 1:int(row["last_line"])])
             if not text:
                 raise ValueError("there is no such passage")
-            rating = number(float, -2, 2)(row["rating"])
-            passages.append((text, rating, row.get("play")))
+            passages.append((text, number(float, -2, 2)(row["rating"]), row.get("play")))
     except (KeyError, ValueError, csv.Error) as error:
         raise UserError(f"labels {path} line {rows.reader.line_num}: {error}. The columns must be "
                         "play, first_line, last_line, rating (or text, rating).")
