@@ -35,6 +35,9 @@ import torch.nn.functional as F
 import data
 from data import PAD
 
+# A score this low has weight 0 after a softmax: normalised q and k keep all scores near 0.
+BLOCKED = -1e4
+
 
 @dataclass
 class GPTConfig:
@@ -53,27 +56,6 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
-
-
-class KVCache:
-    """Keys and values of all tokens read so far, for each layer, in buffers of `size` tokens."""
-
-    def __init__(self, config, size):
-        self.size = size
-        self.length = 0                             # tokens read so far
-        self.layers = [None] * config.n_layer
-
-    def append(self, layer, k, v):
-        """Store k, v (B,H,T,head) of new tokens; return the layer's buffers (B,H,size,head)."""
-        if self.layers[layer] is None:
-            B, H, _, head = k.shape
-            # Zeros, because attention weighs what is not yet filled by 0, and 0 * NaN is NaN.
-            self.layers[layer] = k.new_zeros(2, B, H, self.size, head)
-        buffer = self.layers[layer]
-        new = slice(self.length, self.length + k.size(2))
-        buffer[0, :, :, new] = k
-        buffer[1, :, :, new] = v
-        return buffer
 
 
 def norm(x):
@@ -95,30 +77,27 @@ def rotate(x, cos, sin):
     return torch.cat((y1, y2), dim=-1)
 
 
-def blocked_keys(start, end, keys, device, pad=None):
-    """The attention mask, True where query t must not see key s: (T,S), with padding (B,1,T,S).
+def attention_bias(start, end, keys, pad=None):
+    """Added to attention scores: 0 where query t may see key s, -1e4 where not. (T,S) or (B,1,T,S).
 
-    The T queries are positions start to end of S keys. Future keys and padding, pad (B,S), are
-    blocked. A padded query sees itself, as a softmax over nothing is NaN; its output is never used.
+    The T queries are positions start to end of S keys. Future keys are blocked, and padding: pad
+    (B,P) is True at padding among the first P keys. A softmax gives blocked keys weight 0.
     """
-    key = torch.arange(keys, device=device)
-    query = torch.arange(start, end, device=device)[:, None]
-    future = key > query
+    bias = torch.full((end - start, keys), BLOCKED).triu(start + 1)
     if pad is None:
-        return future
-    padding = pad[:, None, None, :]
-    return future | (padding & (key != query))
+        return bias
+    padding = F.pad(pad * BLOCKED, (0, keys - pad.size(1)))             # (B,S)
+    return bias.to(pad.device) + padding[:, None, None, :]
 
 
-def attention(q, k, v, blocked):
-    """softmax(q k' / sqrt(head)) v: q (B,H,T,head), k and v (B,H,S,head) -> (B,H,T,head)."""
+def attention(q, k, v, bias):
+    """softmax(q k' / sqrt(head) + bias) v: q (B,H,T,head), k and v (B,H,S,head) -> as q."""
     if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=~blocked)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     # On the CPU, at 64 tokens in bfloat16, explicit products are faster than torch's kernel.
     q = q / math.sqrt(q.size(-1))
-    scores = q @ k.transpose(-2, -1)                                # (B,H,T,S)
-    weights = scores.masked_fill(blocked, -math.inf).softmax(-1)
-    return weights @ v
+    scores = q @ k.mT + bias                                        # (B,H,T,S)
+    return scores.softmax(-1) @ v
 
 
 class Block(nn.Module):
@@ -132,7 +111,7 @@ class Block(nn.Module):
         self.fc = Linear(config.n_embd, 4 * config.n_embd)
         self.out = Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x, cos, sin, blocked, layer=0, cache=None):
+    def forward(self, x, cos, sin, bias, cache=None, start=0):
         B, T, C = x.shape
         head = C // self.n_head
         qkv = self.qkv(norm(x)).view(B, T, 3, self.n_head, head)
@@ -140,10 +119,11 @@ class Block(nn.Module):
         # Normalising q and k bounds the attention scores: high learning rates stay stable.
         q, k = rotate(norm(qkv[:2]), cos, sin)                      # each (B,H,T,head)
         v = qkv[2]
-        if cache is not None:
-            k, v = cache.append(layer, k, v)                        # (B,H,S,head)
+        if cache is not None:                                       # (2,B,H,size,head)
+            cache[..., start:start + T, :] = torch.stack((k, v))
+            k, v = cache                                            # (B,H,S,head)
         # Attention mixes positions.
-        y = attention(q, k, v, blocked)
+        y = attention(q, k, v, bias)
         y = y.transpose(1, 2).reshape(B, T, C)
         x = x + self.proj(y)
         # The MLP works on each position alone. relu(y)^2 learns faster than GELU here.
@@ -174,29 +154,32 @@ class GPT(nn.Module):
             nn.init.zeros_(block.proj.weight)           # each block starts as the identity
             nn.init.zeros_(block.out.weight)
 
-    def stream(self, tokens, cache=None, pad=None, blocks=slice(None), lower=None):
-        """The residual stream (B,T,C), in the compute dtype, of tokens (B,T) after these blocks.
+    def new_cache(self, B, size):
+        """An empty key-value cache for texts of up to size tokens: a buffer for each block."""
+        head = self.config.n_embd // self.config.n_head
+        # Zeros, because attention weighs what is not yet filled by 0, and 0 * NaN is NaN.
+        return [torch.zeros(2, B, self.config.n_head, size, head, dtype=self.dtype,
+                            device=self.cos.device) for _ in self.blocks]
 
-        With a cache, tokens continue the text that it has read. pad (B,S) is True at padding; S is
-        T, or the cache's size. lower (B,T,C): the stream before blocks, if they are not the first.
+    def stream(self, x, start=0, cache=None, pad=None, blocks=slice(None)):
+        """The residual stream (B,T,C), in the compute dtype, after these blocks.
+
+        x: tokens (B,T), or the stream (B,T,C) before blocks. With a cache, x continues at position
+        start the texts that it holds. pad: as in attention_bias.
         """
-        start, keys = 0, tokens.size(1)
-        if cache is not None:
-            start, keys = cache.length, cache.size
-        end = start + tokens.size(1)
+        end = start + x.size(1)
         if end > self.config.block_size:        # cos and sin end there
             raise ValueError(f"{end} tokens do not fit the context of {self.config.block_size}")
-        blocked = blocked_keys(start, end, keys, tokens.device, pad)
+        keys = cache[0].size(3) if cache else end
+        bias = attention_bias(start, end, keys, pad).to(x.device, self.dtype)
         cos = self.cos[start:end].to(self.dtype)
         sin = self.sin[start:end].to(self.dtype)
-        x = lower
-        if x is None:
+        if not x.is_floating_point():
             # PAD has no embedding and gets that of token 0; its output is never used.
-            x = norm(self.embed(tokens.clamp(min=0)).to(self.dtype))
-        for layer in range(len(self.blocks))[blocks]:
-            x = self.blocks[layer](x, cos, sin, blocked, layer, cache)
-        if cache is not None:
-            cache.length = end
+            x = norm(self.embed(x.clamp(min=0)).to(self.dtype))
+        layers = zip(self.blocks, cache or [None] * len(self.blocks))
+        for block, buffer in list(layers)[blocks]:
+            x = block(x, cos, sin, bias, buffer, start)
         return x
 
     def hidden(self, tokens, **options):
@@ -207,8 +190,8 @@ class GPT(nn.Module):
         """Logits (B,T,V), float32, of hidden states (B,T,C)."""
         return self.lm_head(hidden).float()
 
-    def forward(self, tokens, cache=None, pad=None):
-        return self.logits(self.hidden(tokens, cache=cache, pad=pad))
+    def forward(self, tokens, **options):
+        return self.logits(self.hidden(tokens, **options))
 
 
 # ---- sampling -----------------------------------------------------------------------------
@@ -226,7 +209,7 @@ class Generator(torch.Generator):
 def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
     """Sample a token for each row of logits (B,V) from softmax(logits / temperature): (B,).
 
-    uniform (B,1): a uniform random number in [0, 1) for each row, float64. temperature 0 is greedy.
+    uniform (B,1): a uniform random number in [0, 1) for each row. temperature 0 is greedy.
     top_k keeps only the k likeliest tokens. Rollouts use neither: their log-probabilities are
     computed from the whole softmax, which must be the distribution that was sampled.
     """
@@ -239,9 +222,9 @@ def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     # Invert the cumulative distribution: one uniform number a row. torch.multinomial draws one for
-    # each token of the vocabulary and is slower. float64, because a float32 sum of 2,048
-    # probabilities would miss the rarest tokens.
-    cdf = logits.softmax(-1).cumsum(-1, dtype=torch.float64)            # (B,V)
+    # each token of the vocabulary and is slower. A probability is off by at most 1e-7, less than
+    # bfloat16 logits are.
+    cdf = logits.softmax(-1).cumsum(-1)                                 # (B,V)
     # Draw the first token whose cdf exceeds u; a token of probability 0 is never the first. With
     # NaN logits there is none, and clamp keeps the index valid until the NaN is reported.
     threshold = uniform * cdf[:, -1:]
@@ -250,9 +233,11 @@ def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
 
 
 def draw_uniform(length, batch, device, generator=None):
-    """The uniform random numbers (length,batch,1) that sample_tokens needs for a batch."""
-    return torch.rand(length, batch, 1,
-                      dtype=torch.float64, device=device, generator=generator)
+    """The uniform random numbers (length,batch,1) that sample_tokens needs for a batch.
+
+    They are drawn on the CPU, so a GPU gets the same ones.
+    """
+    return torch.rand(length, batch, 1, generator=generator).to(device)
 
 
 def padding(tokens):
@@ -277,22 +262,24 @@ def generate(model, prompt, length, temperature=1.0, top_k=None,
     """Continue prompts (B,T0), padded left with PAD, by length tokens: (B,T0+length).
 
     A key-value cache lets the model read each token only once. The random numbers come from
-    generator, a torch.Generator on the model's device, or are given as uniform, drawn by
-    draw_uniform.
+    generator, a torch.Generator of the CPU, or are given as uniform, drawn by draw_uniform.
     """
     B, T0 = prompt.shape
     if uniform is None:
         uniform = draw_uniform(length, B, prompt.device, generator)
     model = cast_weights(model)
-    cache = KVCache(model.config, T0 + length)
-    pad = padding(F.pad(prompt, (0, length)))                           # (B,T0+length) or None
+    cache = model.new_cache(B, T0)
+    pad = padding(prompt)
     # The first pass reads the prompt, each later one the token just drawn.
-    new, tokens = prompt, [prompt]
-    for t in range(length):
-        logits = model(new, cache, pad)[:, -1]                          # (B,V)
-        new = sample_tokens(logits, uniform[t], temperature, top_k)[:, None]
-        tokens.append(new)
-    return torch.cat(tokens, dim=1)
+    new = tokens = prompt
+    for numbers in uniform:
+        start = tokens.size(1) - new.size(1)
+        if tokens.size(1) > cache[0].size(3):       # full: attention over fewer keys is faster
+            cache = [F.pad(buffer, (0, 0, 0, 16)) for buffer in cache]
+        logits = model(new, start=start, cache=cache, pad=pad)[:, -1]   # (B,V)
+        new = sample_tokens(logits, numbers, temperature, top_k)[:, None]
+        tokens = torch.cat((tokens, new), dim=1)
+    return tokens
 
 
 def cut_after(tokens, end):
@@ -335,23 +322,16 @@ def completion_inputs(prompts, tokens):
     return torch.cat((prompts, tokens), dim=1)[:, :-1]
 
 
-def completion_hidden(model, prompts, tokens, **part):
-    """Hidden states (B,T,C) that predict completions tokens (B,T) of prompts (B,T0).
+def completion_logits(model, prompts, tokens, blocks=slice(None), lower=None):
+    """Logits (B,T,V) that predict completions tokens (B,T) of prompts (B,T0).
 
-    The state that predicts a token is at the position before it. part: blocks and lower, as in
-    GPT.stream.
+    The state that predicts a token is at the position before it. lower: the stream before blocks,
+    as in GPT.stream, where it is known.
     """
     inputs = completion_inputs(prompts, tokens)
-    hidden = model.hidden(inputs, pad=padding(inputs), **part)
-    hidden = hidden[:, prompts.size(1) - 1:]
-    # On a strided input torch uses one kernel if weights need a gradient and another if not: the
-    # logits of rho and of a policy equal to it would differ in the last bit.
-    return hidden.contiguous()
-
-
-def completion_logits(model, prompts, tokens, **part):
-    """Logits (B,T,V) that predict completions tokens (B,T) of prompts (B,T0)."""
-    return model.logits(completion_hidden(model, prompts, tokens, **part))
+    x = inputs if lower is None else lower
+    x = model.stream(x, pad=padding(inputs), blocks=blocks)
+    return model.logits(norm(x[:, prompts.size(1) - 1:]))
 
 
 @torch.no_grad()
@@ -524,17 +504,18 @@ def bits_per_byte(model, tokens, vocabulary):
     between tokenizers.
     """
     T = model.config.block_size
-    sizes = torch.tensor([len(token) for token in vocabulary])
     starts = torch.arange(0, len(tokens) - T, T)
-    nats = size = 0.0
-    for rows in starts.split(32):
-        batch = windows(tokens, rows, T + 1).to(model.embed.weight.device)
-        targets = batch[:, 1:].flatten()
-        logits = model(batch[:, :-1]).flatten(0, 1)
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        nats += loss.item()
-        size += sizes[targets.cpu()].sum().item()
-    bits = nats / math.log(2)
+    batch = windows(tokens, starts, T + 1)
+    size = sum(len(vocabulary[i]) for i in batch[:, 1:].flatten().tolist())
+
+    def nats(rows):
+        rows = rows.to(model.embed.weight.device)
+        logits = model(rows[:, :-1]).flatten(0, 1)
+        losses = F.cross_entropy(logits, rows[:, 1:].flatten(), reduction="none")
+        return losses.view(len(rows), T)
+
+    total = in_chunks(nats, batch).sum(dtype=torch.float64)
+    bits = total.item() / math.log(2)
     return bits / size
 
 
@@ -568,8 +549,7 @@ def pretrain(options, texts, loop):
 
     for i in loop.steps(steps, model=model, muon=muon, adam=adam, sampler=sampler):
         if i % 100 == 0 or i == 50:                 # with the same random numbers each time
-            same = torch.Generator(options.device)
-            tokens = generate(model, start, min(48, T - 1), generator=same)
+            tokens = generate(model, start, min(48, T - 1), generator=torch.Generator())
             text = data.decode(vocabulary, tokens[0])
             loop.show(f"after {i} steps the model writes:", text)
         set_rates([muon, adam], trapezoid(i, steps))

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import data
 import reward
@@ -373,14 +374,6 @@ class PPOConfig:
     adaptive_kl_horizon: float = 10_000.0       # completions
 
 
-def make_config(options):
-    """The PPOConfig of a run; options has an attribute for each of its settings."""
-    settings = {}
-    for name in PPOConfig.__dataclass_fields__:
-        settings[name] = getattr(options, name)
-    return PPOConfig(**settings)
-
-
 def learning_rate(i, iterations):
     """The learning rate of iteration i as a share of its initial value: a linear decay to 0.
 
@@ -427,18 +420,16 @@ class PPO:
                                            weight_decay=0.0, fused=True)
         self.controller = AdaptiveKL(config.beta, config.adaptive_kl_target,
                                      config.adaptive_kl_horizon)
-        self.sampler = Generator(prompts.device).manual_seed(seed)
-        # The shuffler orders prompts and minibatches.
-        self.shuffler = Generator().manual_seed(seed + 1)
+        # For prompts, tokens and the order of minibatches.
+        self.generator = Generator().manual_seed(seed)
         self.parts = {"policy": self.policy,
                       "optimizer": self.optimizer,
                       "controller": self.controller,
-                      "sampler": self.sampler,
-                      "shuffler": self.shuffler}
+                      "generator": self.generator}
 
     def logits(self, model, prompts, tokens, lower):
         """Logits (B,T,V) of policy or reference from lower, the output of the frozen blocks."""
-        return completion_logits(model, prompts, tokens, blocks=self.tuned, lower=lower)
+        return completion_logits(model, prompts, tokens, self.tuned, lower)
 
     @torch.no_grad()
     def read(self, prompts, tokens):
@@ -455,15 +446,12 @@ class PPO:
         if scores.shape not in ((B,), (B, T + 1)) or not scores.is_floating_point():
             raise ValueError(f"score_fn must give a float for each completion, ({B},), or for each "
                              f"prefix, ({B},{T + 1}), not {scores.dtype} {tuple(scores.shape)}")
-        so_far = torch.zeros(B, T, device=scores.device)
-        if scores.dim() == 2:
-            # so_far at token t is the score of the prefix that ends with token t-1.
-            so_far = scores[:, :-1]
-            scores = scores[:, -1]
-        return {"scores": scores,
+        if scores.dim() == 1:           # no prefix has a score: let it be 0
+            scores = F.pad(scores[:, None], (T, 0))
+        return {"scores": scores[:, -1],
+                "so_far": scores[:, :-1],       # at token t, of the prefix that ends with token t-1
                 "logprobs": token_logprobs(logits, tokens),
                 "ref_logprobs": token_logprobs(ref_logits, tokens),
-                "so_far": so_far,
                 "lower": lower}
 
     def rollout(self):
@@ -471,10 +459,10 @@ class PPO:
         config = self.config
         P = len(self.prompts)
         # Every prompt is used once before any is used again; its completions are adjacent rows.
-        order = torch.randperm(P, generator=self.shuffler)
+        order = torch.randperm(P, generator=self.generator)
         rows = order[torch.arange(config.batch) // self.group % P]
         prompts = self.prompts[rows]
-        tokens = sample_completions(self.policy, prompts, config.length, self.sampler,
+        tokens = sample_completions(self.policy, prompts, config.length, self.generator,
                                     self.end)
         read = in_chunks(self.read, prompts, tokens, size=config.minibatch)
         for name, x in read.items():
@@ -533,7 +521,7 @@ class PPO:
         config = self.config
         minibatches, infos = [], []
         for _ in range(config.epochs):
-            order = torch.randperm(len(advantages), generator=self.shuffler)
+            order = torch.randperm(len(advantages), generator=self.generator)
             minibatches += order.split(config.minibatch)
         for everyones in minibatches:
             rows = everyones[share(len(everyones))]
@@ -706,7 +694,7 @@ def sample_reference(options, texts, pretrained, rewarded, judged, loop):
         test_prompts = data.choose_prompts(texts["test_openings"], options.prompts, options.seed)
         end = texts["start"]
     rho = load_gpt(pretrained, options.device, options.dtype)
-    sampler = torch.Generator(options.device).manual_seed(options.seed)
+    sampler = torch.Generator().manual_seed(options.seed)
     repeated = repeat(test_prompts, options.rho_samples).to(options.device)
     tokens = sample_completions(rho, repeated, options.length, sampler, end)
     scales = {}
@@ -732,7 +720,8 @@ def load_scorer(options, state, rho):
 
 def tune(options, pretrained, rewarded, judged, rho, loop):
     """PPO on the reward model at one beta: the content of ppo_*.pt, policy and results, a dict."""
-    config = make_config(options)
+    settings = {name: getattr(options, name) for name in PPOConfig.__dataclass_fields__}
+    config = PPOConfig(**settings)
     ref = load_gpt(pretrained, options.device, options.dtype)
     score_fn = load_scorer(options, rewarded, rho)
     judge_fn = load_scorer(options, judged, rho)
@@ -765,14 +754,6 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
     return {**about, "model": run.policy.state_dict(), "result": result}
 
 
-def positive(scores, rho, toward):
-    """Mean P(positive), computed back from scores toward "positive" or "negative"."""
-    scale = rho["scales"]["reward"][toward]
-    log_p = scores * scale["std"] + scale["mean"]
-    p = log_p.exp().mean().item()
-    return p if toward == "positive" else 1 - p
-
-
 def log_ratios(policy, ref, prompts, tokens):
     """log pi(y) - log rho(y) of completions (B,T): (B,), nats. Its mean over pi's is ref_kl."""
     logprobs = token_logprobs(completion_logits(policy, prompts, tokens), tokens)
@@ -793,7 +774,7 @@ def evaluate(options, run, judge_fn, rho):
         return torch.stack((scores, ratios, judged_scores), dim=1)
 
     test_prompts = rho["test_prompts"].to(options.device)
-    sampler = torch.Generator(options.device).manual_seed(options.seed + 2)
+    sampler = torch.Generator().manual_seed(options.seed + 1)
     prompts = repeat(test_prompts, options.fresh_samples)
     fresh = sample_completions(run.policy, prompts, options.length, sampler, run.end)
     samples = []
@@ -805,11 +786,13 @@ def evaluate(options, run, judge_fn, rho):
     old, new = samples
     beta = run.controller.beta
     score, ref_kl, judged_score = new.mean((1, 2)).tolist()
+    scale = rho["scales"]["reward"][options.toward]
+    p = (new[0] * scale["std"] + scale["mean"]).exp().mean().item()     # P(toward)
     result = {"beta": beta,
               "toward": options.toward,
               "iterations": run.config.iterations,
               "score": score,
-              "positive": positive(new[0], rho, options.toward),
+              "positive": p if options.toward == "positive" else 1 - p,
               "judge": judged_score,
               "ref_kl": ref_kl}
     with warnings.catch_warnings(action="ignore"):      # fraction_of_optimum checks the ESS
@@ -824,12 +807,10 @@ def evaluate(options, run, judge_fn, rho):
 def main():
     """The shortest complete example: rho, a reward, PPO, and the optimum for comparison."""
     parser = data.Parser(description="PPO toward the reward at the end of ppo.py.")
-    add = parser.add_argument
-    add("--out", default="out", type=Path, help="the folder of pretrain.pt")
-    add("--beta", default=0.5, type=data.number(float, 1e-3, 1e3),
-        help="price of a nat of drift, in units of the reward (default 0.5)")
-    add("--iterations", default=20, type=data.number(int, 1),
-        help="more come closer to the optimum (default 20)")
+    parser.add_argument("--out", default="out", type=Path, help="the folder of pretrain.pt")
+    parser.add_argument("--beta", default=0.5, type=data.number(float, 1e-3, 1e3),
+                        help="price of a nat of drift, in units of the reward (default 0.5)")
+    parser.add_argument("--iterations", default=20, type=data.number(int, 1), help="default 20")
     args = parser.parse_args()
     state = data.load_checkpoint(args.out / "pretrain.pt", "pretrain")
     vocabulary = state["vocabulary"]
@@ -839,13 +820,13 @@ def main():
 
     def score_fn(tokens):               # (B,T) -> (B,T+1), scores of all prefixes
         scores = torch.empty(len(tokens), config.length + 1)
-        for row, row_scores in zip(tokens, scores):
-            for t in range(len(row_scores)):
-                row_scores[t] = my_reward(data.decode(vocabulary, row[:t]))
+        for b, row in enumerate(tokens):
+            for t in range(config.length + 1):
+                scores[b, t] = my_reward(data.decode(vocabulary, row[:t]))
         return scores
 
-    sampler = torch.Generator().manual_seed(0)
-    before = sample_completions(rho, prompt.expand(4096, 1), config.length, sampler)
+    generator = torch.Generator().manual_seed(0)
+    before = sample_completions(rho, prompt.expand(4096, 1), config.length, generator)
     scores = score_fn(before)[:, -1]
     best = optimum(scores, args.beta)
     print("rho: J {:.2f}; the optimum: J* {objective:.2f}, score {score:.2f}, KL {ref_kl:.2f} "
@@ -856,11 +837,10 @@ def main():
         print(line.format(i + 1, args.iterations, best["objective"], **run.step(i)))
     # Samples of pi*: samples of rho, resampled with weights exp(r / beta).
     weights = (scores / args.beta).softmax(0)
-    at_optimum = before[weights.multinomial(2, generator=sampler)]
+    at_optimum = before[weights.multinomial(2, generator=generator)]
     shown = {"before": before, "after": run.batch["tokens"], "at the optimum": at_optimum}
     for name, tokens in shown.items():
-        for row in tokens[:2]:
-            text = data.decode(vocabulary, row)
+        for text in [data.decode(vocabulary, row) for row in tokens[:2]]:
             print(f"\n----- {name}, reward {my_reward(text):g}\n{text}")
 
 

@@ -23,7 +23,7 @@ import data  # noqa: E402
 import ppo  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from gpt import completion_hidden, load_gpt  # noqa: E402
+from gpt import completion_inputs, load_gpt, padding  # noqa: E402
 from tables import mean_se, table  # noqa: E402
 
 COLUMNS = ["change", "beta", "seed", "iterations", "batch", "study", "machine", "code", "score",
@@ -40,7 +40,8 @@ class HiddenValues(ppo.PPO):
     weight = None
 
     def read(self, prompts, tokens):
-        hidden = completion_hidden(self.ref, prompts, tokens)
+        inputs = completion_inputs(prompts, tokens)
+        hidden = self.ref.hidden(inputs, pad=padding(inputs))[:, prompts.size(1) - 1:]
         return {**super().read(prompts, tokens), "hidden": hidden}
 
     def advantages(self, rewards, values, mask):

@@ -22,7 +22,7 @@ import data
 import ppo
 from conftest import assert_close, randn
 from data import PAD
-from gpt import GPT, GPTConfig, completion_hidden, completion_logits, cut_after
+from gpt import GPT, GPTConfig, completion_inputs, completion_logits, cut_after, padding
 from ppo import (PPO, PPOConfig, exact_kl, fit_values, gae, kl_penalised_rewards, leave_one_out,
                  policy_loss, token_logprobs, whiten_groups)
 
@@ -66,10 +66,10 @@ def rho():
     prefix = torch.stack([torch.arange(27) // 3 ** (3 - t) + (3 ** t - 1) // 2 for t in range(4)],
                          dim=1)
     targets = torch.cat((prefix, prefix + 40)).flatten()                # 0 to 39, 40 to 79
-    prompts = PROMPTS.repeat_interleave(27, 0)
+    inputs = completion_inputs(PROMPTS.repeat_interleave(27, 0), firsts.repeat(2, 1))
     optimizer = torch.optim.Adam([*model.parameters(), *guess.parameters()], lr=5e-3)
     for _ in range(200):
-        hidden = completion_hidden(model, prompts, firsts.repeat(2, 1))
+        hidden = model.hidden(inputs, pad=padding(inputs))[:, 2:]
         loss = F.cross_entropy(guess(hidden).flatten(0, 1), targets)
         optimizer.zero_grad()
         loss.backward()
@@ -253,7 +253,7 @@ def test_each_completion_is_used_once_an_epoch_in_a_new_order(spy_on):
         batch, advantages = all_once(run)
         seen = spy_on(ppo, "completion_logits")
         run.update(batch, advantages)
-        return place(torch.cat([tokens for (_, _, tokens), _, _ in seen])).view(3, 81)
+        return place(torch.cat([inputs[2] for inputs, _, _ in seen])).view(3, 81)
 
     epochs = order(seed=0)
     assert torch.equal(epochs.sort(1).values, torch.arange(81).expand(3, 81)), "not each once"
