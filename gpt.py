@@ -232,14 +232,6 @@ def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
     return drawn.squeeze(-1).clamp(max=cdf.size(-1) - 1)
 
 
-def draw_uniform(length, batch, device, generator=None):
-    """The uniform random numbers (length,batch,1) that sample_tokens needs for a batch.
-
-    They are drawn on the CPU, so a GPU gets the same ones.
-    """
-    return torch.rand(length, batch, 1, generator=generator).to(device)
-
-
 def padding(tokens):
     """Where tokens (B,T) are PAD: (B,T) bool, or None without padding, for cheaper attention."""
     pad = tokens == PAD
@@ -257,29 +249,41 @@ def cast_weights(model):
 
 
 @torch.no_grad()
-def generate(model, prompt, length, temperature=1.0, top_k=None,
-             generator=None, uniform=None):
-    """Continue prompts (B,T0), padded left with PAD, by length tokens: (B,T0+length).
+def extend(model, prompt, uniform, temperature=1.0, top_k=None, frozen=0):
+    """Sample a token after prompt (B,T0), padded left, for each column of uniform (B,T): a dict.
 
-    A key-value cache lets the model read each token only once. The random numbers come from
-    generator, a torch.Generator of the CPU, or are given as uniform, drawn by draw_uniform.
+    Its tokens (B,T0+T) begin with the prompt. Its lower (B,T0+T-1,C) is the stream after the first
+    frozen blocks at every token but the last, which PPO reads instead of computing it again. A
+    key-value cache lets the model read each token only once.
     """
-    B, T0 = prompt.shape
-    if uniform is None:
-        uniform = draw_uniform(length, B, prompt.device, generator)
     model = cast_weights(model)
-    cache = model.new_cache(B, T0)
+    uniform = uniform.to(prompt.device)
+    cache = model.new_cache(*prompt.shape)
     pad = padding(prompt)
     # The first pass reads the prompt, each later one the token just drawn.
     new = tokens = prompt
-    for numbers in uniform:
+    lower = []
+    for t in range(uniform.size(1)):
         start = tokens.size(1) - new.size(1)
-        if tokens.size(1) > cache[0].size(3):       # full: attention over fewer keys is faster
+        if tokens.size(1) > cache[0].size(3):
+            # Buffers grow as the text does, because attention over fewer keys is faster.
             cache = [F.pad(buffer, (0, 0, 0, 16)) for buffer in cache]
-        logits = model(new, start=start, cache=cache, pad=pad)[:, -1]   # (B,V)
-        new = sample_tokens(logits, numbers, temperature, top_k)[:, None]
+        x = model.stream(new, start, cache, pad, slice(frozen))
+        lower.append(x)
+        x = model.stream(x, start, cache, pad, slice(frozen, None))
+        logits = model.logits(norm(x[:, -1]))                           # (B,V)
+        new = sample_tokens(logits, uniform[:, t:t + 1], temperature, top_k)[:, None]
         tokens = torch.cat((tokens, new), dim=1)
-    return tokens
+    return {"tokens": tokens, "lower": torch.cat(lower, dim=1)}
+
+
+def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None):
+    """Continue prompts (B,T0), padded left with PAD, by length tokens: (B,T0+length).
+
+    generator: a torch.Generator of the CPU, where random numbers are drawn for every device.
+    """
+    uniform = torch.rand(len(prompt), length, generator=generator)
+    return extend(model, prompt, uniform, temperature, top_k)["tokens"]
 
 
 def cut_after(tokens, end):
@@ -298,21 +302,17 @@ def cut_after(tokens, end):
     return tokens.masked_fill(ended_before, PAD)
 
 
-@torch.no_grad()
-def sample_completions(model, prompts, length, generator, end=None, batch=512):
-    """Sample a completion of T = length tokens for each prompt (N,T0): (N,T), without the prompt.
+def sample_completions(model, prompts, length, generator, end=None, frozen=0):
+    """Sample a completion of T = length tokens for each prompt (N,T0): tokens (N,T), and lower.
 
-    Sampled from the whole softmax at temperature 1, the distribution that scoring assumes.
+    Sampled from the whole softmax at temperature 1, the distribution that scoring assumes. tokens
+    come without the prompt and are PAD after end; lower (N,T0+T-1,C): as in extend.
     """
-    parts = []
-    for part in prompts.split(batch):
-        # Random numbers for all rows, so that samples do not depend on the number of processes.
-        uniform = draw_uniform(length, len(part), part.device, generator)
-        rows = share(len(part))
-        tokens = generate(model, part[rows], length, uniform=uniform[:, rows])
-        parts.append(gather(tokens, len(part)))
-    completions = torch.cat(parts)[:, prompts.size(1):]
-    return cut_after(completions, end)
+    # Random numbers for all rows, so that samples do not depend on the number of processes.
+    uniform = torch.rand(len(prompts), length, generator=generator)
+    drawn = in_chunks(lambda *rows: extend(model, *rows, frozen=frozen), prompts, uniform, size=512)
+    tokens = drawn["tokens"][:, prompts.size(1):]
+    return cut_after(tokens, end), drawn["lower"]
 
 
 # ---- scoring ------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ import torch.nn.functional as F
 import data
 import reward
 from data import PAD
-from gpt import (Generator, average, completion_inputs, completion_logits, compute_dtype, in_chunks,
-                 load_gpt, optimizer_step, padding, sample_completions, set_rates, share)
+from gpt import (Generator, average, completion_logits, compute_dtype, in_chunks, load_gpt,
+                 optimizer_step, sample_completions, set_rates, share)
 
 MIN_ESS = 100       # the smallest effective sample size at which an optimum is quoted
 # A run keeps a copy of the policy when ref_kl first reaches each of these, nats per completion.
@@ -374,6 +374,12 @@ class PPOConfig:
     adaptive_kl_horizon: float = 10_000.0       # completions
 
 
+def make_config(options):
+    """The PPOConfig of a run; options has an attribute for each of its settings."""
+    names = PPOConfig.__dataclass_fields__
+    return PPOConfig(**{name: getattr(options, name) for name in names})
+
+
 def learning_rate(i, iterations):
     """The learning rate of iteration i as a share of its initial value: a linear decay to 0.
 
@@ -408,8 +414,8 @@ class PPO:
         self.policy = copy.deepcopy(self.ref)
         # Only the last blocks and the output layer are trained: fewer weights that can fit noise,
         # and less to compute, for policy and reference share the output of the frozen blocks.
-        frozen = max(ref.config.n_layer - config.unfrozen, 0)
-        self.frozen, self.tuned = slice(frozen), slice(frozen, None)
+        self.frozen = max(ref.config.n_layer - config.unfrozen, 0)
+        self.tuned = slice(self.frozen, None)
         self.policy.lm_head.requires_grad_(True)
         self.policy.blocks[self.tuned].requires_grad_(True)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
@@ -431,14 +437,8 @@ class PPO:
         """Logits (B,T,V) of policy or reference from lower, the output of the frozen blocks."""
         return completion_logits(model, prompts, tokens, self.tuned, lower)
 
-    @torch.no_grad()
-    def read(self, prompts, tokens):
-        """Step 2: scores (B,), logprobs, ref_logprobs, so_far (B,T) of completions (B,T).
-
-        And lower (B,T0+T-1,C), the output of the frozen blocks, which the update needs again.
-        """
-        inputs = completion_inputs(prompts, tokens)
-        lower = self.ref.stream(inputs, pad=padding(inputs), blocks=self.frozen)
+    def read(self, prompts, tokens, lower):
+        """Step 2: scores (B,), logprobs, ref_logprobs, so_far (B,T) of completions (B,T)."""
         logits = self.logits(self.policy, prompts, tokens, lower)
         ref_logits = self.logits(self.ref, prompts, tokens, lower)
         scores = self.score_fn(tokens)
@@ -451,8 +451,7 @@ class PPO:
         return {"scores": scores[:, -1],
                 "so_far": scores[:, :-1],       # at token t, of the prefix that ends with token t-1
                 "logprobs": token_logprobs(logits, tokens),
-                "ref_logprobs": token_logprobs(ref_logits, tokens),
-                "lower": lower}
+                "ref_logprobs": token_logprobs(ref_logits, tokens)}
 
     def rollout(self):
         """Steps 1 and 2: sample a batch of completions and read them: a dict of tensors."""
@@ -462,9 +461,9 @@ class PPO:
         order = torch.randperm(P, generator=self.generator)
         rows = order[torch.arange(config.batch) // self.group % P]
         prompts = self.prompts[rows]
-        tokens = sample_completions(self.policy, prompts, config.length, self.generator,
-                                    self.end)
-        read = in_chunks(self.read, prompts, tokens, size=config.minibatch)
+        tokens, lower = sample_completions(self.policy, prompts, config.length, self.generator,
+                                           self.end, self.frozen)
+        read = in_chunks(self.read, prompts, tokens, lower, size=config.minibatch)
         for name, x in read.items():
             if not torch.isfinite(x).all():
                 raise FloatingPointError(f"{name} of the completions are not finite. Try --fp32 "
@@ -472,6 +471,7 @@ class PPO:
         return {"prompts": prompts,
                 "tokens": tokens,
                 "mask": tokens != PAD,
+                "lower": lower,         # the output of the frozen blocks
                 **read}
 
     def step(self, i):
@@ -696,7 +696,7 @@ def sample_reference(options, texts, pretrained, rewarded, judged, loop):
     rho = load_gpt(pretrained, options.device, options.dtype)
     sampler = torch.Generator().manual_seed(options.seed)
     repeated = repeat(test_prompts, options.rho_samples).to(options.device)
-    tokens = sample_completions(rho, repeated, options.length, sampler, end)
+    tokens, _ = sample_completions(rho, repeated, options.length, sampler, end)
     scales = {}
     for state in (rewarded, judged):
         model = reward.load_reward(state, options.device, options.dtype)
@@ -720,8 +720,7 @@ def load_scorer(options, state, rho):
 
 def tune(options, pretrained, rewarded, judged, rho, loop):
     """PPO on the reward model at one beta: the content of ppo_*.pt, policy and results, a dict."""
-    settings = {name: getattr(options, name) for name in PPOConfig.__dataclass_fields__}
-    config = PPOConfig(**settings)
+    config = make_config(options)
     ref = load_gpt(pretrained, options.device, options.dtype)
     score_fn = load_scorer(options, rewarded, rho)
     judge_fn = load_scorer(options, judged, rho)
@@ -776,7 +775,7 @@ def evaluate(options, run, judge_fn, rho):
     test_prompts = rho["test_prompts"].to(options.device)
     sampler = torch.Generator().manual_seed(options.seed + 1)
     prompts = repeat(test_prompts, options.fresh_samples)
-    fresh = sample_completions(run.policy, prompts, options.length, sampler, run.end)
+    fresh, _ = sample_completions(run.policy, prompts, options.length, sampler, run.end)
     samples = []
     old = rho["tokens"].long().to(options.device)
     for tokens in (old, fresh):
@@ -826,7 +825,7 @@ def main():
         return scores
 
     generator = torch.Generator().manual_seed(0)
-    before = sample_completions(rho, prompt.expand(4096, 1), config.length, generator)
+    before, _ = sample_completions(rho, prompt.expand(4096, 1), config.length, generator)
     scores = score_fn(before)[:, -1]
     best = optimum(scores, args.beta)
     print("rho: J {:.2f}; the optimum: J* {objective:.2f}, score {score:.2f}, KL {ref_kl:.2f} "

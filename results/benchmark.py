@@ -33,8 +33,8 @@ import data  # noqa: E402
 import ppo  # noqa: E402
 import reward  # noqa: E402
 import train  # noqa: E402
-from gpt import (GPT, GPTConfig, compute_dtype, draw_uniform, in_chunks,  # noqa: E402
-                 make_optimizers, optimizer_step, sample_completions, sample_tokens)
+from gpt import (GPT, GPTConfig, compute_dtype, in_chunks, make_optimizers,  # noqa: E402
+                 optimizer_step, sample_completions, sample_tokens)
 from tables import table  # noqa: E402
 
 # The flags of the shape, and the options of train.py whose values at --size are their defaults.
@@ -130,15 +130,15 @@ def iteration_seconds(run, repeats, sampler=sample_completions, warm_ups=1):
 
 
 @torch.no_grad()
-def naive_completions(model, prompts, length, generator, end=None):
+def naive_completions(model, prompts, length, generator, end=None, frozen=0):
     """sample_completions without a cache: the whole prefix is read again for each token."""
     tokens = prompts
     for _ in range(length):
-        logits = model(tokens)[:, -1]
-        uniform = draw_uniform(1, len(logits), logits.device, generator)[0]
-        new = sample_tokens(logits, uniform)[:, None]
+        uniform = torch.rand(len(tokens), 1, generator=generator).to(tokens.device)
+        new = sample_tokens(model(tokens)[:, -1], uniform)[:, None]
         tokens = torch.cat((tokens, new), dim=1)
-    return tokens[:, prompts.size(1):]
+    lower = in_chunks(lambda rows: model.stream(rows, blocks=slice(frozen)), tokens[:, :-1])
+    return tokens[:, prompts.size(1):], lower
 
 
 def pretrain_seconds(args):
@@ -168,14 +168,13 @@ def measure(args):
     if has_cuda:
         memory = torch.cuda.max_memory_allocated() / 2**20
     pretrain, rate = pretrain_seconds(args), matmul_rate(args)
-    # Sampling runs all blocks; reading the frozen ones once, the others for policy and reference,
-    # and the reward model's block; an epoch the others forward and, at twice the cost, backward.
+    # Sampling runs all blocks; reading the trained ones for policy and reference, and the reward
+    # model's block; an epoch the trained ones forward and, at twice the cost, backward.
     shape = args.batch, args.length
     forward = forward_flops(args, *shape, args.layers, args.vocab)
     unfrozen = ppo.PPOConfig().unfrozen
-    frozen = forward_flops(args, *shape, args.layers - unfrozen, 0)
     trained = forward_flops(args, *shape, unfrozen, args.vocab)
-    floor = forward + frozen + (2 + 3 * args.epochs) * trained
+    floor = forward + (2 + 3 * args.epochs) * trained
     floor = (floor + forward_flops(args, *shape, 1, 0)) / rate
     both = pretrain["total"] - pretrain["muon"] - pretrain["adam"]
     windows = PRETRAIN_BATCH, args.context

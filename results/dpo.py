@@ -48,11 +48,11 @@ def train_dpo(ref, score_fn, prompts, config, seed=0, end=None):
     run = ppo.PPO(ref, score_fn, prompts, config, seed, end)
     n = config.iterations * config.batch // 2                               # pairs
     prompts = run.prompts[torch.arange(n) % len(prompts)].repeat_interleave(2, 0)
-    tokens = sample_completions(run.ref, prompts, config.length, run.sampler, end)
+    tokens, _ = sample_completions(run.ref, prompts, config.length, run.generator, end)
     scores = in_chunks(score_fn, tokens)[:, -1].view(n, 2)
     target = (scores[:, 0] - scores[:, 1]).sigmoid()                        # P(a over b)
     prompts, tokens = prompts.view(n, 2, -1), tokens.view(n, 2, -1)         # (n,2,T0), (n,2,T)
-    minibatches = torch.randperm(n, generator=run.shuffler).split(max(config.minibatch // 2, 1))
+    minibatches = torch.randperm(n, generator=run.generator).split(max(config.minibatch // 2, 1))
     for i, rows in enumerate(minibatches):
         set_rates([run.optimizer], ppo.learning_rate(i, len(minibatches)))
         log_ratio = ppo.log_ratios(run.policy, run.ref, prompts[rows].flatten(0, 1),
@@ -95,7 +95,7 @@ def main():
     study = load_study(args.study, args.beta)
     options, _, _, judged, rho = study
     options.lr, options.iterations = args.lr, args.iterations or options.iterations
-    options.seed = data.fold(f"{args.seed} dpo", 2**31)         # seeds + 1 and + 2 are used too
+    options.seed = data.fold(f"{args.seed} dpo", 2**31)         # evaluate() uses seed + 1
     began = time.process_time()
     run = train_dpo(*inputs(*study))
     seconds = time.process_time() - began

@@ -213,9 +213,10 @@ def print_spoilt(study, rewarded, texts, dtype):
     tokenizer, length = data.make_tokenizer(rewarded["vocabulary"]), rewarded["length"]
     groups = {"samples of rho": rho["tokens"].long()}
     for run in sample.load_runs(study, rho):
-        groups[f"samples of PPO, beta {run['label']}"] = gpt.sample_completions(
+        tokens, _ = gpt.sample_completions(
             gpt.load_gpt(run, dtype=dtype), ppo.repeat(rho["test_prompts"], 500), length,
             torch.Generator().manual_seed(0), rho["end"])
+        groups[f"samples of PPO, beta {run['label']}"] = tokens
     for name, group in spoilt(texts, tokenizer, model, length).items():
         groups[name] = data.pad([tokenizer.encode_ordinary(text) for text in group], length)
     lines = []

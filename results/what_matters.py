@@ -146,7 +146,7 @@ def run_once(study, change, seed, iterations, batch):
     for i in range(iterations):
         run.step(i)
     seconds = time.process_time() - began
-    run.sampler.manual_seed(5000 + seed)
+    run.generator.manual_seed(5000 + seed)
     run.prompts, run.group = rho["test_prompts"].to(options.device), 1
     run.config.batch = 1024
     fresh = run.rollout()               # from the same random numbers whatever was changed

@@ -13,8 +13,8 @@ import data
 import gpt
 from conftest import assert_close, chi_square_p, loops, randn, seeded
 from gpt import (GPT, PAD, Block, GPTConfig, Muon, attention, attention_bias, cast_weights,
-                 completion_logits, compute_dtype, cut_after, draw_uniform, generate, in_chunks,
-                 load_gpt, norm, orthogonalise, rotate, sample_completions, sample_tokens)
+                 completion_logits, compute_dtype, cut_after, extend, generate, in_chunks, load_gpt,
+                 norm, orthogonalise, rotate, sample_completions, sample_tokens)
 
 # A statistical test passes at p > ALPHA: with a fresh seed it would fail once in 10,000 runs.
 ALPHA = 1e-4
@@ -217,14 +217,13 @@ def test_generate_draws_what_a_loop_without_cache_and_padding_draws(trained, tem
 
     Prompts of 1 to 4 tokens, in one batch and padded on the left.
     """
-    numbers, state = draw_uniform(20, 8, "cpu", seeded()), torch.get_rng_state()
+    numbers, state = torch.rand(8, 20, generator=seeded()), torch.get_rng_state()
     prompts = [streams(1, 4, seed=row)[:, row % 4:] for row in range(8)]
     batch = torch.cat([padded_left(prompt, 4 - prompt.size(1)) for prompt in prompts])
     drawn = generate(trained, batch, 20, temperature, top_k, seeded())
     assert torch.equal(torch.get_rng_state(), state), "sampling drew from torch's global generator"
-    assert torch.equal(drawn, generate(trained, batch, 20, temperature, top_k, uniform=numbers))
     for row, tokens in enumerate(prompts):
-        for number in numbers[:, row:row + 1]:
+        for number in numbers[row].view(20, 1, 1):
             logits = trained(tokens)[:, -1]
             new = logits.argmax(-1)
             if temperature > 0:
@@ -237,15 +236,19 @@ def test_generate_draws_what_a_loop_without_cache_and_padding_draws(trained, tem
 
 @pytest.mark.parametrize("n", [1, 13])
 def test_sample_completions_continues_every_prompt_without_it_up_to_its_end(trained, n):
-    """Batches of 5 share one generator: 13 completions are generate's for 5, 5, 3 prompts, cut
-    after the first token that is the end.
+    """They are generate's, cut after the first token that is the end; lower is what frozen blocks
+    give for what was read.
     """
-    prompts, generator = padded_left(streams(n, 4), 2), seeded()
-    whole = torch.cat([generate(trained, part, 10, generator=generator)[:, 6:]
-                       for part in prompts.split(5)])
-    assert torch.equal(sample_completions(trained, prompts, 10, seeded(), None, batch=5), whole)
+    prompts = padded_left(streams(n, 4), 2)
+    text = generate(trained, prompts, 10, generator=seeded())
+    whole = text[:, 6:]
+    for frozen in range(3):
+        tokens, lower = sample_completions(trained, prompts, 10, seeded(), frozen=frozen)
+        assert torch.equal(tokens, whole)
+        expected = trained.stream(text[:, :-1], pad=text[:, :-1] == PAD, blocks=slice(frozen))
+        assert_close(lower[:, 2:], expected[:, 2:], "another stream", atol=1e-4, rtol=1e-4)
     for end in (0, 3):
-        tokens = sample_completions(trained, prompts, 10, seeded(), end, batch=5)
+        tokens, _ = sample_completions(trained, prompts, 10, seeded(), end)
         for row, found in zip(whole.tolist(), tokens.tolist()):
             length = row.index(end) + 1 if end in row else 10
             assert found == row[:length] + [PAD] * (10 - length), "cut at another place"
@@ -259,7 +262,7 @@ def test_completions_come_from_the_whole_softmax_at_temperature_1():
     assert_close(model(prompts[:1]).softmax(-1), torch.full((1, 1, 200), 1 / 200),
                  "uniform before the first step: output projections start at 0")
     model.requires_grad_(False).lm_head.weight.copy_(randn(200, 8) / 3)
-    draws = sample_completions(model, prompts, 1, seeded(), batch=5000)
+    draws, _ = sample_completions(model, prompts, 1, seeded())
     assert chi_square_p(draws[:, 0], model(prompts[:1])[0, -1].softmax(-1)) > ALPHA
 
 
@@ -284,8 +287,8 @@ def test_log_probabilities_of_the_sampler_equal_teacher_forced_ones(trained, mon
     model, prompts, seen = copy_of(trained, dtype), padded_left(streams(1024, 4), 1), []
     monkeypatch.setattr(gpt, "sample_tokens", lambda logits, *rest:
                         seen.append(logits) or sample_tokens(logits, *rest))
-    tokens = sample_completions(model, prompts, 12, seeded(), batch=1024)
-    sampled = logprobs_of(torch.stack(seen, dim=1), tokens)
+    tokens, _ = sample_completions(model, prompts, 12, seeded())
+    sampled = logprobs_of(torch.cat([torch.stack(seen[i:i + 12], 1) for i in (0, 12)]), tokens)
     forced = in_chunks(lambda *rows: logprobs_of(completion_logits(model, *rows), rows[1]),
                        prompts, tokens, size=512)
     k1 = (sampled - forced).double()

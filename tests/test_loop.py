@@ -129,8 +129,12 @@ def same(a, b):
 def all_once(run):
     """A rollout that holds each of the 81 completions once, and random advantages for it."""
     prompts = PROMPT.expand(81, -1)
-    batch = {"prompts": prompts, "tokens": SEQUENCES, "mask": torch.ones(81, 4, dtype=torch.bool)}
-    return batch | run.read(prompts, SEQUENCES), randn(81, 4, dtype=torch.float32)
+    lower = run.ref.stream(completion_inputs(prompts, SEQUENCES), blocks=slice(run.frozen))
+    batch = {"prompts": prompts, "tokens": SEQUENCES, "mask": torch.ones(81, 4, dtype=torch.bool),
+             "lower": lower}
+    with torch.no_grad():
+        read = run.read(prompts, SEQUENCES, lower)
+    return batch | read, randn(81, 4, dtype=torch.float32)
 
 
 @pytest.fixture

@@ -102,7 +102,8 @@ def test_policies_train_on_speeches_of_training_texts_and_are_measured_on_others
         assert len(rows) == len(rho[key]) == 16, f"{key} repeat"
         assert all(row in own and row not in other for row in rows), key
     prompts = rho["test_prompts"].repeat_interleave(32, 0)
-    drawn = gpt.sample_completions(gpt.load_gpt(pretrained), prompts, 16, stream("rho"), rho["end"])
+    ours = gpt.load_gpt(pretrained)
+    drawn, _ = gpt.sample_completions(ours, prompts, 16, stream("rho"), rho["end"])
     assert torch.equal(rho["tokens"].long(), drawn), "512 samples of 16 prompts"
     ended = (drawn == PAD).any(1).float().mean()
     assert 0.1 < ended < 0.9 and rho["end"] == load(continued.out, "data")["start"]
@@ -120,8 +121,10 @@ def test_a_batch_is_drawn_for_training_prompts_and_read_as_far_as_its_ends(conti
     """Groups of 4 by the policy, which at first is rho; the scores of prefixes are so_far."""
     rho, toward = load(continued.out, "rho"), load(continued.out, name)["inputs"]["toward"]
     batch = continued.rollouts[name][0]
-    drawn = gpt.sample_completions(gpt.load_gpt(load(continued.out, "pretrain")), batch["prompts"],
-                                   16, stream(name), rho["end"])
+    ours, prompts = gpt.load_gpt(load(continued.out, "pretrain")), batch["prompts"]
+    generator = stream(name)
+    torch.randperm(16, generator=generator)             # the order of prompts comes first
+    drawn, _ = gpt.sample_completions(ours, prompts, 16, generator, rho["end"])
     assert torch.equal(batch["tokens"], drawn), "completions of these prompts, in this order"
     mask = batch["mask"]
     assert torch.equal(mask, drawn != PAD) and not mask.all(), "what is no token has no value"
@@ -174,7 +177,7 @@ def test_what_a_run_reached_is_what_its_checkpoint_does(continued, study, name):
     found, (beta, toward) = state["result"], [state["inputs"][x] for x in ("beta", "toward")]
     P = len(rho["test_prompts"])
     prompts = [rho["test_prompts"].repeat_interleave(n // P, 0) for n in (512, 128)]
-    fresh = gpt.sample_completions(policy, prompts[1], 16, stream(name, 2), rho["end"])
+    fresh, _ = gpt.sample_completions(policy, prompts[1], 16, stream(name, 1), rho["end"])
     tokens = [rho["tokens"].long(), fresh]
     scores, judge = ([score(out, kind, x, toward) for x in tokens] for kind in ("reward", "judge"))
     ratios = [log_ratio(policy, ref, *pair) for pair in zip(prompts, tokens)]
