@@ -83,10 +83,12 @@ def attention_bias(start, end, keys, pad=None):
     The T queries are positions start to end of S keys. Future keys are blocked, and padding: pad
     (B,P) is True at padding among the first P keys. A softmax gives blocked keys weight 0.
     """
-    bias = torch.full((end - start, keys), BLOCKED).triu(start + 1)
+    T = end - start
+    bias = torch.full((T, keys), BLOCKED).triu(start + 1)
     if pad is None:
         return bias
-    padding = F.pad(pad * BLOCKED, (0, keys - pad.size(1)))             # (B,S)
+    later = keys - pad.size(1)
+    padding = F.pad(pad * BLOCKED, (0, later))                          # (B,S)
     return bias.to(pad.device) + padding[:, None, None, :]
 
 
@@ -136,30 +138,36 @@ class GPT(nn.Module):
 
     def __init__(self, config, dtype=torch.float32):
         super().__init__()
-        self.config, self.dtype = config, dtype
+        self.config = config
+        self.dtype = dtype
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         # Each feature pair of a head has its own frequency: 1 to about 1/10,000 radians a token.
         half = config.n_embd // config.n_head // 2
         position = torch.arange(config.block_size)[:, None]
-        angle = position * 10_000.0 ** (-torch.arange(half) / half)
+        frequency = 10_000.0 ** (-torch.arange(half) / half)
+        angle = position * frequency
         self.register_buffer("cos", angle.cos(), persistent=False)      # (block_size, head/2)
         self.register_buffer("sin", angle.sin(), persistent=False)
         nn.init.normal_(self.embed.weight)
         nn.init.zeros_(self.lm_head.weight)             # the first predictions are uniform
+        std = config.n_embd ** -0.5
         for block in self.blocks:
-            nn.init.normal_(block.qkv.weight, std=config.n_embd ** -0.5)
-            nn.init.normal_(block.fc.weight, std=config.n_embd ** -0.5)
+            nn.init.normal_(block.qkv.weight, std=std)
+            nn.init.normal_(block.fc.weight, std=std)
             nn.init.zeros_(block.proj.weight)           # each block starts as the identity
             nn.init.zeros_(block.out.weight)
 
     def new_cache(self, B, size):
         """An empty key-value cache for texts of up to size tokens: a buffer for each block."""
-        head = self.config.n_embd // self.config.n_head
-        # Zeros, because attention weighs what is not yet filled by 0, and 0 * NaN is NaN.
-        return [torch.zeros(2, B, self.config.n_head, size, head, dtype=self.dtype,
-                            device=self.cos.device) for _ in self.blocks]
+        heads = self.config.n_head
+        shape = 2, B, heads, size, self.config.n_embd // heads          # keys, values
+        cache = []
+        for _ in self.blocks:
+            # Zeros, because attention weighs what is not yet filled by 0, and 0 * NaN is NaN.
+            cache.append(torch.zeros(shape, dtype=self.dtype, device=self.cos.device))
+        return cache
 
     def stream(self, x, start=0, cache=None, pad=None, blocks=slice(None)):
         """The residual stream (B,T,C), in the compute dtype, after these blocks.
@@ -170,16 +178,17 @@ class GPT(nn.Module):
         end = start + x.size(1)
         if end > self.config.block_size:        # cos and sin end there
             raise ValueError(f"{end} tokens do not fit the context of {self.config.block_size}")
-        keys = cache[0].size(3) if cache else end
-        bias = attention_bias(start, end, keys, pad).to(x.device, self.dtype)
+        keys = cache[0].size(3) if cache else end           # unfilled ones are in the future
+        bias = attention_bias(start, end, keys, pad)
+        bias = bias.to(x.device, self.dtype)
         cos = self.cos[start:end].to(self.dtype)
         sin = self.sin[start:end].to(self.dtype)
         if not x.is_floating_point():
             # PAD has no embedding and gets that of token 0; its output is never used.
             x = norm(self.embed(x.clamp(min=0)).to(self.dtype))
-        layers = zip(self.blocks, cache or [None] * len(self.blocks))
-        for block, buffer in list(layers)[blocks]:
-            x = block(x, cos, sin, bias, buffer, start)
+        for layer in range(len(self.blocks))[blocks]:
+            buffer = cache[layer] if cache else None
+            x = self.blocks[layer](x, cos, sin, bias, buffer, start)
         return x
 
     def hidden(self, tokens, **options):
@@ -213,10 +222,10 @@ def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
     top_k keeps only the k likeliest tokens. Rollouts use neither: their log-probabilities are
     computed from the whole softmax, which must be the distribution that was sampled.
     """
-    if temperature == 0:
+    if temperature < 1e-6:              # greedy, and lower ones could overflow
         return logits.argmax(-1)
-    if temperature != 1:             # subtract the maximum first, so that no temperature overflows
-        logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    if temperature != 1:
+        logits = logits / temperature
     if top_k is not None:
         top_k = min(top_k, logits.size(-1))
         least = logits.topk(top_k).values[:, -1:]
@@ -229,7 +238,8 @@ def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
     # NaN logits there is none, and clamp keeps the index valid until the NaN is reported.
     threshold = uniform * cdf[:, -1:]
     drawn = torch.searchsorted(cdf, threshold, right=True)
-    return drawn.squeeze(-1).clamp(max=cdf.size(-1) - 1)
+    last = cdf.size(-1) - 1
+    return drawn.squeeze(-1).clamp(max=last)
 
 
 def padding(tokens):
@@ -267,11 +277,12 @@ def extend(model, prompt, uniform, temperature=1.0, top_k=None, frozen=0):
         start = tokens.size(1) - new.size(1)
         if tokens.size(1) > cache[0].size(3):
             # Buffers grow as the text does, because attention over fewer keys is faster.
-            cache = [F.pad(buffer, (0, 0, 0, 16)) for buffer in cache]
-        x = model.stream(new, start, cache, pad, slice(frozen))
+            cache = [F.pad(buffer, (0, 0, 0, 32)) for buffer in cache]
+        x = model.stream(new, start, cache, pad, slice(frozen))         # (B,1,C)
         lower.append(x)
         x = model.stream(x, start, cache, pad, slice(frozen, None))
-        logits = model.logits(norm(x[:, -1]))                           # (B,V)
+        hidden = norm(x[:, -1])
+        logits = model.logits(hidden)                                   # (B,V)
         new = sample_tokens(logits, uniform[:, t:t + 1], temperature, top_k)[:, None]
         tokens = torch.cat((tokens, new), dim=1)
     return {"tokens": tokens, "lower": torch.cat(lower, dim=1)}
@@ -310,7 +321,11 @@ def sample_completions(model, prompts, length, generator, end=None, frozen=0):
     """
     # Random numbers for all rows, so that samples do not depend on the number of processes.
     uniform = torch.rand(len(prompts), length, generator=generator)
-    drawn = in_chunks(lambda *rows: extend(model, *rows, frozen=frozen), prompts, uniform, size=512)
+
+    def sample(prompts, uniform):
+        return extend(model, prompts, uniform, frozen=frozen)
+
+    drawn = in_chunks(sample, prompts, uniform, size=512)
     tokens = drawn["tokens"][:, prompts.size(1):]
     return cut_after(tokens, end), drawn["lower"]
 
@@ -380,7 +395,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, parameters, lr, dtype, momentum=0.95):
         super().__init__(parameters, {"lr": lr})
-        self.dtype, self.momentum = dtype, momentum
+        self.dtype = dtype
+        self.momentum = momentum
 
     @torch.no_grad()
     def step(self):
@@ -476,7 +492,8 @@ def bigram_start(model, tokens, smooth=20.0):
     start as the identity, so the untrained model predicts bigrams; this saves half of the steps.
     """
     V, C = model.embed.weight.shape
-    pairs = tokens[:-1].long() * V + tokens[1:].long()
+    tokens = tokens.long()
+    pairs = tokens[:-1] * V + tokens[1:]
     counts = torch.bincount(pairs, minlength=V * V)
     counts = counts.view(V, V).float()                  # (this, next)
     seen = counts.sum(1, keepdim=True)
@@ -491,7 +508,8 @@ def bigram_start(model, tokens, smooth=20.0):
     x = (embed * weight).double()
     y = (logits * weight).double()
     ridge = torch.eye(C, dtype=torch.float64)
-    output = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
+    gram = x.T @ x + ridge
+    output = torch.linalg.solve(gram, x.T @ y)
     model.embed.weight.copy_(embed)
     model.lm_head.weight.copy_(output.T)
 
@@ -505,16 +523,17 @@ def bits_per_byte(model, tokens, vocabulary):
     """
     T = model.config.block_size
     starts = torch.arange(0, len(tokens) - T, T)
-    batch = windows(tokens, starts, T + 1)
-    size = sum(len(vocabulary[i]) for i in batch[:, 1:].flatten().tolist())
+    batch = windows(tokens, starts, T + 1).to(model.cos.device)
+    inputs = batch[:, :-1]
+    targets = batch[:, 1:]
+    size = sum(len(vocabulary[i]) for i in targets.flatten().tolist())
 
-    def nats(rows):
-        rows = rows.to(model.embed.weight.device)
-        logits = model(rows[:, :-1]).flatten(0, 1)
-        losses = F.cross_entropy(logits, rows[:, 1:].flatten(), reduction="none")
-        return losses.view(len(rows), T)
+    def nats(inputs, targets):
+        logits = model(inputs).flatten(0, 1)
+        loss = F.cross_entropy(logits, targets.flatten(), reduction="none")
+        return loss.view_as(targets)
 
-    total = in_chunks(nats, batch).sum(dtype=torch.float64)
+    total = in_chunks(nats, inputs, targets).sum(dtype=torch.float64)
     bits = total.item() / math.log(2)
     return bits / size
 
