@@ -138,7 +138,8 @@ def fit_values(so_far, returns, mask):
     """
     T = so_far.size(1)
     k = so_far.double()
-    t = torch.arange(T, device=k.device).expand_as(k) / T
+    t = torch.arange(T, device=k.device) / T
+    t = t.expand_as(k)
     one = torch.ones_like(k)
     terms = torch.stack((one, t, t * t, k, k * t, k * k), dim=-1)       # (B,T,6)
     x = terms[mask]
@@ -146,8 +147,10 @@ def fit_values(so_far, returns, mask):
     # Ridge regression: weights that the data do not determine become 0. A larger ridge would leave
     # an error of a constant return, which whitening would blow up.
     ridge = 1e-6 * torch.eye(6, dtype=torch.float64, device=x.device)
-    weights = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
-    return (terms @ weights).float()
+    gram = x.T @ x + ridge
+    weights = torch.linalg.solve(gram, x.T @ y)
+    values = terms @ weights
+    return values.float()
 
 
 def leave_one_out(returns, group):
@@ -239,7 +242,8 @@ def exact_kl(logprobs, ref_logprobs):
 
     In nats. Its sum over tokens estimates the same KL as the sum of k1.
     """
-    return (logprobs.exp() * (logprobs - ref_logprobs)).sum(-1)
+    log_ratio = logprobs - ref_logprobs
+    return (logprobs.exp() * log_ratio).sum(-1)
 
 
 def entropy(logprobs):
@@ -325,8 +329,9 @@ def mixture_log_weights(logprobs, counts):
     """
     counts = torch.as_tensor(counts, dtype=torch.float64)
     logprobs = logprobs.double()
-    shares = (counts / counts.sum()).log()[:, None]
-    return logprobs[0] - (logprobs + shares).logsumexp(0)
+    shares = counts / counts.sum()
+    mixture = logprobs + shares.log()[:, None]
+    return logprobs[0] - mixture.logsumexp(0)
 
 
 def best_of_n(scores, n):
@@ -342,8 +347,7 @@ def best_of_n(scores, n):
         raise ValueError(f"n must be from 1 to the number of scores, {N}, not {n}")
     i = torch.arange(N + 1, dtype=torch.float64)
     # log C(i, n) up to a constant; for i < n lgamma is infinite and this is -inf, the log of 0.
-    log_ways = torch.lgamma(i + 1)
-    log_ways = log_ways - torch.lgamma(i + 1 - n)
+    log_ways = torch.lgamma(i + 1) - torch.lgamma(i + 1 - n)
     # P(all n are among the i smallest); its differences are P(the i-th smallest is the best).
     all_below = (log_ways - log_ways[-1]).exp()
     is_best = all_below.diff()
@@ -459,8 +463,8 @@ class PPO:
         P = len(self.prompts)
         # Every prompt is used once before any is used again; its completions are adjacent rows.
         order = torch.randperm(P, generator=self.generator)
-        rows = order[torch.arange(config.batch) // self.group % P]
-        prompts = self.prompts[rows]
+        groups = torch.arange(config.batch) // self.group
+        prompts = self.prompts[order[groups % P]]
         tokens, lower = sample_completions(self.policy, prompts, config.length, self.generator,
                                            self.end, self.frozen)
         read = in_chunks(self.read, prompts, tokens, lower, size=config.minibatch)
@@ -562,15 +566,17 @@ class PPO:
         scores = batch["scores"]
         k1, _ = _masked(batch["logprobs"] - batch["ref_logprobs"], mask)
         ref_kl = k1.sum(1)                                              # (B,): nats per completion
+        objective = scores - beta * ref_kl
+        error = ref_kl.std() / len(ref_kl) ** 0.5
         first = [batch[name][:whole] for name in ("prompts", "tokens", "lower")]
         logprobs = self.logits(self.policy, *first).log_softmax(-1)
         ref_logprobs = self.logits(self.ref, *first).log_softmax(-1)
         kl, _ = _masked(exact_kl(logprobs, ref_logprobs), mask[:whole])
         return {"score": scores.mean().item(),
                 "ref_kl": ref_kl.mean().item(),
-                "ref_kl_se": ref_kl.std().item() / len(ref_kl) ** 0.5,
+                "ref_kl_se": error.item(),
                 "exact_kl": kl.sum(1).mean().item(),
-                "objective": (scores - beta * ref_kl).mean().item(),
+                "objective": objective.mean().item(),
                 "entropy": masked_mean(entropy(logprobs), mask[:whole]).item(),
                 "tokens": mask.sum(1).float().mean().item(),
                 "beta": beta}
@@ -616,7 +622,8 @@ def compare(rho, pi, beta):
     both, log_weights = pool(rho, pi)
     best = optimum(both[0], beta, log_weights)
     # The sampled log ratio, not exact_kl: near pi*, score - beta * log ratio has little variance.
-    objective = (pi[0] - beta * pi[1]).mean().item()
+    penalised = pi[0] - beta * pi[1]
+    objective = penalised.mean().item()
     start = rho[0].mean().item()
     fraction = (objective - start) / (best["objective"] - start)
     return [objective, best["objective"], fraction], best
@@ -657,8 +664,8 @@ def frontier(samples, log_weights):
         best = optimum(samples[0], beta, log_weights)
         if best["ess"] >= MIN_ESS:
             weights = (log_weights + samples[0] / beta).softmax(-1)
-            judge = (weights * samples[2]).sum(-1).mean().item()
-            rows.append([best["ref_kl"], best["score"], judge])
+            judge = (weights * samples[2]).sum(-1)
+            rows.append([best["ref_kl"], best["score"], judge.mean().item()])
     return rows
 
 
@@ -739,7 +746,8 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
         tokens = run.batch["tokens"]
         judged_scores = in_chunks(judge_fn, tokens)[:, -1]
         metrics["judge"] = judged_scores.mean().item()
-        farthest = max([row["ref_kl"] for row in loop.history], default=0.0)
+        drifts = [row["ref_kl"] for row in loop.history]
+        farthest = max(drifts, default=0.0)
         for mark in KL_MARKS:
             if farthest < mark <= metrics["ref_kl"]:
                 loop.keep(f"kl{mark:g}", **about, model=before)
@@ -755,9 +763,10 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
 
 def log_ratios(policy, ref, prompts, tokens):
     """log pi(y) - log rho(y) of completions (B,T): (B,), nats. Its mean over pi's is ref_kl."""
-    logprobs = token_logprobs(completion_logits(policy, prompts, tokens), tokens)
-    ref_logprobs = token_logprobs(completion_logits(ref, prompts, tokens), tokens)
-    k1, _ = _masked(logprobs - ref_logprobs, tokens != PAD)
+    logits = completion_logits(policy, prompts, tokens)
+    ref_logits = completion_logits(ref, prompts, tokens)
+    log_ratio = token_logprobs(logits, tokens) - token_logprobs(ref_logits, tokens)
+    k1, _ = _masked(log_ratio, tokens != PAD)
     return k1.sum(1)
 
 
@@ -786,7 +795,8 @@ def evaluate(options, run, judge_fn, rho):
     beta = run.controller.beta
     score, ref_kl, judged_score = new.mean((1, 2)).tolist()
     scale = rho["scales"]["reward"][options.toward]
-    p = (new[0] * scale["std"] + scale["mean"]).exp().mean().item()     # P(toward)
+    log_p = new[0] * scale["std"] + scale["mean"]
+    p = log_p.exp().mean().item()                                       # P(toward)
     result = {"beta": beta,
               "toward": options.toward,
               "iterations": run.config.iterations,
