@@ -77,19 +77,19 @@ def rotate(x, cos, sin):
     return torch.cat((y1, y2), dim=-1)
 
 
-def attention_bias(start, end, keys, pad=None):
+def attention_bias(start, end, keys, device, pad=None):
     """Added to attention scores: 0 where query t may see key s, -1e4 where not. (T,S) or (B,1,T,S).
 
     The T queries are positions start to end of S keys. Future keys are blocked, and padding: pad
     (B,P) is True at padding among the first P keys. A softmax gives blocked keys weight 0.
     """
     T = end - start
-    bias = torch.full((T, keys), BLOCKED).triu(start + 1)
+    bias = torch.full((T, keys), BLOCKED, device=device).triu(start + 1)
     if pad is None:
         return bias
     later = keys - pad.size(1)
     padding = F.pad(pad * BLOCKED, (0, later))                          # (B,S)
-    return bias.to(pad.device) + padding[:, None, None, :]
+    return bias + padding[:, None, None, :]
 
 
 def attention(q, k, v, bias):
@@ -179,8 +179,8 @@ class GPT(nn.Module):
         if end > self.config.block_size:        # cos and sin end there
             raise ValueError(f"{end} tokens do not fit the context of {self.config.block_size}")
         keys = cache[0].size(3) if cache else end           # unfilled ones are in the future
-        bias = attention_bias(start, end, keys, pad)
-        bias = bias.to(x.device, self.dtype)
+        bias = attention_bias(start, end, keys, x.device, pad)
+        bias = bias.to(self.dtype)
         cos = self.cos[start:end].to(self.dtype)
         sin = self.sin[start:end].to(self.dtype)
         if not x.is_floating_point():

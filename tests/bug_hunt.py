@@ -46,7 +46,7 @@ BUGS = [
     # ---- sampling is scoring
     Bug("sampling without the causal mask", "ZiyueWang25/RLHF-Shakespeare", "gpt.py: gpt",
         "Tokens are drawn without the mask and scored with it, so from another distribution.",
-        [("(T, keys), BLOCKED)", '(T, keys), BLOCKED * globals().get("causal", 1.0))'),
+        [("(T, keys), BLOCKED,", '(T, keys), BLOCKED * globals().get("causal", 1.0),'),
          ("        hidden = norm(x[:, -1])\n", "        global causal\n        causal = 0.0\n"
           "        hidden = model.hidden(tokens, pad=padding(tokens))[:, -1]\n"
           "        causal = 1.0\n")]),
@@ -174,8 +174,7 @@ BUGS = [
         [("others = (total - grouped) / (group - 1)", "others = total / group")]),
     Bug("a group of several prompts", OURS, "ppo.py: loop",
         "Completions are compared with those of other prompts: easy prompts look like good texts.",
-        [("order[torch.arange(config.batch) // self.group % P]",
-          "order[torch.arange(config.batch) % P]")]),
+        [("torch.arange(config.batch) // self.group", "torch.arange(config.batch)")]),
     Bug("a frozen block left out", OURS, "ppo.py: loop",
         "What policy and reference share ends a block early: neither is the model that sampled.",
         [("self.end, self.frozen)", "self.end, max(self.frozen - 1, 0))")]),

@@ -53,7 +53,7 @@ def test_attention_is_scaled_dot_product_attention_over_the_past(T, S, pads):
     seen = torch.tensor([[[first[b] <= s <= S - T + t for s in range(S)]
                           for t in range(T)] for b in range(2)])
     pad = pads and torch.arange(min(S, 3)) < torch.tensor(pads)[:, None]
-    y = attention(q, k, v, attention_bias(S - T, S, S, pad).to(q))
+    y = attention(q, k, v, attention_bias(S - T, S, S, "cpu", pad).to(q))
     assert y.isfinite().all(), "a softmax over nothing"
     real = seen.any(-1)[:, None].expand(2, 3, T)        # what padding itself sees is never used
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None])
