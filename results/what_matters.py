@@ -39,10 +39,10 @@ class HiddenValues(ppo.PPO):
 
     weight = None
 
-    def read(self, prompts, tokens):
+    def read(self, prompts, tokens, lower):
         inputs = completion_inputs(prompts, tokens)
         hidden = self.ref.hidden(inputs, pad=padding(inputs))[:, prompts.size(1) - 1:]
-        return {**super().read(prompts, tokens), "hidden": hidden}
+        return {**super().read(prompts, tokens, lower), "hidden": hidden}
 
     def advantages(self, rewards, values, mask):
         hidden = self.batch["hidden"].double()
