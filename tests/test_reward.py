@@ -75,8 +75,7 @@ def model(request, trained):
 def test_log_odds_of_a_prefix_are_summed_from_what_each_token_adds(model):
     """bias + scale * sum, each token read where the text ends with it.
 
-    A word said again adds no rating to the head's features, and nothing to a bag.
-    """
+    A word said again adds no rating to the head's features, and nothing to a bag."""
     tokens = torch.cat((passages(6), passages(6).flip(1)))
     values = model.prefixes(tokens)
     assert torch.equal(values[:, T], model(tokens)), "not that of the whole"

@@ -47,8 +47,7 @@ class ReadOptions:
 def continued(texts, tmp_path_factory):
     """A study that continues speeches and its negative twin, in float32, and what they did.
 
-    reads: names of options, of each kind of stage; rollouts and policies of each PPO run.
-    """
+    reads: names of options, of each kind of stage; rollouts and policies of each PPO run."""
     out, real = tmp_path_factory.mktemp("continued") / "out", SimpleNamespace(
         rollout=ppo.PPO.rollout, step=ppo.PPO.step)
     seen = SimpleNamespace(out=out, running=None, rollouts=collections.defaultdict(list),
@@ -306,8 +305,7 @@ def together(arguments, folder, processes=2, die_at=None):
 def test_two_processes_do_what_one_does(texts, continued, tmp_path):
     """The same samples and losses within rounding: only sums are made in another order.
 
-    Pretraining, and PPO of texts that end, whose updates end early; process 0 alone speaks.
-    """
+    Pretraining, and PPO of texts that end, whose updates end early; process 0 alone speaks."""
     out = tmp_path / "two"
     arguments = argv(texts, out, "--fp32", "--until", "pretrain")
     assert together(arguments, tmp_path / "a") == ([0, 0], ["", ""])

@@ -40,8 +40,7 @@ STEPS = 6
 def fake_stage(out, before=lambda i: None, after=lambda i: None, every=-1.0, seed=3, lr=0.1):
     """A stage that uses all that a stage may: Adam's moments, a stream of its own, torch's own.
 
-    before(i) and after(i) are called around the update of step i, to interrupt it.
-    """
+    before(i) and after(i) are called around the update of step i, to interrupt it."""
     def fit(options, loop):
         model = torch.nn.Linear(3, 1)
         optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
@@ -155,8 +154,7 @@ def edit(home, monkeypatch):
 def redone(home, study, again, monkeypatch, capsys):
     """redone(argument ...) -> {stage that the finished study does again: its seed}, what it said.
 
-    A stage's old results stand in for its work: the question is which run, not what they do.
-    """
+    A stage's old results stand in for its work: the question is which run, not what they do."""
     seeds, about = {}, ("kind", "key", "inputs", "size", "history", "seconds")
 
     def old_results(options, *inputs):
@@ -328,8 +326,7 @@ def train_and_die(arguments, log, name, moment):
     """train.py in a process of its own, killed at the moment-th instant of writing a file name.
 
     The instants are before and after each fsync and rename, when a crash would leave the file half
-    written. SIGKILL cannot be caught.
-    """
+    written. SIGKILL cannot be caught."""
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(log, "a")
     countdown, writing, write_file = itertools.count(moment, -1), [None], data.write_file
