@@ -329,8 +329,9 @@ def choose_prompts(openings, n, seed):
 
 
 def read_labels(path):
-    """The rated passages of a CSV file: (text, rating from -2 to 2, the play it is from or None).
+    """The rated passages of a CSV file: (text, rating from -2 to 2, the play it is from).
 
+    The play is "" if it is not named, and None if a model wrote the text.
     Columns: play, first_line, last_line (1-based, inclusive), rating; or text, rating.
     """
     rows = csv.DictReader(io.StringIO(read_text(path, "labels")), restval="")
@@ -344,7 +345,9 @@ def read_labels(path):
                 text = join_lines(lines[int(row["first_line"]) - 1:int(row["last_line"])])
             if not text:
                 raise ValueError("there is no such passage")
-            passages.append((text, number(float, -2, 2)(row["rating"]), row.get("play")))
+            unnamed = "" if row.get("drawn_from") == "plays" else None
+            play = row.get("play", unnamed)
+            passages.append((text, number(float, -2, 2)(row["rating"]), play))
     except (KeyError, ValueError, csv.Error) as error:
         raise UserError(f"labels {path} line {rows.reader.line_num}: {error}. The columns must be "
                         "play, first_line, last_line, rating (or text, rating).")

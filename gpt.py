@@ -81,7 +81,8 @@ def attention_bias(start, end, keys, device, pad=None):
     """Added to attention scores: 0 where query t may see key s, -1e4 where not. (T,S) or (B,1,T,S).
 
     The T queries are positions start to end of S keys. Future keys are blocked, and padding: pad
-    (B,P) is True at padding among the first P keys. A softmax gives blocked keys weight 0.
+    (B,P) is True at padding among the first P keys. A softmax gives blocked keys weight 0; a padded
+    query, whose keys are all blocked, gets an output that means nothing and is never used.
     """
     T = end - start
     bias = torch.full((T, keys), BLOCKED, device=device).triu(start + 1)
@@ -231,8 +232,8 @@ def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     # Invert the cumulative distribution: one uniform number a row. torch.multinomial draws one for
-    # each token of the vocabulary and is slower. A probability is off by at most 1e-7, less than
-    # bfloat16 logits are.
+    # each token of the vocabulary and is slower. Each probability is off by at most 2e-7, so only
+    # tokens about as rare as that are drawn too often or never.
     cdf = logits.softmax(-1).cumsum(-1)                                 # (B,V)
     # Draw the first token whose cdf exceeds u; a token of probability 0 is never the first. With
     # NaN logits there is none, and clamp keeps the index valid until the NaN is reported.
@@ -263,8 +264,8 @@ def extend(model, prompt, uniform, temperature=1.0, top_k=None, frozen=0):
     """Sample a token after prompt (B,T0), padded left, for each column of uniform (B,T): a dict.
 
     Its tokens (B,T0+T) begin with the prompt. Its lower (B,T0+T-1,C) is the stream after the first
-    frozen blocks at every token but the last, which PPO reads instead of computing it again. A
-    key-value cache lets the model read each token only once.
+    frozen blocks at every token but the last, which PPO reads instead of computing it again; at
+    padding it means nothing. A key-value cache lets the model read each token only once.
     """
     model = cast_weights(model)
     uniform = uniform.to(prompt.device)
@@ -278,7 +279,7 @@ def extend(model, prompt, uniform, temperature=1.0, top_k=None, frozen=0):
         if tokens.size(1) > cache[0].size(3):
             # Buffers grow as the text does, because attention over fewer keys is faster.
             cache = [F.pad(buffer, (0, 0, 0, 32)) for buffer in cache]
-        x = model.stream(new, start, cache, pad, slice(frozen))         # (B,1,C)
+        x = model.stream(new, start, cache, pad, slice(frozen))
         lower.append(x)
         x = model.stream(x, start, cache, pad, slice(frozen, None))
         hidden = norm(x[:, -1])
@@ -313,21 +314,25 @@ def cut_after(tokens, end):
     return tokens.masked_fill(ended_before, PAD)
 
 
-def sample_completions(model, prompts, length, generator, end=None, frozen=0):
+def sample_completions(model, prompts, length, generator, end=None, frozen=None):
     """Sample a completion of T = length tokens for each prompt (N,T0): tokens (N,T), and lower.
 
     Sampled from the whole softmax at temperature 1, the distribution that scoring assumes. tokens
-    come without the prompt and are PAD after end; lower (N,T0+T-1,C): as in extend.
+    come without the prompt and are PAD after end. lower (N,T0+T-1,C): as in extend; None if frozen
+    is None.
     """
     # Random numbers for all rows, so that samples do not depend on the number of processes.
     uniform = torch.rand(len(prompts), length, generator=generator)
 
     def sample(prompts, uniform):
-        return extend(model, prompts, uniform, frozen=frozen)
+        drawn = extend(model, prompts, uniform, frozen=frozen or 0)
+        if frozen is None:              # nobody reads it, and it is large
+            del drawn["lower"]
+        return drawn
 
     drawn = in_chunks(sample, prompts, uniform, size=512)
     tokens = drawn["tokens"][:, prompts.size(1):]
-    return cut_after(tokens, end), drawn["lower"]
+    return cut_after(tokens, end), drawn.get("lower")
 
 
 # ---- scoring ------------------------------------------------------------------------------
@@ -555,6 +560,9 @@ def pretrain(options, texts, loop):
     if config.n_embd < config.vocab_size:
         bigram_start(model, train)
     model.to(options.device)
+    if len(texts["held_out"]) <= T:
+        raise data.UserError(f"the held-out text has no {T + 1} tokens. Give a longer --corpus, or "
+                             "a smaller --block-size.")
     muon, adam = make_optimizers(model)
     sampler = Generator().manual_seed(options.seed)
     start = torch.full((1, 1), texts["start"], device=options.device)
@@ -565,6 +573,8 @@ def pretrain(options, texts, loop):
         openings = torch.arange(len(train) - T)
     rows = share(batch)                             # each process trains on its share of the batch
     weight = (rows.stop - rows.start) / batch
+    # An SVD may differ in its last bits between processes; all begin with the same weights.
+    average([p.data for p in model.parameters()], weight)
 
     for i in loop.steps(steps, model=model, muon=muon, adam=adam, sampler=sampler):
         if i % 100 == 0 or i == 50:                 # with the same random numbers each time

@@ -1,8 +1,8 @@
 """RLHF itself: rollouts, the KL penalty, advantages, losses, the PPO loop, and the exact optimum.
 
 Read this file third, after reward.py. PPO works with any reward, not only sentiment: it takes a
-function score_fn(tokens (B,T)) -> (B,). The policy pi starts as a copy of the reference rho and is
-trained to maximise
+function score_fn(tokens (B,T)) that gives a score for each completion, or better for each prefix.
+The policy pi starts as a copy of the reference rho and is trained to maximise
 
     J(pi) = E[score(y)] - beta * KL(pi to rho)          (Ziegler 2019)
 
@@ -384,6 +384,13 @@ def make_config(options):
     return PPOConfig(**{name: getattr(options, name) for name in names})
 
 
+def check_finite(name, x):
+    """Raise FloatingPointError unless all numbers of x, read from completions, are finite."""
+    if not torch.isfinite(x).all():
+        raise FloatingPointError(f"{name} of the completions are not finite. Try --fp32 or a lower "
+                                 "--lr.")
+
+
 def learning_rate(i, iterations):
     """The learning rate of iteration i as a share of its initial value: a linear decay to 0.
 
@@ -469,9 +476,7 @@ class PPO:
                                            self.end, self.frozen)
         read = in_chunks(self.read, prompts, tokens, lower, size=config.minibatch)
         for name, x in read.items():
-            if not torch.isfinite(x).all():
-                raise FloatingPointError(f"{name} of the completions are not finite. Try --fp32 "
-                                         "or a lower --lr.")
+            check_finite(name, x)
         return {"prompts": prompts,
                 "tokens": tokens,
                 "mask": tokens != PAD,
@@ -512,8 +517,10 @@ class PPO:
             advantages = returns
         elif algorithm == "rloo":
             advantages = leave_one_out(returns, self.group)
-        else:
+        elif algorithm == "ppo":
             advantages, _ = gae(rewards, values, lam=self.config.lam, mask=mask)
+        else:
+            raise ValueError(f"algorithm must be simple, rloo, grpo or ppo, not {algorithm}")
         return whiten(advantages, mask)
 
     def update(self, batch, advantages, kl_in_loss=0.0):
@@ -745,6 +752,7 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
         metrics = run.step(i)
         tokens = run.batch["tokens"]
         judged_scores = in_chunks(judge_fn, tokens)[:, -1]
+        check_finite("the judge's scores", judged_scores)
         metrics["judge"] = judged_scores.mean().item()
         drifts = [row["ref_kl"] for row in loop.history]
         farthest = max(drifts, default=0.0)
@@ -790,6 +798,7 @@ def evaluate(options, run, judge_fn, rho):
     for tokens in (old, fresh):
         prompts = repeat(test_prompts, len(tokens))
         rows = in_chunks(read, prompts, tokens).cpu()                   # (N,3)
+        check_finite("scores or log-ratios", rows)
         samples.append(rows.T.reshape(3, len(test_prompts), -1))        # (3,P,samples a prompt)
     old, new = samples
     beta = run.controller.beta

@@ -192,7 +192,7 @@ def draw_frontier(runs):
         color, best = run["color"], run["optimum"]      # None if J* is not known: then no star
         axis.plot([best["ref_kl"]], [best["score"]], color + "*", ms=14, mec="k", zorder=3)
         curve(axis, [run["ref_kl"]], [run["score"]], "o", f"PPO, beta {run['label']}", color)
-    # All runs estimate the same curve; the longest is labelled.
+    # Runs toward one target estimate the same curve; the longest is labelled.
     kl, scores, _ = max(column(runs, "frontier"), key=np.size)
     curve(axis, kl, scores, "-", "optimum", "k")
     _, scores, _, kl = zip(*run["best_of_n"])
@@ -246,6 +246,8 @@ def load_runs(out, rho):
             result = run["result"]
             result["seconds_per_iteration"] = run["seconds"] / result["iterations"]
             label = re.sub("ppo_|beta", "", path.stem)
+            if run["inputs"]["algorithm"] != "ppo":
+                label += f", {run['inputs']['algorithm']}"
             run |= {**result, "path": path, "label": label, "color": f"C{len(runs)}"}
             # The frontier begins at rho, with KL and scores 0.
             run["frontier"] = np.transpose([[0, 0, 0], *result["frontier"]])

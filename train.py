@@ -115,6 +115,8 @@ def parse(argv=None):
         parser.error(f"--n-embd {args.n_embd} must be an even multiple of --n-head {args.n_head}")
     if args.group < 2 or args.batch % args.group:
         parser.error(f"--batch {args.batch} must be a multiple of --group, 2 or more")
+    if args.rho_samples < 100:
+        parser.error(f"--rho-samples must be 100 or more, not {args.rho_samples}")
     args.dtype = torch.float32 if args.fp32 else gpt.compute_dtype(args.device)
     return args
 

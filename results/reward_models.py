@@ -1,16 +1,18 @@
 """What is each part of the reward model worth, and what fools it? Tables, of a finished study.
 
-    python results/reward_models.py --study out         4 minutes of one core; writes no file
+    python results/reward_models.py --study out         5 minutes of one core; writes no file
 
 First table: every model is fitted to the same passages (part "reward" of labels/), the judge to
-plays of its own, calibrated on others ("choose"), and measured on the part "report", which nothing
-was trained on. Pearson's standard error is by bootstrap: passages of plays share lines, so blocks
+plays of its own, calibrated on the samples of others ("choose"), and measured on the part "report",
+which nothing was trained on. Pearson's standard error is by bootstrap: passages of plays share lines, so blocks
 of 200 lines of a play are drawn with replacement, samples one by one. "minus the head's": the
 difference from the shipped head, on the same draws. Pairs: how often the higher rated of two is
 the more positive one. A random trunk is as GPT() makes it: its block is the identity.
 
 Second table: P(positive), by the study's reward model and judge, of texts spoilt in ways that
 neither was trained against. A model that is not fooled likes each less than the text as written.
+
+Third table: Pearson on the part "choose" by the ridge of the shipped head, which was chosen there.
 """
 
 import collections
@@ -120,8 +122,8 @@ def fit(model, parts, part="reward", loss=reward.soft_loss, tune=False):
     model.fit(*learnt, loss)
     if tune:
         fine_tune(model, *learnt)
-    tokens, targets, *_ = parts["choose"]
-    reward.calibrate(model, tokens, targets)
+    tokens, targets, _, is_sample = parts["choose"]
+    reward.calibrate(model, tokens[is_sample], targets[is_sample])
     seconds = time.process_time() - began
     return in_chunks(model, parts["report"][0]), seconds
 
@@ -232,6 +234,23 @@ def print_spoilt(study, rewarded, texts, dtype):
           ", ".join(f"{x:.2f}" for x in values))
 
 
+def print_ridges(model, parts):
+    """The third table. model: a RewardModel; its features do not depend on the ridge."""
+    def features(tokens):
+        return in_chunks(lambda rows: model.features(rows).sum(1), tokens)
+
+    tokens, targets, weights, _ = parts["reward"]
+    chosen, wanted, _, is_sample = parts["choose"]
+    x, y, lines = features(tokens), features(chosen), []
+    for ridge in (100.0, 300.0, 1_000.0, 3_000.0, 10_000.0, 30_000.0, 100_000.0, 300_000.0):
+        weight, bias = regress(x.mv, x.size(1), targets, weights, ridge)
+        log_odds, pearsons = y @ weight + bias, []
+        for kind in (~is_sample, is_sample):
+            pearsons.append(reward.rating_metrics(log_odds[kind], wanted[kind])["pearson"])
+        lines.append([f"{ridge:,.0f}", *pearsons])
+    print(*table(["ridge", "passages", "samples"], lines), sep="\n")
+
+
 def main():
     parser = data.Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--study", default="out", type=Path, help="a finished study (default out)")
@@ -248,6 +267,7 @@ def main():
     tokens, _, _, is_sample = parts["report"]
     texts = [data.decode(rewarded["vocabulary"], row) for row in tokens[~is_sample]]
     print_spoilt(study, rewarded, texts, dtype)
+    print_ridges(reward.load_reward(rewarded, dtype=dtype), parts)
 
 
 if __name__ == "__main__":

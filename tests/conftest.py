@@ -65,8 +65,7 @@ def loops(n, length, generator):
 def trained():
     """A GPT of 3 layers trained for two seconds to go on with loops().
 
-    An untrained one would hide errors: it attends to nothing, and its logits are uniform.
-    """
+    An untrained one would hide errors: it attends to nothing, and its logits are uniform."""
     generator = seeded()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -84,7 +83,7 @@ def trained():
 # ---- a whole study of a made-up text ------------------------------------------------------
 
 # Stands in the place of size tiny, which the tests cannot wait for.
-TOY = {"vocab_size": 300, "block_size": 80, "n_layer": 1, "n_head": 2, "n_embd": 32,
+TOY = {"vocab_size": 300, "block_size": 80, "n_layer": 2, "n_head": 2, "n_embd": 32,
        "pretrain_steps": 30, "length": 16, "prompts": 16, "rho_samples": 512, "iterations": 3,
        "batch": 32, "minibatch": 16, "fresh_samples": 128, "lr": 2.4e-3, "max_update_kl": 0.05}
 KIND = "love joy sweet merry gentle blessed laughing friend golden dear".split()

@@ -215,14 +215,16 @@ def test_generate_draws_what_a_loop_without_cache_and_padding_draws(trained, tem
     """The oracle reads a row alone, its whole text again for every token; temperature 0 is greedy.
 
     Prompts of 1 to 4 tokens, in one batch and padded on the left."""
-    numbers, state = torch.rand(8, 20, generator=seeded()), torch.get_rng_state()
+    longer = load_gpt({"config": {**vars(trained.config), "block_size": 80},
+                       "model": trained.state_dict()})      # the cache grows three times
+    numbers, state = torch.rand(8, 70, generator=seeded()), torch.get_rng_state()
     prompts = [streams(1, 4, seed=row)[:, row % 4:] for row in range(8)]
     batch = torch.cat([padded_left(prompt, 4 - prompt.size(1)) for prompt in prompts])
-    drawn = generate(trained, batch, 20, temperature, top_k, seeded())
+    drawn = generate(longer, batch, 70, temperature, top_k, seeded())
     assert torch.equal(torch.get_rng_state(), state), "sampling drew from torch's global generator"
     for row, tokens in enumerate(prompts):
-        for number in numbers[row].view(20, 1, 1):
-            logits = trained(tokens)[:, -1]
+        for number in numbers[row].view(70, 1, 1):
+            logits = longer(tokens)[:, -1]
             new = logits.argmax(-1)
             if temperature > 0:
                 new = sample_tokens(logits, number, temperature, top_k)

@@ -54,8 +54,7 @@ def prefix_scores(tokens):
 def rho():
     """A GPT taught to tell prefixes apart, so that its logits are nearly a table's.
 
-    PPO is tested here, not how fast a tiny transformer with random weights learns.
-    """
+    PPO is tested here, not how fast a tiny transformer with random weights learns."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = GPTConfig(vocab_size=3, block_size=8, n_layer=1, n_head=4, n_embd=64)
@@ -365,6 +364,8 @@ def test_what_has_another_shape_or_type_is_refused_in_a_sentence(scores):
         new_run(prompts=PROMPT[0])
     with pytest.raises(ValueError, match="batch 128 must be a multiple .* of one prompt, 3"):
         new_run(prompts=PROMPTS, group=3)
+    with pytest.raises(ValueError, match="algorithm must be .*, not reinforce"):
+        new_run(algorithm="reinforce").step(0)
 
 
 # ---- stopping and going on ----------------------------------------------------------------------
@@ -464,8 +465,7 @@ def grpo_fixed_point(beta):
 
     The gradient by the logits of a prefix is pi (Q - V) / std - beta (pi - rho), times how often pi
     visits it: Q the expected score after each token, V = sum of pi Q, std that of the scores under
-    pi. It is 0 at pi = rho c / (x - Q) with c = beta std and the x that makes the sum 1.
-    """
+    pi. It is 0 at pi = rho c / (x - Q) with c = beta std and the x that makes the sum 1."""
     start, std = logprobs(rho()).exp().view(3, 3, 3, 3), torch.ones(()).double()
     for _ in range(60):
         Q, log_pi = SCORES.view(3, 3, 3, 3), torch.zeros(3, 3, 3, 3).double()
@@ -487,8 +487,7 @@ def grpo_fixed_point(beta):
 def test_grpo_reaches_a_fixed_point_of_its_own_which_is_not_the_optimum():
     """The fixed point lies 0.12 nats from pi*: its J is 0.12 below J* at beta 1 (rho's: 0.54).
 
-    The loop ends 0.02 nats from its fixed point, 0.16 from pi*.
-    """
+    The loop ends 0.02 nats from its fixed point, 0.16 from pi*."""
     fixed, target = grpo_fixed_point(1.0), best(1.0)
     p = logprobs(train(beta=1.0, **SETTINGS["grpo"])[0].policy)
     assert_close(kl(fixed, target), 0.12, "the docstring is out of date", atol=0.005, rtol=0)

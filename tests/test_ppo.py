@@ -360,8 +360,7 @@ def draw(probs, n, seed):
 
 def test_a_bootstrap_error_is_the_deviation_of_repeated_studies():
     """Within 20 % of 500 repeats', of 2 prompts: of a mean, of a difference and a product of two
-    numbers of each completion, of J*, and of the best of 1, 4, 16, 64, 256.
-    """
+    numbers of each completion, of J*, and of the best of 1, 4, 16, 64, 256."""
     def told(x, y):
         return [x[0].mean().item(), (x[0] - x[1]).mean().item(),
                 (x[0].mean() * x[1].mean()).item(), optimum(y, 1.0)["objective"]]

@@ -249,6 +249,7 @@ def test_passages_of_the_plays_are_rated_as_labels(monkeypatch, tmp_path, comman
         texts = {row["text"] for row in rows}
         assert len(texts) == len(rows) == min(num, len(wanted)) and texts <= wanted
         assert {(row["sense"], row["drawn_from"]) for row in rows} == {("", "plays")}
+        assert {play for _, _, play in data.read_labels(path)} == {""}, "these are no samples"
 
 
 @pytest.mark.parametrize("content, says", [

@@ -431,6 +431,7 @@ def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, com
     ("--group 1", "--batch 32 must be a multiple of --group, 2 or more"),
     ("--n-head 3", "must be an even multiple of"),
     ("--vocab-size 60000", "Give more text or a smaller --vocab-size"),
+    ("--rho-samples 99", "--rho-samples must be 100 or more, not 99"),
     ("--device meta", "invalid choice: 'meta'"),
     pytest.param("--device cuda", "invalid choice: 'cuda'", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is a GPU")),
