@@ -222,7 +222,7 @@ def draw_ppo(runs):
         axis.set(title=key, xlabel="iteration")
         draw_paths(axis, runs, "step", key)
     axes["objective"].set_title("objective J; dotted: J*")
-    axes["objective"].legend()
+    axes["clipfrac"].legend()
     for run in runs:
         J = run["optimum"]["objective"]         # None if not known: then no line is drawn
         axes["objective"].hlines([J], 1, run["iterations"], run["color"], "dotted")

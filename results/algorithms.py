@@ -36,7 +36,7 @@ from tables import mean_se, table  # noqa: E402
 
 COLUMNS = ["algorithm", "lr", "seed", "study", "score", "ref_kl", "J", "J_se", "fraction",
            "kl_to_optimum", "seconds", "code"]
-CODE = data.digest(" ".join([*train.SOURCES.values(), train.source("results/dpo.py")]))
+CODE = data.digest(" ".join([*train.SOURCES.values(), train.source("results/dpo.py")]))[:16]
 CENTRES = {"simple": 1.8e-3, "rloo": 1.8e-3, "grpo": 1.8e-3, "ppo": 1.8e-3, "dpo": dpo.LR}
 
 
@@ -183,7 +183,7 @@ def main():
         raise data.UserError(f"{args.study} has no J* at beta {args.beta:g}. Choose a larger "
                              "--beta, or run train.py again.")
     options.iterations = args.iterations or options.iterations
-    key = data.digest(f"{state['key']} {options.iterations}")
+    key = data.digest(f"{state['key']} {options.iterations}")[:16]
     rows = read_rows(args.rows, key, args.keep)
     if not args.table:
         return compare(args, study, result, rows, key)

@@ -196,14 +196,14 @@ def main():
     add("--table", action="store_true", help="print the rows there are, run nothing")
     args = parser.parse_args()
     path = args.csv or args.study / "what_matters.csv"
-    code = data.digest(" ".join(train.SOURCES.values()))
+    code = data.digest(" ".join(train.SOURCES.values()))[:16]
     rows = [row for row in read_rows(path) if row["code"] == code]
     if args.table:
         return print_table(rows)
     study = load_study(args.study, args.beta)
     cpu = torch.cpu.get_capabilities().get("cpu_name", "CPU")
     about = {"beta": f"{args.beta:g}", "iterations": str(args.iterations),
-             "batch": str(args.batch), "study": study[-1]["key"], "code": code}
+             "batch": str(args.batch), "study": study[-1]["key"][:16], "code": code}
     for seed in range(args.seeds):
         for change in args.only:
             row = {"change": change, "seed": str(seed), **about}
