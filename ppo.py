@@ -449,7 +449,10 @@ class PPO:
         return completion_logits(model, prompts, tokens, self.tuned, lower)
 
     def read(self, prompts, tokens, lower):
-        """Step 2: scores (B,), logprobs, ref_logprobs, so_far (B,T) of completions (B,T)."""
+        """Step 2: scores (B,), logprobs, ref_logprobs, so_far (B,T) of completions (B,T).
+
+        so_far at token t is the score of the tokens before t, from which fit_values forecasts.
+        """
         logits = self.logits(self.policy, prompts, tokens, lower)
         ref_logits = self.logits(self.ref, prompts, tokens, lower)
         scores = self.score_fn(tokens)
@@ -457,10 +460,10 @@ class PPO:
         if scores.shape not in ((B,), (B, T + 1)) or not scores.is_floating_point():
             raise ValueError(f"score_fn must give a float for each completion, ({B},), or for each "
                              f"prefix, ({B},{T + 1}), not {scores.dtype} {tuple(scores.shape)}")
-        if scores.dim() == 1:           # no prefix has a score: let it be 0
+        if scores.dim() == 1:           # only whole completions have a score: let so_far be 0
             scores = F.pad(scores[:, None], (T, 0))
         return {"scores": scores[:, -1],
-                "so_far": scores[:, :-1],       # at token t, of the prefix that ends with token t-1
+                "so_far": scores[:, :-1],       # of 0 to T-1 tokens
                 "logprobs": token_logprobs(logits, tokens),
                 "ref_logprobs": token_logprobs(ref_logits, tokens)}
 

@@ -118,7 +118,8 @@ class RewardModel(Bag):
     """The reward model: a linear head on the first blocks of gpt, which is modified.
 
     The head reads each token's hidden state, and the hidden state times the rating of the word so
-    far, so that the context of a word decides how much its rating counts.
+    far, so that the context of a word decides how much its rating counts. Those ratings are what
+    Bag.contributions() gives before any fit.
     """
 
     def __init__(self, gpt, vocabulary, words, blocks=1):
