@@ -85,7 +85,6 @@ BUGS = [
     Bug("held-out text trained on", OURS, "gpt.py: gpt tasks",
         "Bits per byte on held-out text come out too good, and no plot tells.",
         [('train = texts["train"]\n', 'train = torch.cat((texts["train"], texts["held_out"]))\n')]),
-
     # ---- the reward model
     Bug("the last sampled token never reaches the reward model", "ZiyueWang25, ckkissane, minRLHF",
         "ppo.py: loop", "The token that earns the score is not in the text that is scored, so it "
@@ -124,7 +123,6 @@ BUGS = [
     Bug("the judge told the rated words", OURS, "reward.py: reward",
         "Judge and reward model share what they know, so the judge is fooled along.",
         [('Bag(pretrained["vocabulary"], {})', 'Bag(pretrained["vocabulary"], rated["words"])')]),
-
     # ---- reward shaping and KL
     Bug("KL penalty inside the surrogate, own token only", "ZiyueWang25", "ppo.py: loop",
         "A token pays for its own drift and not for where it leads: the fixed point is not pi*.",
@@ -159,7 +157,6 @@ BUGS = [
     Bug("controller fed per-token KL", "trlx #438", "ppo.py: loop", "The target is in nats per "
         "completion, the measurement per token, so beta falls for ever.",
         [('update(metrics["ref_kl"], ', 'update(metrics["ref_kl"] / config.length, ')]),
-
     # ---- advantages and losses
     Bug("rewards used where returns belong", "rlhf-book #216", "ppo.py: ppo",
         "A token's advantage is its own reward: what it leads to, the score, does not count.",
@@ -223,7 +220,6 @@ BUGS = [
     Bug("old log-probabilities taken from the policy of now", "tensorforce #312", "ppo.py: loop",
         "The ratio is always 1, nothing is ever clipped, and approx_kl never stops an update.",
         [('loss(logprobs, batch["logprobs"][rows]', "loss(logprobs, logprobs.detach()")]),
-
     # ---- the loop
     Bug("early stop leaks stale gradients", "thomfoster/minRLHF", "ppo.py: loop",
         "The gradient of the minibatch that stops an update joins the first step of the next one.",
@@ -246,7 +242,6 @@ BUGS = [
     Bug("prompts drawn with replacement", OURS, "ppo.py: loop",
         "A batch has some prompts twice and others not at all.",
         [("torch.randperm(P, generator", "torch.randint(P, (P,), generator")]),
-
     # ---- resuming, and what is done again
     Bug("beta lost on resume", "verl #2653", "ppo.py: loop",
         "An adapted beta is not in the checkpoint, so a run cut off goes on with the first one.",
@@ -287,7 +282,6 @@ BUGS = [
         "Of what readers rated only the passages are in the key, so the old reward model stands.",
         [("data.digest(str(state))",
           'data.digest(str(state["passages"] if "passages" in state else state))')]),
-
     # ---- what a run reached
     Bug("the optimum of prompts pooled as if they were one", OURS, "ppo.py: ppo",
         "Samples of easy prompts outweigh those of hard ones; but each prompt must be answered.",
@@ -319,7 +313,6 @@ BUGS = [
     Bug("a rating session shifted by one row", OURS, "sample.py: sample",
         "The reader is shown the text before, and the answer is kept beside the next one.",
         [(r'to go\n{text}\n")', r'to go\n{todo[i - 1][0]}\n")')]),
-
     # ---- several processes
     Bug("every process draws the same completions", OURS, "gpt.py: tasks", "A batch holds each "
         "completion as often as there are processes, so it is noisier than it looks.",

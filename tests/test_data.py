@@ -37,7 +37,6 @@ def made_up_plays(monkeypatch):
 
 
 # ---- corpus -------------------------------------------------------------------------------
-
 def test_markdown_becomes_plain_text():
     """Speakers in capitals with a full stop, headings gone, marks and spaces off."""
     for line, expected in [
@@ -100,7 +99,6 @@ def test_the_plays_are_downloaded_once_checked_and_read(tmp_path, monkeypatch):
 
 
 # ---- tokenizer, prompts, ratings ----------------------------------------------------------
-
 def brute_force_bpe(text, vocab_size):
     """Sennrich 2016, algorithm 1, all pairs counted anew at each merge; ties to smaller ids."""
     words = [list(piece.encode()) for piece in re.findall(PIECES, text)]
@@ -244,7 +242,6 @@ def test_folds_are_of_equal_size_and_depend_on_the_words_alone():
 
 
 # ---- files, and how scripts end -----------------------------------------------------------
-
 class RunsCode:             # as an attacker would pickle it
     def __reduce__(self):
         return exec, ("import os; os.environ['CODE_RAN'] = '1'",)

@@ -43,7 +43,6 @@ def logprobs_of(logits, tokens):
 
 
 # ---- the model ------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("T, S", [(7, 7), (2, 7), (1, 1)])
 @pytest.mark.parametrize("pads", [None, (0, 2)], ids=["full", "padded"])
 def test_attention_is_scaled_dot_product_attention_over_the_past(T, S, pads):
@@ -183,7 +182,6 @@ def test_cpu_and_gpu_log_probabilities_agree(trained):
 
 
 # ---- sampling and scoring ----------------------------------------------------------------------
-
 @pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.5, 5), (1.0, 1), (1.0, 25)])
 def test_samples_match_the_softmax_of_the_k_likeliest_tokens(temperature, top_k):
     """p_i / (sum of the k largest p), p = softmax(logits / temperature); 4 tokens never come."""
@@ -208,6 +206,16 @@ def test_no_uniform_number_reaches_a_token_of_probability_0(number, token):
     assert drawn(logits).max() < 2048
     # NaN reaches no cumulative sum: the draw stays legal until the NaN is reported.
     assert 0 <= drawn(torch.full((1, 5), math.nan)) < 5, "a draw from NaN is no token"
+
+
+def test_cumulative_sums_in_float32_draw_what_exact_ones_draw_but_for_2e_minus_7():
+    """Each u lies in the float64 interval of the token that it draws, of 2,048 in a long tail."""
+    probs = (3 * randn(1, 2048, dtype=F32)).softmax(-1)
+    u = torch.rand(20_000, 1, generator=seeded())
+    drawn = sample_tokens(probs.log().expand(20_000, -1), u)
+    exact = F.pad(probs.double().cumsum(-1), (1, 0))[0]
+    u = u[:, 0] * exact[-1]
+    assert (exact[drawn] - 2e-7 < u).all() and (u < exact[drawn + 1] + 2e-7).all()
 
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.7, None), (1.5, 5), (0.0, None)])
@@ -298,7 +306,6 @@ def test_log_probabilities_of_the_sampler_equal_teacher_forced_ones(trained, mon
 
 
 # ---- optimizers and pretraining ---------------------------------------------------------------
-
 @pytest.mark.parametrize("R, C", [(8, 24), (24, 8), (12, 12), (1, 8)])
 @both_dtypes
 def test_orthogonalise_approaches_the_polar_factor(R, C, dtype):
@@ -436,13 +443,20 @@ def test_pretraining_learns_a_verse_and_says_how_it_goes(monkeypatch):
     assert_close(shares, (schedule / schedule.max())[:, None].expand(105, 2), "learning rates")
 
 
-def test_pretraining_reads_a_text_without_boundary_in_a_short_context():
+def test_pretraining_reads_a_text_without_boundary_in_a_short_context(monkeypatch):
     """Windows begin anywhere; shown texts are shorter; held-out text changes no weight."""
     texts = {**TEXTS, "start": 24, "vocabulary": TEXTS["vocabulary"] + [b"\n"]}
     state, _, rows = pretrain(texts, 3, block_size=16)
     assert math.isfinite(rows[3]["loss"])
     other, _, _ = pretrain({**texts, "held_out": texts["held_out"].flip(0)}, 3, block_size=16)
     assert_close(other["model"], state["model"], "it is trained on held-out text", atol=0, rtol=0)
+    sizes = []
+    monkeypatch.setattr(gpt, "average", lambda tensors, weight: sizes.append(
+        sum(x.numel() for x in tensors)))
+    pretrain(texts, 3, block_size=16)
+    assert sizes.count(state["parameters"]) == 1 + 3, "first weights and 3 gradients are averaged"
+    with pytest.raises(data.UserError, match="Give a longer --corpus, or a smaller --block-size"):
+        pretrain({**texts, "held_out": texts["held_out"][:16]}, 3, block_size=16)
 
 
 def test_a_model_starts_with_the_bigrams_of_its_text():

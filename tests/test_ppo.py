@@ -42,7 +42,6 @@ def mean(numbers):
 
 
 # ---- log-probabilities and KL ---------------------------------------------------------------
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_token_logprobs_are_log_softmax_at_the_token_in_float32(dtype):
     """logit_{y_t} - log sum_v exp(logit_v); a logit 1e4 above the others overflows nothing."""
@@ -113,7 +112,6 @@ def test_entropy_and_exact_kl_are_sums_over_the_vocabulary():
 
 
 # ---- rewards and advantages -------------------------------------------------------------------
-
 @masks
 def test_reward_is_minus_beta_k1_plus_the_score_on_the_last_real_token(mask):
     """r_t = -beta (log pi_old - log rho)_t + [t last] score (Ziegler 2019), without gradient."""
@@ -183,7 +181,6 @@ def test_whitening_uses_all_unmasked_tokens_of_the_batch(mask):
 
 
 # ---- the loss ---------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("advantage, ratio, loss, gradient, outside", [
     (1, 1.21, -1.2, 0, 1), (-1, 0.79, 0.8, 0, 1),           # clipped: no more is to be gained
     (1, 1.19, -1.19, -1.19, 0), (-1, 0.81, 0.81, 0.81, 0), (2, 1.0, -2, -2, 0),         # inside
@@ -222,7 +219,6 @@ def test_policy_loss_is_minus_the_mean_clipped_surrogate_of_real_tokens(mask, cl
 
 
 # ---- masks, types and shapes, for every function that takes (B,T) -----------------------------
-
 SCORES = torch.tensor([0.5, -1.0, 2.0, -0.3])
 FUNCTIONS = {
     "kl_penalised_rewards":
@@ -280,7 +276,6 @@ def test_what_lies_under_the_mask_never_leaks(function, mask, garbage):
 
 
 # ---- diagnostics and the controller -----------------------------------------------------------
-
 @pytest.mark.parametrize("values, returns, expected", [
     ([1, 2, 3, 4], [1, 2, 3, 4], 1.0), ([5, 5, 5, 5], [1, 2, 3, 4], 0.0),
     ([1, 2, 3, 4], [7, 7, 7, 7], 0.0), ([1, 1, 3, 3], [0, 2, 2, 4], 0.5)])
@@ -305,7 +300,6 @@ def test_the_controller_raises_beta_when_kl_is_above_target(ref_kl, error):
 
 
 # ---- the exact optimum ------------------------------------------------------------------------
-
 pytestmark = pytest.mark.filterwarnings("ignore:the optimum at beta")   # 81 samples are few
 
 
@@ -382,7 +376,6 @@ def test_a_bootstrap_error_is_the_deviation_of_repeated_studies():
 
 
 # ---- samples of several policies ----------------------------------------------------------------
-
 def test_mixture_weights_are_rho_over_the_mixture():
     """rho / sum_i (n_i / N) p_i (balance heuristic, Veach 1995), on average 1; pool() of two."""
     p = torch.stack([probabilities(spell(tables(s))) for s in (3, 4, 5)])           # (policy,y)
@@ -458,7 +451,6 @@ def test_the_frontier_is_that_of_enumeration_at_every_beta_the_samples_tell():
 
 
 # ---- best of n ----------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("n", range(1, 8))
 def test_best_of_n_is_the_mean_of_the_maximum_over_all_subsets(n):
     """E[max of n] over the C(7, n) subsets, one by one; unsorted, with ties and negatives."""

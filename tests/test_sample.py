@@ -35,7 +35,6 @@ def continued(study, texts, tmp_path_factory):
 
 
 # ---- samples ------------------------------------------------------------------------------
-
 @pytest.fixture
 def drawn(command, monkeypatch):
     """drawn(checkpoint, options ...) -> the JSON lines that sample.py prints, the tokens drawn."""
@@ -137,7 +136,6 @@ def test_a_policy_without_its_study_beside_it_is_explained(study, tmp_path, comm
 
 
 # ---- ratings ------------------------------------------------------------------------------
-
 def rows_of(path):
     """The rows of a file of ratings: (text, rating, sense, drawn from)."""
     return [(row["text"], float(row["rating"]), float(row["sense"]), row["drawn_from"])
@@ -264,7 +262,6 @@ def test_a_bad_file_of_ratings_is_explained_and_left_alone(study, tmp_path, comm
 
 
 # ---- the report ---------------------------------------------------------------------------
-
 @pytest.fixture(scope="module")
 def reported(study, texts, tmp_path_factory):
     """(folder, figures, what was printed): that study, a negative twin, a run of another rho."""
@@ -379,3 +376,13 @@ def test_the_committed_run_is_drawn_for_its_size(again, tmp_path, monkeypatch, c
         assert ([[i, i * 0.125] for i in range(5)] in drawn) == (size == "small")
     (again / "ppo_beta2.pt").unlink()
     explains(command(sample, "--report", again), "has no finished PPO run. Run train.py --out")
+
+
+def test_a_run_by_another_algorithm_says_so(study, monkeypatch):
+    """Or a table that mixes algorithms would compare them by beta alone."""
+    def load(path, *kinds, load=data.load_checkpoint):
+        state = load(path, *kinds)
+        return {**state, "inputs": {**state["inputs"], "algorithm": "rloo"}}
+    rho = load(study / "rho.pt")
+    monkeypatch.setattr(data, "load_checkpoint", load)
+    assert {run["label"] for run in sample.load_runs(study, rho)} == {"0.5, rloo", "2, rloo"}

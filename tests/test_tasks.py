@@ -31,7 +31,6 @@ FUNCTIONS = [(data, "prepare"), (gpt, "pretrain"), (reward, "fit_reward"), (rewa
 
 
 # ---- prompts ------------------------------------------------------------------------------
-
 class ReadOptions:
     """The options of a stage; notes which are read."""
 
@@ -257,7 +256,6 @@ def test_too_few_speeches_are_explained(tmp_path, command):
 
 
 # ---- several processes --------------------------------------------------------------------
-
 def work(rank, processes, port, arguments, log, die_at):
     """One of the processes that torchrun would start; it kills itself at PPO's step die_at."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank),

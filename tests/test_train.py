@@ -33,7 +33,6 @@ ALL = AFTER["data"]
 
 
 # ---- the loop that remembers --------------------------------------------------------------
-
 STEPS = 6
 
 
@@ -122,7 +121,6 @@ def test_the_seed_of_a_stage_decides_its_result(tmp_path, whole):
 
 
 # ---- keys ---------------------------------------------------------------------------------
-
 FUNCTIONS = [(data, "prepare"), (gpt, "pretrain"), (reward, "fit_reward"), (reward, "fit_judge"),
              (ppo, "sample_reference"), (ppo, "tune")]
 
@@ -252,7 +250,6 @@ def test_every_stage_beta_and_seed_has_random_numbers_of_its_own(redone):
 
 
 # ---- options ------------------------------------------------------------------------------
-
 def test_the_defaults_of_ppo_are_those_of_size_small():
     """PPOConfig() is what --size small runs; every setting has an option."""
     small = {option.name: option.small for option in train.OPTIONS}
@@ -288,7 +285,6 @@ def test_help_tells_the_reason_for_every_option_and_its_values(capsys):
 
 
 # ---- the whole ----------------------------------------------------------------------------
-
 @pytest.mark.parametrize("name", sorted(ALL))
 def test_a_checkpoint_holds_its_metrics_and_can_stand_alone(study, name):
     """metrics.jsonl is the history, a line an iteration; weights and vocabulary are in it."""
@@ -321,7 +317,6 @@ def test_a_run_ends_after_the_stage_asked_for(redone, again, last, files):
 
 
 # ---- kills, Ctrl-C, NaN -------------------------------------------------------------------
-
 def train_and_die(arguments, log, name, moment):
     """train.py in a process of its own, killed at the moment-th instant of writing a file name.
 
@@ -419,7 +414,6 @@ def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, com
 
 
 # ---- bad input: exit code 2, one line, no traceback ---------------------------------------
-
 @pytest.mark.parametrize("options, says", [
     ("--nonsense", "unrecognized arguments: --nonsense"),
     ("--beta -1", "'-1' is not a number from 0.001 to 10"), ("--beta much", "'much' is not a num"),
@@ -450,6 +444,15 @@ def test_bad_options_are_explained(texts, command, monkeypatch, tmp_path, option
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gpt, "pretrain", lambda *inputs: pytest.fail("trained on bad input"))
     explains(command(train, *argv(tmp_path, "out", *options.split())), says)
+
+
+def test_a_judge_that_is_not_finite_stops_the_run(texts, again, command, monkeypatch):
+    """Its scores are no reward, but they are averaged into metrics and results."""
+    (again / "ppo_beta2.pt").unlink()
+    monkeypatch.setattr(ppo, "load_scorer", lambda options, state, rho, scorer=ppo.load_scorer: (
+        lambda tokens: scorer(options, state, rho)(tokens)
+        * (math.nan if state["kind"] == "judge" else 1)))
+    explains(command(train, *argv(texts, again, "--until", "ppo")), "the judge's scores of the")
 
 
 def test_a_damaged_checkpoint_is_explained(texts, again, command):
