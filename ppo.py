@@ -132,8 +132,8 @@ def fit_values(so_far, returns, mask):
 
     A quadratic polynomial in the position t, from 0 to 1, and the score so far k is fitted by least
     squares. Its six weights are solved for at once; a network would need a learning rate and many
-    steps. They are fitted to the batch they are used on: a bias of about 2 / B of the gradient, B
-    completions. The polynomial knows no words, so a lambda below 1 has a bias too.
+    steps. They are fitted to the batch they are used on: a bias that shrinks with its size. The
+    polynomial knows no words, so a lambda below 1 has a bias too.
     """
     T = so_far.size(1)
     k = so_far.double()
