@@ -53,22 +53,16 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. See python {self.prog} --help.")
 
 
-class NumberError(argparse.ArgumentTypeError, ValueError):
-    """Both kinds: argparse prints the message of the first, our own code catches the second."""
-
-
 def number(kind, low, high=1_000_000_000):
     """An argparse type: parses a number of this kind, int or float, from low to high."""
-    noun = "a number" if kind is float else "an integer"
-
     def parse(text):
-        try:
-            value = kind(text)
-            if low <= value <= high:        # false for nan
-                return value
-        except ValueError:
-            pass
-        raise NumberError(f"{text!r} is not {noun} from {low} to {high}")
+        value = kind(text)
+        if low <= value <= high:        # false for nan
+            return value
+        raise ValueError(f"{text} is not from {low} to {high}")
+
+    # argparse puts the name into its message, "invalid ... value".
+    parse.__name__ = f"{kind.__name__} from {low} to {high}"
     return parse
 
 
@@ -319,13 +313,12 @@ def make_prompts(openings, tokenizer):
     return pad(prompts, LONGEST_PROMPT).flip(1).int()
 
 
-def choose_prompts(openings, n, seed):
+def choose_prompts(openings, n):
     """n of the openings (N,LONGEST_PROMPT), at random."""
     if len(openings) < n:
         raise UserError(f"the corpus has only {len(openings)} openings of speeches to continue. "
                         "Give a longer text, lower --prompts, or choose --task speeches.")
-    generator = torch.Generator().manual_seed(seed)
-    return openings[torch.randperm(len(openings), generator=generator)[:n]].long()
+    return openings[torch.randperm(len(openings))[:n]].long()
 
 
 def read_labels(path):
@@ -350,5 +343,5 @@ def read_labels(path):
             passages.append((text, number(float, -2, 2)(row["rating"]), play))
     except (KeyError, ValueError, csv.Error) as error:
         raise UserError(f"labels {path} line {rows.reader.line_num}: {error}. The columns must be "
-                        "play, first_line, last_line, rating (or text, rating).")
+                        "play, first_line, last_line, rating (or text, rating from -2 to 2).")
     return passages

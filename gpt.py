@@ -2,8 +2,8 @@
 
 Read this file first. The model follows nanoGPT (Karpathy) with the changes that help most at this
 size: rotary positions (Su 2021), layer norm without weights, normalised queries and keys, squared
-ReLU (So 2021), output projections that start at zero, and Muon (Jordan 2024) for the matrices.
-Two things differ from nanoGPT because PPO needs them:
+ReLU (So 2021), output projections that start at zero, and a start that predicts bigrams. Two things
+differ from nanoGPT because PPO needs them:
 
 - forward() returns logits at *every* position: sampling looks at the last one, scoring at all;
 - hidden() returns the final hidden states, which the reward model's classifier head reads.
@@ -51,8 +51,9 @@ class GPTConfig:
 class Linear(nn.Linear):
     """A linear layer without bias that computes in its input's dtype; its weight stays float32."""
 
-    def __init__(self, n_in, n_out):
+    def __init__(self, n_in, n_out, std=0.0):
         super().__init__(n_in, n_out, bias=False)
+        nn.init.normal_(self.weight, std=std)
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
@@ -108,11 +109,12 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        C = config.n_embd
         self.n_head = config.n_head
-        self.qkv = Linear(config.n_embd, 3 * config.n_embd)
-        self.proj = Linear(config.n_embd, config.n_embd)
-        self.fc = Linear(config.n_embd, 4 * config.n_embd)
-        self.out = Linear(4 * config.n_embd, config.n_embd)
+        self.qkv = Linear(C, 3 * C, std=C ** -0.5)
+        self.proj = Linear(C, C)                        # zeros: a block starts as the identity
+        self.fc = Linear(C, 4 * C, std=C ** -0.5)
+        self.out = Linear(4 * C, C)
 
     def forward(self, x, cos, sin, bias, cache=None, start=0):
         B, T, C = x.shape
@@ -143,7 +145,7 @@ class GPT(nn.Module):
         self.dtype = dtype
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.lm_head = Linear(config.n_embd, config.vocab_size)
+        self.lm_head = Linear(config.n_embd, config.vocab_size)         # uniform predictions
         # Each feature pair of a head has its own frequency: 1 to about 1/10,000 radians a token.
         half = config.n_embd // config.n_head // 2
         position = torch.arange(config.block_size)[:, None]
@@ -151,14 +153,6 @@ class GPT(nn.Module):
         angle = position * frequency
         self.register_buffer("cos", angle.cos(), persistent=False)      # (block_size, head/2)
         self.register_buffer("sin", angle.sin(), persistent=False)
-        nn.init.normal_(self.embed.weight)
-        nn.init.zeros_(self.lm_head.weight)             # the first predictions are uniform
-        std = config.n_embd ** -0.5
-        for block in self.blocks:
-            nn.init.normal_(block.qkv.weight, std=std)
-            nn.init.normal_(block.fc.weight, std=std)
-            nn.init.zeros_(block.proj.weight)           # each block starts as the identity
-            nn.init.zeros_(block.out.weight)
 
     def new_cache(self, B, size):
         """An empty key-value cache for texts of up to size tokens: a buffer for each block."""
@@ -188,8 +182,9 @@ class GPT(nn.Module):
             # PAD has no embedding and gets that of token 0; its output is never used.
             x = norm(self.embed(x.clamp(min=0)).to(self.dtype))
         for layer in range(len(self.blocks))[blocks]:
+            block = self.blocks[layer]
             buffer = cache[layer] if cache else None
-            x = self.blocks[layer](x, cos, sin, bias, buffer, start)
+            x = block(x, cos, sin, bias, buffer, start)
         return x
 
     def hidden(self, tokens, **options):
@@ -206,16 +201,6 @@ class GPT(nn.Module):
 
 # ---- sampling -----------------------------------------------------------------------------
 
-class Generator(torch.Generator):
-    """A torch.Generator whose state can be saved in a checkpoint."""
-
-    def state_dict(self):
-        return {"state": self.get_state()}
-
-    def load_state_dict(self, state):
-        self.set_state(state["state"])
-
-
 def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
     """Sample a token for each row of logits (B,V) from softmax(logits / temperature): (B,).
 
@@ -229,7 +214,8 @@ def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
         logits = logits / temperature
     if top_k is not None:
         top_k = min(top_k, logits.size(-1))
-        least = logits.topk(top_k).values[:, -1:]
+        best = logits.topk(top_k).values
+        least = best[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
     # Invert the cumulative distribution: one uniform number a row. torch.multinomial draws one for
     # each token of the vocabulary and is slower. Each probability is off by at most 2e-7, so only
@@ -249,16 +235,6 @@ def padding(tokens):
     return pad if pad.any() else None
 
 
-def cast_weights(model):
-    """The model with its weights cast to its compute dtype: a copy, unless they have it already.
-
-    Otherwise generate would cast every weight again for each token.
-    """
-    if model.embed.weight.dtype == model.dtype:
-        return model
-    return copy.deepcopy(model).to(model.dtype)
-
-
 @torch.no_grad()
 def extend(model, prompt, uniform, temperature=1.0, top_k=None, frozen=0):
     """Sample a token after prompt (B,T0), padded left, for each column of uniform (B,T): a dict.
@@ -267,7 +243,8 @@ def extend(model, prompt, uniform, temperature=1.0, top_k=None, frozen=0):
     frozen blocks at every token but the last, which PPO reads instead of computing it again; at
     padding it means nothing. A key-value cache lets the model read each token only once.
     """
-    model = cast_weights(model)
+    # A copy in its compute dtype; otherwise every weight would be cast again for each token.
+    model = copy.deepcopy(model).to(model.dtype)
     uniform = uniform.to(prompt.device)
     cache = model.new_cache(*prompt.shape)
     pad = padding(prompt)
@@ -284,7 +261,9 @@ def extend(model, prompt, uniform, temperature=1.0, top_k=None, frozen=0):
         x = model.stream(x, start, cache, pad, slice(frozen, None))
         hidden = norm(x[:, -1])
         logits = model.logits(hidden)                                   # (B,V)
-        new = sample_tokens(logits, uniform[:, t:t + 1], temperature, top_k)[:, None]
+        column = uniform[:, t:t + 1]
+        drawn = sample_tokens(logits, column, temperature, top_k)           # (B,)
+        new = drawn[:, None]
         tokens = torch.cat((tokens, new), dim=1)
     return {"tokens": tokens, "lower": torch.cat(lower, dim=1)}
 
@@ -314,25 +293,17 @@ def cut_after(tokens, end):
     return tokens.masked_fill(ended_before, PAD)
 
 
-def sample_completions(model, prompts, length, generator, end=None, frozen=None):
+def sample_completions(model, prompts, length, end=None, frozen=0):
     """Sample a completion of T = length tokens for each prompt (N,T0): tokens (N,T), and lower.
 
     Sampled from the whole softmax at temperature 1, the distribution that scoring assumes. tokens
-    come without the prompt and are PAD after end. lower (N,T0+T-1,C): as in extend; None if frozen
-    is None.
+    come without the prompt and are PAD after end. lower (N,T0+T-1,C): as in extend.
     """
     # Random numbers for all rows, so that samples do not depend on the number of processes.
-    uniform = torch.rand(len(prompts), length, generator=generator)
-
-    def sample(prompts, uniform):
-        drawn = extend(model, prompts, uniform, frozen=frozen or 0)
-        if frozen is None:              # nobody reads it, and it is large
-            del drawn["lower"]
-        return drawn
-
-    drawn = in_chunks(sample, prompts, uniform, size=512)
+    uniform = torch.rand(len(prompts), length)
+    drawn = in_chunks(lambda *rows: extend(model, *rows, frozen=frozen), prompts, uniform, size=512)
     tokens = drawn["tokens"][:, prompts.size(1):]
-    return cut_after(tokens, end), drawn.get("lower")
+    return cut_after(tokens, end), drawn["lower"]
 
 
 # ---- scoring ------------------------------------------------------------------------------
@@ -349,9 +320,11 @@ def completion_logits(model, prompts, tokens, blocks=slice(None), lower=None):
     as in GPT.stream, where it is known.
     """
     inputs = completion_inputs(prompts, tokens)
+    pad = padding(inputs)
     x = inputs if lower is None else lower
-    x = model.stream(x, pad=padding(inputs), blocks=blocks)
-    return model.logits(norm(x[:, prompts.size(1) - 1:]))
+    x = model.stream(x, pad=pad, blocks=blocks)
+    hidden = norm(x[:, prompts.size(1) - 1:])
+    return model.logits(hidden)
 
 
 @torch.no_grad()
@@ -374,90 +347,22 @@ def in_chunks(function, *tensors, size=64):
 
 # ---- gradient steps -----------------------------------------------------------------------
 
-def orthogonalise(x, dtype, steps=5):
-    """Orthogonalise matrices x (N,R,C): most singular values become .7 to 1.2. Returns (N,R,C).
-
-    Newton-Schulz iteration (Jordan 2024) applies an odd polynomial to x and needs only matrix
-    products. The exact result, the polar factor U V' of x = U S V', would need an SVD.
-    """
-    tall = x.size(1) > x.size(2)
-    if tall:
-        x = x.mT
-    x = x.to(dtype).contiguous()
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)               # no singular value above 1
-    for _ in range(steps):
-        gram = x @ x.mT
-        # 3.4445 x - 4.7750 (x x') x + 2.0315 (x x')^2 x
-        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, gram, x, beta=3.4445)
-    return x.mT if tall else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum SGD with orthogonalised updates (Jordan 2024): all directions of a matrix get steps
-    of about equal size. Matrices of one shape are stacked; their products are computed in dtype.
-    """
-
-    def __init__(self, parameters, lr, dtype, momentum=0.95):
-        super().__init__(parameters, {"lr": lr})
-        self.dtype = dtype
-        self.momentum = momentum
-
-    @torch.no_grad()
-    def step(self):
-        """Move every matrix against its orthogonalised momentum, at the group's rate."""
-        for group in self.param_groups:
-            by_shape = {}
-            for p in group["params"]:
-                by_shape.setdefault(p.shape, []).append(p)
-            for (R, C), matrices in by_shape.items():
-                updates = []
-                for p in matrices:
-                    average = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    average.lerp_(p.grad, 1 - self.momentum)
-                    updates.append(p.grad.lerp(average, self.momentum))         # Nesterov
-                updates = orthogonalise(torch.stack(updates), self.dtype)
-                # Scale to the size of Adam's steps: root mean square 0.2 lr (Liu 2025).
-                rate = 0.2 * group["lr"] * max(R, C) ** 0.5
-                for p, update in zip(matrices, updates):
-                    p.sub_(update, alpha=rate)
-
-
-def make_optimizers(model, matrix_lr=0.015, embed_lr=0.004):
-    """Muon for the matrices of the blocks, AdamW for the rest: a list of two optimizers.
-
-    The embedding and the output layer, whose rows are tokens, train better with Adam.
-    """
-    # Every parameter of a block is a matrix, as Muon requires.
-    rest = [model.embed.weight, model.lm_head.weight]
-    return [Muon(model.blocks.parameters(), matrix_lr, model.dtype),
-            torch.optim.AdamW(rest, lr=embed_lr, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0,
-                              fused=True)]
-
-
-def set_rates(optimizers, part):
-    """Set every learning rate to part times its initial value."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = part * group.setdefault("peak", group["lr"])
-
-
-def optimizer_step(loss, model, optimizers, clip=math.inf, weight=None):
-    """One step of every optimizer on loss, a scalar. Returns the gradient's norm before clipping.
+def optimizer_step(loss, optimizer, lr, clip=math.inf, weight=None):
+    """One step of the optimizer on loss, a scalar. Returns the gradient's norm before clipping.
 
     weight: this process's share of the batch; None if every process has the whole batch. Raises
     FloatingPointError, before any weight changes, if the gradient is not finite.
     """
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)       # or the last batch's gradient would be added
+    [group] = optimizer.param_groups
+    group["lr"] = lr
+    optimizer.zero_grad()               # or the last batch's gradient would be added
     loss.backward()
-    average([p.grad for p in model.parameters() if p.requires_grad], weight)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    average([p.grad for p in group["params"]], weight)
+    norm = nn.utils.clip_grad_norm_(group["params"], clip)
     if not norm.isfinite():
         raise FloatingPointError("a gradient is not finite. Try --fp32, another --seed or, in "
                                  "PPO, a lower --lr.")
-    for optimizer in optimizers:
-        optimizer.step()
+    optimizer.step()
     return norm
 
 
@@ -469,32 +374,34 @@ def windows(tokens, starts, length):
     return tokens[rows].long()
 
 
-def draw_starts(n, openings, batch, generator):
+def draw_starts(n, openings, batch):
     """Random first positions of a batch of windows, from 0 to n - 1: (batch,).
 
     Half are at openings, because unconditional samples begin there without earlier context.
     """
-    starts = torch.randint(n, (batch,), generator=generator)
-    half = (batch + 1) // 2
-    chosen = torch.randint(len(openings), (half,), generator=generator)
-    starts[::2] = openings[chosen]
+    starts = torch.randint(n, (batch,))
+    if len(openings):
+        chosen = torch.randint(len(openings), (batch // 2,))
+        starts[:batch // 2] = openings[chosen]
     return starts
 
 
-def trapezoid(i, steps):
-    """Learning rate as a share of its peak: up for 40 steps, level, down to 0 in the last 60 %."""
+def learning_rate(i, steps, n_embd):
+    """The learning rate of step i: up for 40 steps, level, down to 0 in the last 60 %."""
     up = (i + 1) / 40
     down = (1 - i / steps) / 0.6
-    return min(1.0, up, down)
+    # The best rate of Adam is inversely proportional to the width (Yang 2022).
+    peak = 1 / n_embd
+    return peak * min(1.0, up, down)
 
 
 @torch.no_grad()
 def bigram_start(model, tokens, smooth=20.0):
     """Initialise embedding and output layer so that the model predicts the bigrams of tokens (N,).
 
-    The smoothed log-frequencies (V,V) of the next token are factorised to rank n_embd: an SVD gives
-    the embedding (as Levy 2014 for word vectors), ridge regression the output layer. The blocks
-    start as the identity, so the untrained model predicts bigrams; this saves half of the steps.
+    The smoothed log-frequencies (V,V) of the next token are factorised to rank n_embd by an SVD, as
+    Levy 2014 do for word vectors. The blocks start as the identity, so the untrained model predicts
+    bigrams; this saves half of the steps.
     """
     V, C = model.embed.weight.shape
     tokens = tokens.long()
@@ -506,17 +413,20 @@ def bigram_start(model, tokens, smooth=20.0):
     smoothed = (counts + smooth * share) / (seen + smooth)
     logits = smoothed.log()
     logits = logits - logits.mean(1, keepdim=True)
-    u, s, _ = torch.svd_lowrank(logits, C)
-    embed = norm(u * s.sqrt())
-    weight = (seen + 5).sqrt()                          # frequent tokens count more
-    # Normal equations in float64: lstsq differs in the last bits between processes.
-    x = (embed * weight).double()
-    y = (logits * weight).double()
-    ridge = torch.eye(C, dtype=torch.float64)
-    gram = x.T @ x + ridge
-    output = torch.linalg.solve(gram, x.T @ y)
-    model.embed.weight.copy_(embed)
-    model.lm_head.weight.copy_(output.T)
+    u, s, v = torch.svd_lowrank(logits, C)
+    embed = u * s.sqrt()
+    scale = embed.std(1).mean()                         # the model normalises its embeddings
+    output = v * s.sqrt()
+    model.embed.weight.copy_(embed / scale)
+    model.lm_head.weight.copy_(output * scale)
+
+
+def next_token_nats(model, rows):
+    """-log P of every token but the first of rows (B,T+1): (B,T), in nats."""
+    logits = model(rows[:, :-1])
+    targets = rows[:, 1:].flatten()
+    nats = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+    return nats.view(len(rows), -1)
 
 
 @torch.no_grad()
@@ -528,18 +438,11 @@ def bits_per_byte(model, tokens, vocabulary):
     """
     T = model.config.block_size
     starts = torch.arange(0, len(tokens) - T, T)
-    batch = windows(tokens, starts, T + 1).to(model.cos.device)
-    inputs = batch[:, :-1]
-    targets = batch[:, 1:]
-    size = sum(len(vocabulary[i]) for i in targets.flatten().tolist())
-
-    def nats(inputs, targets):
-        logits = model(inputs).flatten(0, 1)
-        loss = F.cross_entropy(logits, targets.flatten(), reduction="none")
-        return loss.view_as(targets)
-
-    total = in_chunks(nats, inputs, targets).sum(dtype=torch.float64)
-    bits = total.item() / math.log(2)
+    rows = windows(tokens, starts, T + 1).to(model.cos.device)
+    nats = in_chunks(lambda rows: next_token_nats(model, rows), rows)
+    bits = nats.sum(dtype=torch.float64).item() / math.log(2)
+    predicted = rows[:, 1:].flatten().tolist()
+    size = sum(len(vocabulary[i]) for i in predicted)
     return bits / size
 
 
@@ -550,49 +453,44 @@ def pretrain(options, texts, loop):
     train.Stage, which counts the steps and resumes after a kill.
     """
     train = texts["train"]
+    held_out = texts["held_out"]
     vocabulary = texts["vocabulary"]
     T = options.block_size
     steps = options.pretrain_steps
     batch = 16
+    if len(held_out) <= T:
+        raise data.UserError(f"the held-out text has no {T + 1} tokens. Give a longer --corpus, or "
+                             "a smaller --block-size.")
     config = GPTConfig(len(vocabulary), T,
                        options.n_layer, options.n_head, options.n_embd)
     model = GPT(config, options.dtype)
     if config.n_embd < config.vocab_size:
         bigram_start(model, train)
     model.to(options.device)
-    if len(texts["held_out"]) <= T:
-        raise data.UserError(f"the held-out text has no {T + 1} tokens. Give a longer --corpus, or "
-                             "a smaller --block-size.")
-    muon, adam = make_optimizers(model)
-    sampler = Generator().manual_seed(options.seed)
-    start = torch.full((1, 1), texts["start"], device=options.device)
-    # Positions of the boundary before a speech; every position if the text has no boundary.
-    is_start = train[:-T] == texts["start"]
-    openings = is_start.nonzero().squeeze(1)
-    if len(openings) == 0:
-        openings = torch.arange(len(train) - T)
+
     rows = share(batch)                             # each process trains on its share of the batch
     weight = (rows.stop - rows.start) / batch
     # An SVD may differ in its last bits between processes; all begin with the same weights.
     average([p.data for p in model.parameters()], weight)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95), eps=1e-10,
+                                  weight_decay=0.0, fused=True)
+    start = torch.full((1, 1), texts["start"], device=options.device)
+    # Positions of the boundary before a speech.
+    openings = (train[:-T] == texts["start"]).nonzero().squeeze(1)
 
-    for i in loop.steps(steps, model=model, muon=muon, adam=adam, sampler=sampler):
+    for i in loop.steps(steps, model=model, optimizer=optimizer):
         if i % 100 == 0 or i == 50:                 # with the same random numbers each time
             tokens = generate(model, start, min(48, T - 1), generator=torch.Generator())
-            text = data.decode(vocabulary, tokens[0])
-            loop.show(f"after {i} steps the model writes:", text)
-        set_rates([muon, adam], trapezoid(i, steps))
-        starts = draw_starts(len(train) - T, openings, batch, sampler)
-        tokens = windows(train, starts[rows], T + 1).to(options.device)
-        logits = model(tokens[:, :-1]).flatten(0, 1)
-        targets = tokens[:, 1:].flatten()
-        loss = F.cross_entropy(logits, targets)
-        optimizer_step(loss, model, [muon, adam], weight=weight)
+            loop.show(f"after {i} steps the model writes:", data.decode(vocabulary, tokens[0]))
+        starts = draw_starts(len(train) - T, openings, batch)[rows]
+        tokens = windows(train, starts, T + 1).to(options.device)
+        loss = next_token_nats(model, tokens).mean()
+        lr = learning_rate(i, steps, config.n_embd)
+        optimizer_step(loss, optimizer, lr, weight=weight)
         average([loss.detach()], weight)
         metrics = {"loss": loss.item()}
         if (i + 1) % 100 == 0:
-            held_out = texts["held_out"][:10_000]
-            metrics["val_bits_per_byte"] = bits_per_byte(model, held_out, vocabulary)
+            metrics["val_bits_per_byte"] = bits_per_byte(model, held_out[:10_000], vocabulary)
         if (i + 1) % 10 == 0 or i + 1 == steps:
             loop.log(**metrics)
 
@@ -601,7 +499,7 @@ def pretrain(options, texts, loop):
             "vocabulary": vocabulary,
             "start": texts["start"],
             "parameters": sum(p.numel() for p in model.parameters()),
-            "val_bits_per_byte": bits_per_byte(model, texts["held_out"], vocabulary)}
+            "val_bits_per_byte": bits_per_byte(model, held_out, vocabulary)}
 
 
 def load_gpt(state, device="cpu", dtype=torch.float32):

@@ -34,6 +34,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +42,8 @@ import torch.nn.functional as F
 import data
 import reward
 from data import PAD
-from gpt import (Generator, average, completion_logits, compute_dtype, in_chunks, load_gpt,
-                 optimizer_step, sample_completions, set_rates, share)
+from gpt import (average, completion_logits, compute_dtype, in_chunks, load_gpt, optimizer_step,
+                 sample_completions, share)
 
 MIN_ESS = 100       # the smallest effective sample size at which an optimum is quoted
 # A run keeps a copy of the policy when ref_kl first reaches each of these, nats per completion.
@@ -377,12 +378,6 @@ class PPOConfig:
     adaptive_kl_horizon: float = 10_000.0       # completions
 
 
-def make_config(options):
-    """The PPOConfig of a run; options has an attribute for each of its settings."""
-    names = PPOConfig.__dataclass_fields__
-    return PPOConfig(**{name: getattr(options, name) for name in names})
-
-
 def check_finite(name, x):
     """Raise FloatingPointError unless all numbers of x, read from completions, are finite."""
     if not torch.isfinite(x).all():
@@ -390,12 +385,9 @@ def check_finite(name, x):
                                  "--lr.")
 
 
-def learning_rate(i, iterations):
-    """The learning rate of iteration i as a share of its initial value: a linear decay to 0.
-
-    The small steps at the end average out gradient noise.
-    """
-    return 1 - i / iterations
+def learning_rate(i, config):
+    """The learning rate of iteration i, a linear decay to 0: small last steps average out noise."""
+    return config.lr * (1 - i / config.iterations)
 
 
 class PPO:
@@ -403,22 +395,19 @@ class PPO:
 
     ref: the GPT rho, copied and frozen. score_fn: completions tokens (B,T), without their prompt ->
     scores (B,), or (B,T+1), the score of every prefix, the empty one first, which gives the values
-    the score so far. prompts (P,T0); one row for unconditional samples. end: the token that ends a
-    completion, or None. seed: for sampling and shuffling.
+    the score so far. prompts (P,T0); one row for unconditional samples. config: a PPOConfig, or the
+    options of train.py. end: the token that ends a completion, or None. Random numbers come from
+    torch's global generator.
     """
 
-    def __init__(self, ref, score_fn, prompts, config, seed=0, end=None):
-        if prompts.dim() != 2:
-            raise ValueError(f"prompts must be (P,T0) token ids, not {tuple(prompts.shape)}")
+    def __init__(self, ref, score_fn, prompts, config, end=None):
         self.config = config
         self.score_fn = score_fn
         self.prompts = prompts
         self.end = end
         # With one prompt, the whole batch continues it; with several, --group completions each.
         self.group = config.batch if len(prompts) == 1 else config.group
-        if config.batch % self.group:
-            raise ValueError(f"batch {config.batch} must be a multiple of the group of completions "
-                             f"of one prompt, {self.group}")
+        assert config.batch % self.group == 0, "batch must be a multiple of group"
         # Copies, because with shared weights rho would change with pi, and KL would stay 0.
         self.ref = copy.deepcopy(ref).requires_grad_(False)
         self.policy = copy.deepcopy(self.ref)
@@ -432,16 +421,13 @@ class PPO:
         # Adam divides by the gradient's size, so every weight moves about equally far, even if its
         # small gradient is mostly noise. This large epsilon brings Adam close to momentum SGD; its
         # learning rates are not comparable with published ones.
-        self.optimizer = torch.optim.AdamW(trained, lr=config.lr, eps=1e-3, betas=(0.9, 0.95),
-                                           weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(trained, eps=1e-3, betas=(0.9, 0.95), weight_decay=0.0,
+                                           fused=True)
         self.controller = AdaptiveKL(config.beta, config.adaptive_kl_target,
                                      config.adaptive_kl_horizon)
-        # For prompts, tokens and the order of minibatches.
-        self.generator = Generator().manual_seed(seed)
         self.parts = {"policy": self.policy,
                       "optimizer": self.optimizer,
-                      "controller": self.controller,
-                      "generator": self.generator}
+                      "controller": self.controller}
 
     def logits(self, model, prompts, tokens, lower):
         """Logits (B,T,V) of policy or reference from lower, the output of the frozen blocks."""
@@ -456,9 +442,8 @@ class PPO:
         ref_logits = self.logits(self.ref, prompts, tokens, lower)
         scores = self.score_fn(tokens)
         B, T = tokens.shape
-        if scores.shape not in ((B,), (B, T + 1)) or not scores.is_floating_point():
-            raise ValueError(f"score_fn must give a float for each completion, ({B},), or for each "
-                             f"prefix, ({B},{T + 1}), not {scores.dtype} {tuple(scores.shape)}")
+        assert scores.shape in ((B,), (B, T + 1)) and scores.is_floating_point(), \
+            f"score_fn must give floats ({B},) or ({B},{T + 1}), not {tuple(scores.shape)}"
         if scores.dim() == 1:           # only whole completions have a score: let so_far be 0
             scores = F.pad(scores[:, None], (T, 0))
         return {"scores": scores[:, -1],
@@ -471,24 +456,20 @@ class PPO:
         config = self.config
         P = len(self.prompts)
         # Every prompt is used once before any is used again; its completions are adjacent rows.
-        order = torch.randperm(P, generator=self.generator)
         groups = torch.arange(config.batch) // self.group
-        prompts = self.prompts[order[groups % P]]
-        tokens, lower = sample_completions(self.policy, prompts, config.length, self.generator,
-                                           self.end, self.frozen)
-        read = in_chunks(self.read, prompts, tokens, lower, size=config.minibatch)
-        for name, x in read.items():
+        prompts = self.prompts[torch.randperm(P)[groups % P]]
+        tokens, lower = sample_completions(self.policy, prompts, config.length, self.end,
+                                           self.frozen)
+        batch = in_chunks(self.read, prompts, tokens, lower, size=config.minibatch)
+        for name, x in batch.items():
             check_finite(name, x)
-        return {"prompts": prompts,
-                "tokens": tokens,
-                "mask": tokens != PAD,
-                "lower": lower,         # the output of the frozen blocks
-                **read}
+        return {**batch, "prompts": prompts, "tokens": tokens, "lower": lower,
+                "mask": tokens != PAD}
 
     def step(self, i):
         """One iteration: steps 1 to 6. Returns its metrics, a dict of floats."""
-        config, beta = self.config, self.controller.beta
-        set_rates([self.optimizer], learning_rate(i, config.iterations))
+        config = self.config
+        beta = self.controller.beta
         # 1. and 2. sample completions, read them
         self.batch = batch = self.rollout()
         mask = batch["mask"]
@@ -504,7 +485,7 @@ class PPO:
         metrics = self.describe(batch)                  # of the policy that sampled
         metrics["explained_variance"] = explained_variance(values, returns, mask)
         # 6. update the policy
-        metrics |= self.update(batch, advantages, in_loss)
+        metrics |= self.update(batch, advantages, learning_rate(i, config), in_loss)
         if config.adaptive_kl_target:
             self.controller.update(metrics["ref_kl"], config.batch)
         return metrics
@@ -515,34 +496,35 @@ class PPO:
         returns = rewards_to_go(rewards, mask)
         if algorithm == "grpo":
             return whiten_groups(returns, self.group)
-        if algorithm == "simple":
-            advantages = returns
+        if algorithm == "ppo":
+            advantages, _ = gae(rewards, values, lam=self.config.lam, mask=mask)
         elif algorithm == "rloo":
             advantages = leave_one_out(returns, self.group)
-        elif algorithm == "ppo":
-            advantages, _ = gae(rewards, values, lam=self.config.lam, mask=mask)
         else:
-            raise ValueError(f"algorithm must be simple, rloo, grpo or ppo, not {algorithm}")
+            assert algorithm == "simple", f"no algorithm {algorithm}"
+            advantages = returns
         return whiten(advantages, mask)
 
-    def update(self, batch, advantages, kl_in_loss=0.0):
+    def update(self, batch, advantages, lr, kl_in_loss=0.0):
         """Step 6: epochs of minibatches over the batch. Returns metrics, averaged over minibatches.
 
         Stops early, before the step, at a minibatch whose approx_kl exceeds max_update_kl.
         kl_in_loss: GRPO's beta.
         """
         config = self.config
-        minibatches, infos = [], []
+        minibatches = []
+        infos = []
         for _ in range(config.epochs):
-            order = torch.randperm(len(advantages), generator=self.generator)
-            minibatches += order.split(config.minibatch)
+            minibatches += torch.randperm(len(advantages)).split(config.minibatch)
         for everyones in minibatches:
             rows = everyones[share(len(everyones))]
-            tokens = batch["tokens"][rows]
             mask = batch["mask"][rows]
             # This process's share of the minibatch's tokens; 1 for a single process.
             weight = mask.sum() / batch["mask"][everyones].sum()
-            logits = self.logits(self.policy, batch["prompts"][rows], tokens, batch["lower"][rows])
+            prompts = batch["prompts"][rows]
+            tokens = batch["tokens"][rows]
+            lower = batch["lower"][rows]
+            logits = self.logits(self.policy, prompts, tokens, lower)
             logprobs = token_logprobs(logits, tokens)
             loss, info = policy_loss(logprobs, batch["logprobs"][rows], advantages[rows],
                                      config.clip, mask)
@@ -555,13 +537,11 @@ class PPO:
             # The first step is always taken: it starts at the policy that sampled.
             if infos and info["approx_kl"] > config.max_update_kl:
                 break
-            info["grad_norm"] = optimizer_step(loss, self.policy, [self.optimizer], 1.0, weight)
+            info["grad_norm"] = optimizer_step(loss, self.optimizer, lr, 1.0, weight)
             infos.append(info)
-        done = len(infos) / len(minibatches)
-        metrics = {"epochs": config.epochs * done}
+        metrics = {"epochs": config.epochs * len(infos) / len(minibatches)}
         for key in infos[0]:
-            values = [info[key].item() for info in infos]
-            metrics[key] = sum(values) / len(values)
+            metrics[key] = fmean(info[key].item() for info in infos)
         return metrics
 
     @torch.no_grad()
@@ -575,20 +555,21 @@ class PPO:
         scores = batch["scores"]
         k1, _ = _masked(batch["logprobs"] - batch["ref_logprobs"], mask)
         ref_kl = k1.sum(1)                                              # (B,): nats per completion
-        objective = scores - beta * ref_kl
-        error = ref_kl.std() / len(ref_kl) ** 0.5
-        first = [batch[name][:whole] for name in ("prompts", "tokens", "lower")]
+        first = (batch["prompts"][:whole],
+                 batch["tokens"][:whole],
+                 batch["lower"][:whole])
         logprobs = self.logits(self.policy, *first).log_softmax(-1)
         ref_logprobs = self.logits(self.ref, *first).log_softmax(-1)
         kl, _ = _masked(exact_kl(logprobs, ref_logprobs), mask[:whole])
-        return {"score": scores.mean().item(),
-                "ref_kl": ref_kl.mean().item(),
-                "ref_kl_se": error.item(),
-                "exact_kl": kl.sum(1).mean().item(),
-                "objective": objective.mean().item(),
-                "entropy": masked_mean(entropy(logprobs), mask[:whole]).item(),
-                "tokens": mask.sum(1).float().mean().item(),
-                "beta": beta}
+        means = {"score": scores,
+                 "ref_kl": ref_kl,
+                 "exact_kl": kl.sum(1),
+                 "objective": scores - beta * ref_kl,
+                 "entropy": entropy(logprobs)[mask[:whole]],
+                 "tokens": mask.sum(1).float()}
+        metrics = {name: x.mean().item() for name, x in means.items()}
+        error = ref_kl.std().item() / len(ref_kl) ** 0.5
+        return {**metrics, "beta": beta, "ref_kl_se": error}
 
 
 # ---- what a run reached -------------------------------------------------------------------
@@ -599,14 +580,9 @@ def bootstrap(function, *samples, times=100):
     samples (...,P,N): their N columns, completions of each prompt, are resampled with replacement.
     The prompts stay fixed, so only the variation between completions of a prompt counts.
     """
-    generator = torch.Generator().manual_seed(0)
     again = []
     for _ in range(times):
-        drawn = []
-        for x in samples:
-            N = x.size(-1)
-            columns = torch.randint(N, (N,), generator=generator)
-            drawn.append(x[..., columns])
+        drawn = [x[..., torch.randint(x.size(-1), x.shape[-1:])] for x in samples]
         again.append(function(*drawn))
     return torch.tensor(again).std(0).tolist()
 
@@ -647,19 +623,17 @@ def fraction_of_optimum(rho, pi, beta):
     """
     (objective, _, fraction), best = compare(rho, pi, beta)
     errors = bootstrap(lambda rho, pi: compare(rho, pi, beta)[0], rho, pi)
-    reached = {"objective": objective,
-               "objective_se": errors[0],
-               "reference_objective": rho[0].mean().item(),
-               "optimum": {**best, "objective_se": errors[1]},
-               "fraction_of_optimum": fraction,
-               "fraction_se": errors[2],
-               "kl_to_optimum": (best["objective"] - objective) / beta}
+    known = {"optimum": {**best, "objective_se": errors[1]},
+             "fraction_of_optimum": fraction,
+             "fraction_se": errors[2],
+             "kl_to_optimum": (best["objective"] - objective) / beta}
     if best["ess"] < MIN_ESS:           # J* and what needs it are not quoted
-        for name in ("fraction_of_optimum", "fraction_se", "kl_to_optimum"):
-            reached[name] = None
-        unknown = dict.fromkeys(reached["optimum"])
-        reached["optimum"] = {**unknown, "ess": best["ess"]}
-    return reached
+        known = dict.fromkeys(known)
+        known["optimum"] = {**dict.fromkeys(best), "objective_se": None, "ess": best["ess"]}
+    return {"objective": objective,
+            "objective_se": errors[0],
+            "reference_objective": rho[0].mean().item(),
+            **known}
 
 
 def frontier(samples, log_weights):
@@ -706,20 +680,18 @@ def sample_reference(options, texts, pretrained, rewarded, judged, loop):
     prompts = test_prompts = torch.full((1, 1), texts["start"])
     end = None
     if options.task == "continue":
-        prompts = data.choose_prompts(texts["openings"], options.prompts, options.seed)
-        test_prompts = data.choose_prompts(texts["test_openings"], options.prompts, options.seed)
+        prompts = data.choose_prompts(texts["openings"], options.prompts)
+        test_prompts = data.choose_prompts(texts["test_openings"], options.prompts)
         end = texts["start"]
     rho = load_gpt(pretrained, options.device, options.dtype)
-    sampler = torch.Generator().manual_seed(options.seed)
     repeated = repeat(test_prompts, options.rho_samples).to(options.device)
-    tokens, _ = sample_completions(rho, repeated, options.length, sampler, end)
+    tokens, _ = sample_completions(rho, repeated, options.length, end)
     scales = {}
     for state in (rewarded, judged):
         model = reward.load_reward(state, options.device, options.dtype)
         log_odds = in_chunks(model, tokens)
-        scales[state["kind"]] = {
-            "positive": reward.score_constants(log_odds, "positive"),
-            "negative": reward.score_constants(log_odds, "negative")}
+        scales[state["kind"]] = {toward: reward.score_constants(log_odds, toward)
+                                 for toward in ("positive", "negative")}
     return {"prompts": prompts,
             "test_prompts": test_prompts,
             "end": end,
@@ -736,19 +708,18 @@ def load_scorer(options, state, rho):
 
 def tune(options, pretrained, rewarded, judged, rho, loop):
     """PPO on the reward model at one beta: the content of ppo_*.pt, policy and results, a dict."""
-    config = make_config(options)
     ref = load_gpt(pretrained, options.device, options.dtype)
     score_fn = load_scorer(options, rewarded, rho)
     judge_fn = load_scorer(options, judged, rho)
     prompts = rho["prompts"].to(options.device)
-    run = PPO(ref, score_fn, prompts, config, options.seed, rho["end"])
+    run = PPO(ref, score_fn, prompts, options, rho["end"])
     about = {"config": pretrained["config"],
              "vocabulary": pretrained["vocabulary"],
              "test_prompts": rho["test_prompts"],
              "end": rho["end"]}
     shown = ["score", "judge", "ref_kl", "objective", "clipfrac", "explained_variance"]
 
-    for i in loop.steps(config.iterations, **run.parts):
+    for i in loop.steps(options.iterations, **run.parts):
         # A step's score, KL and entropy describe the policy before its update.
         before = copy.deepcopy(run.policy.state_dict())
         metrics = run.step(i)
@@ -792,9 +763,8 @@ def evaluate(options, run, judge_fn, rho):
         return torch.stack((scores, ratios, judged_scores), dim=1)
 
     test_prompts = rho["test_prompts"].to(options.device)
-    sampler = torch.Generator().manual_seed(options.seed + 1)
     prompts = repeat(test_prompts, options.fresh_samples)
-    fresh, _ = sample_completions(run.policy, prompts, options.length, sampler, run.end)
+    fresh, _ = sample_completions(run.policy, prompts, options.length, run.end)
     samples = []
     old = rho["tokens"].long().to(options.device)
     for tokens in (old, fresh):
@@ -806,20 +776,20 @@ def evaluate(options, run, judge_fn, rho):
     beta = run.controller.beta
     score, ref_kl, judged_score = new.mean((1, 2)).tolist()
     scale = rho["scales"]["reward"][options.toward]
-    log_p = new[0] * scale["std"] + scale["mean"]
-    p = log_p.exp().mean().item()                                       # P(toward)
-    result = {"beta": beta,
-              "toward": options.toward,
-              "iterations": run.config.iterations,
-              "score": score,
-              "positive": p if options.toward == "positive" else 1 - p,
-              "judge": judged_score,
-              "ref_kl": ref_kl}
+    p = (new[0] * scale["std"] + scale["mean"]).exp().mean().item()     # P(toward)
     with warnings.catch_warnings(action="ignore"):      # fraction_of_optimum checks the ESS
-        result |= fraction_of_optimum(old, new, beta)
-        result["frontier"] = frontier(*pool(old, new))
-    result["best_of_n"] = best_of_n_rows(old[0])
-    return result
+        known = fraction_of_optimum(old, new, beta)
+        rows = frontier(*pool(old, new))
+    return {"beta": beta,
+            "toward": options.toward,
+            "iterations": options.iterations,
+            "score": score,
+            "positive": p if options.toward == "positive" else 1 - p,
+            "judge": judged_score,
+            "ref_kl": ref_kl,
+            **known,
+            "frontier": rows,
+            "best_of_n": best_of_n_rows(old[0])}
 
 
 # ---- a reward of your own: python ppo.py --------------------------------------------------
@@ -833,34 +803,35 @@ def main():
     parser.add_argument("--iterations", default=20, type=data.number(int, 1), help="default 20")
     args = parser.parse_args()
     state = data.load_checkpoint(args.out / "pretrain.pt", "pretrain")
-    vocabulary = state["vocabulary"]
     rho = load_gpt(state, dtype=compute_dtype(torch.device("cpu")))
     prompt = torch.full((1, 1), state["start"])         # the boundary before a speech
     config = PPOConfig(beta=args.beta, iterations=args.iterations, length=32, batch=256)
 
-    def score_fn(tokens):               # (B,T) -> (B,T+1), scores of all prefixes
-        scores = torch.empty(len(tokens), config.length + 1)
-        for b, row in enumerate(tokens):
-            for t in range(config.length + 1):
-                scores[b, t] = my_reward(data.decode(vocabulary, row[:t]))
-        return scores
+    def read(row):
+        return data.decode(state["vocabulary"], row)
 
-    generator = torch.Generator().manual_seed(0)
-    before, _ = sample_completions(rho, prompt.expand(4096, 1), config.length, generator)
+    def score_fn(tokens):               # (B,T) -> (B,T+1), scores of all prefixes
+        scores = []
+        for row in tokens:
+            scores.append([float(my_reward(read(row[:t]))) for t in range(len(row) + 1)])
+        return torch.tensor(scores)
+
+    torch.manual_seed(0)
+    before, _ = sample_completions(rho, prompt.expand(4096, 1), config.length)
     scores = score_fn(before)[:, -1]
     best = optimum(scores, args.beta)
     print("rho: J {:.2f}; the optimum: J* {objective:.2f}, score {score:.2f}, KL {ref_kl:.2f} "
           "(effective sample size {ess:.0f})".format(scores.mean(), **best))
     run = PPO(rho, score_fn, prompt, config)
     for i in range(args.iterations):
-        line = "{}/{}  score {score:.2f}  KL {ref_kl:.2f}  J {objective:.2f} of {:.2f}"
-        print(line.format(i + 1, args.iterations, best["objective"], **run.step(i)))
+        print("iteration {}: score {score:.2f}, KL {ref_kl:.2f}, J {objective:.2f}".format(
+            i + 1, **run.step(i)))
     # Samples of pi*: samples of rho, resampled with weights exp(r / beta).
     weights = (scores / args.beta).softmax(0)
-    at_optimum = before[weights.multinomial(2, generator=generator)]
-    shown = {"before": before, "after": run.batch["tokens"], "at the optimum": at_optimum}
-    for name, tokens in shown.items():
-        for text in [data.decode(vocabulary, row) for row in tokens[:2]]:
+    at_optimum = before[weights.multinomial(2)]
+    for name, tokens in [("before", before), ("after", run.batch["tokens"]),
+                         ("at the optimum", at_optimum)]:
+        for text in map(read, tokens[:2]):
             print(f"\n----- {name}, reward {my_reward(text):g}\n{text}")
 
 

@@ -121,8 +121,8 @@ def ask(question, low, high):
     while True:
         try:
             return data.number(float, low, high)(input(question))
-        except ValueError as error:
-            print(error)
+        except ValueError:
+            print(f"The answer must be a number from {low} to {high}.")
         except EOFError:                # Ctrl-D, or the end of a pipe
             raise KeyboardInterrupt from None
 

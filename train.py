@@ -13,6 +13,7 @@ last partial checkpoint, on a CPU (with as many threads and processes) to the sa
 
 import ast
 import json
+import re
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -27,52 +28,60 @@ import reward
 import sample
 from data import number
 
-Option = namedtuple("Option", "stages name tiny small base why")
 # tiny is a smoke run, small is for a laptop's CPU, base for a GPU of 80 GB. An option belongs to
-# the stages named; changing it repeats these stages and all that depend on them.
+# the stages named; changing it repeats these stages and all that depend on them. The columns are
+# two spaces apart: stages, name, value (of tiny, small and base, or of all), why one would change
+# it. Of words the first is the default.
 SIZES = ("tiny", "small", "base")
-OPTIONS = list(map(Option._make, [
-    # stages       name           tiny   small   base    why one would change it
-    ("data", "vocab_size", 512, 2048, 4096, "more make texts shorter, but each token rarer"),
-    ("pretrain", "block_size", 128, 128, 256, "tokens of context, which limit the length"),
-    ("pretrain", "n_layer", 2, 4, 8, "depth of the transformer"),
-    ("pretrain", "n_head", 2, 4, 8, "attention heads; n_embd must be an even multiple"),
-    ("pretrain", "n_embd", 64, 256, 512, "width of the transformer"),
-    ("pretrain", "pretrain_steps", 150, 330, 1000, "more make a better language model"),
-    ("reward", "reward_model", "head", "head", "head",
-     "head: a classifier head on the GPT; bag: a bag of words, to compare"),
-    ("reward", "feedback", "ratings", "ratings", "ratings",
-     "ratings: soft targets; comparisons: which of two was rated higher, as RLHF usually does"),
-    ("reward judge rho ppo", "length", 64, 64, 64, "tokens per completion and per rated passage"),
-    ("rho", "task", "speeches", "speeches", "speeches",
-     "speeches: sample without a prompt; continue: complete openings of speeches"),
-    ("rho", "prompts", 8, 8, 8, "openings to continue in PPO, and as many for testing"),
-    ("rho", "rho_samples", 2048, 3072, 16384, "more samples of rho estimate J* more precisely"),
-    ("ppo", "toward", "positive", "positive", "positive",
-     "positive rewards log P(positive), negative log P(negative)"),
-    ("ppo", "algorithm", "ppo", "ppo", "ppo", "advantages; simple: rewards-to-go; rloo: minus the "
-     "mean of the group's others; grpo: scores whitened per group, KL in the loss; ppo: GAE with "
-     "a value function"),
-    ("ppo", "iterations", 8, 40, 40, "more come closer to the optimum"),
-    ("ppo", "batch", 128, 512, 2048, "completions per iteration: more mean less noise"),
-    ("ppo", "group", 4, 4, 4, "completions per prompt within a batch (one prompt: all)"),
-    ("ppo", "minibatch", 16, 32, 128, "completions per optimizer step"),
-    ("ppo", "unfrozen", 1, 1, 4, "last blocks that PPO trains: more fit more, noise included"),
-    ("ppo", "epochs", 1, 1, 1, "passes over each batch: more use it better, but off policy"),
-    ("ppo", "lr", 1.8e-3, 1.8e-3, 1.8e-3,
-     "initial learning rate, decays to 0; if too high, KL is spent on noise"),
-    ("ppo", "clip", 0.2, 0.2, 0.2, "PPO's clip range; lower limits each update more"),
-    ("ppo", "lam", 0.8, 0.8, 0.8, "GAE's lambda: lower trusts the value function more"),
-    ("ppo", "max_update_kl", 0.02, 0.02, 0.02, "approx_kl, nats per token, that ends an update"),
-    ("ppo", "adaptive_kl_target", 0.0, 0.0, 0.0,
-     "ref_kl, nats per completion, that an adaptive beta keeps (Ziegler 2019); 0: fixed beta"),
-    ("ppo", "adaptive_kl_horizon", 1e4, 1e4, 1e4,
-     "completions over which an adaptive beta changes by about a fifth at most"),
-    ("ppo", "fresh_samples", 512, 2048, 4096, "samples for measuring a run: more are more precise"),
-]))
-CHOICES = {"reward_model": ["head", "bag"], "feedback": ["ratings", "comparisons"],
-           "task": ["speeches", "continue"], "toward": ["positive", "negative"],
-           "algorithm": ["simple", "rloo", "grpo", "ppo"]}
+TABLE = """
+data      vocab_size      512 2048 4096  more make texts shorter, but each token rarer
+pretrain  block_size      128 128 256    tokens of context, which limit the length
+pretrain  n_layer         2 4 8          depth of the transformer
+pretrain  n_head          2 4 8          attention heads; n_embd must be an even multiple
+pretrain  n_embd          64 256 512     width of the transformer
+pretrain  pretrain_steps  150 400 1000   more make a better language model
+reward    reward_model    head|bag       a classifier head on the GPT, or a bag of words to compare
+reward    feedback        ratings|comparisons  soft targets, or which of two is rated higher
+reward judge rho ppo  length  64         tokens per completion and per rated passage
+rho       task            speeches|continue  sample without a prompt, or continue openings
+rho       prompts         8              openings to continue in PPO, and as many for testing
+rho       rho_samples     2048 3072 16384  more samples of rho estimate J* more precisely
+ppo       toward          positive|negative  rewards log P(positive) or log P(negative)
+ppo       algorithm       ppo|simple|rloo|grpo  ppo: GAE with values; the others: PPO.advantages
+ppo       iterations      8 40 40        more come closer to the optimum
+ppo       batch           128 512 2048   completions per iteration: more mean less noise
+ppo       group           4              completions per prompt within a batch (one prompt: all)
+ppo       minibatch       16 32 128      completions per optimizer step
+ppo       unfrozen        1 1 4          last blocks that PPO trains: more fit more, noise included
+ppo       epochs          1              passes over each batch: more use it better, but off policy
+ppo       lr              1.8e-3         decays to 0; if too high, KL is spent on noise
+ppo       clip            0.2            PPO's clip range; lower limits each update more
+ppo       lam             0.8            GAE's lambda: lower trusts the value function more
+ppo       max_update_kl   0.02           approx_kl, nats per token, that ends an update
+ppo       adaptive_kl_target  0.0        ref_kl that an adaptive beta keeps (Ziegler 2019); 0: fixed
+ppo       adaptive_kl_horizon  1e4       completions over which it may change by about a fifth
+ppo       fresh_samples   512 2048 4096  samples for measuring a run: more are more precise
+"""
+Option = namedtuple("Option", "stages name tiny small base choices why")
+
+
+def read_options(table):
+    """The rows of the table as Options; choices is None for numbers."""
+    options = []
+    for line in table.strip().split("\n"):
+        stages, name, values, why = re.split("  +", line)
+        if "|" in values:
+            choices = values.split("|")
+            values = choices[:1]
+        else:
+            choices = None
+            values = [ast.literal_eval(value) for value in values.split()]
+        tiny, small, base = (values * 3)[:3]            # of three values or of one
+        options.append(Option(stages, name, tiny, small, base, choices, why))
+    return options
+
+
+OPTIONS = read_options(TABLE)
 CHECKPOINT_EVERY = 30.0     # seconds of work that a crash or Ctrl-C may cost
 
 
@@ -100,7 +109,7 @@ def parse(argv=None):
     types = {str: str, int: number(int, 1), float: number(float, 0)}
     for option in OPTIONS:
         add("--" + option.name.replace("_", "-"), type=types[type(option.small)],
-            choices=CHOICES.get(option.name),
+            choices=option.choices,
             help="{why} ({tiny}, {small}, {base})".format_map(option._asdict()))
     args = parser.parse_args(argv)
     args.device = torch.device(args.device)
@@ -180,7 +189,6 @@ class Stage:
         if partial:
             for name, part in parts.items():
                 part.load_state_dict(partial["parts"][name])
-            # The global stream; each loop's own generators are among its parts.
             torch.set_rng_state(partial["rng"])
             start, self.history = partial["step"], partial["history"]
             self.began -= partial["seconds"]
@@ -240,10 +248,10 @@ def run(args, name, function, *earlier, **options):
     stage = Stage(args.out / f"{name}.pt", about)
     state = stage.reuse(stage.path)
     if not state:
-        # Its own stream of random numbers for every stage, beta and --seed.
-        seed = data.fold(f"{args.seed} {name}", 2**31)
-        torch.manual_seed(seed)         # of the weights that the stage will make
-        options = SimpleNamespace(**options, seed=seed, device=args.device, dtype=args.dtype)
+        # Its own stream of random numbers for every stage, beta and --seed: all are drawn from
+        # torch's global generator, whose state the loop saves.
+        torch.manual_seed(data.fold(f"{args.seed} {name}", 2**31))
+        options = SimpleNamespace(**options, device=args.device, dtype=args.dtype)
         state = stage.save(stage.path, **function(options, *earlier, stage))
     if data.is_first_process():         # the others may be here before it has written
         stage.partial_path.unlink(missing_ok=True)

@@ -66,7 +66,7 @@ def run_once(study, result, algorithm, lr, seed):
     """Train and measure one policy: the rest of its row, a dict of floats."""
     options, _, _, judged, rho = study
     options.lr, options.algorithm = lr, algorithm
-    options.seed = data.fold(f"{seed} {algorithm}", 2**31)      # evaluate() uses seed + 1
+    torch.manual_seed(data.fold(f"{seed} {algorithm}", 2**31))
     began = time.process_time()
     if algorithm == "dpo":
         run = dpo.train_dpo(*dpo.inputs(*study))

@@ -33,7 +33,7 @@ import data  # noqa: E402
 import ppo  # noqa: E402
 import reward  # noqa: E402
 import train  # noqa: E402
-from gpt import (GPT, GPTConfig, compute_dtype, in_chunks, make_optimizers,  # noqa: E402
+from gpt import (GPT, GPTConfig, compute_dtype, in_chunks, next_token_nats,  # noqa: E402
                  optimizer_step, sample_completions, sample_tokens)
 from tables import table  # noqa: E402
 
@@ -130,11 +130,11 @@ def iteration_seconds(run, repeats, sampler=sample_completions, warm_ups=1):
 
 
 @torch.no_grad()
-def naive_completions(model, prompts, length, generator, end=None, frozen=0):
+def naive_completions(model, prompts, length, end=None, frozen=0):
     """sample_completions without a cache: the whole prefix is read again for each token."""
     tokens = prompts
     for _ in range(length):
-        uniform = torch.rand(len(tokens), 1, generator=generator).to(tokens.device)
+        uniform = torch.rand(len(tokens), 1).to(tokens.device)
         new = sample_tokens(model(tokens)[:, -1], uniform)[:, None]
         tokens = torch.cat((tokens, new), dim=1)
     lower = in_chunks(lambda rows: model.stream(rows, blocks=slice(frozen)), tokens[:, :-1])
@@ -142,18 +142,15 @@ def naive_completions(model, prompts, length, generator, end=None, frozen=0):
 
 
 def pretrain_seconds(args):
-    """Median seconds of a step of pretraining and of its two optimizers: a dict."""
+    """Median seconds of a step of pretraining and of its optimizer: a dict."""
     model = randomise(GPT(args.config, args.dtype)).to(args.device)
-    optimizers = make_optimizers(model)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     watch = Stopwatch(args.device)
-    for name, optimizer in zip(("muon", "adam"), optimizers):
-        optimizer.step = watch.part(name, optimizer.step)
+    optimizer.step = watch.part("optimizer", optimizer.step)
     tokens = torch.randint(args.vocab, (PRETRAIN_BATCH, args.context + 1), device=args.device)
 
     def step():
-        logits = model(tokens[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        optimizer_step(loss, model, optimizers)
+        optimizer_step(next_token_nats(model, tokens).mean(), optimizer, 1e-3)
 
     return watch.medians(step, 4 * args.repeats, warm_ups=2)
 
@@ -176,7 +173,7 @@ def measure(args):
     trained = forward_flops(args, *shape, unfrozen, args.vocab)
     floor = forward + (2 + 3 * args.epochs) * trained
     floor = (floor + forward_flops(args, *shape, 1, 0)) / rate
-    both = pretrain["total"] - pretrain["muon"] - pretrain["adam"]
+    both = pretrain["total"] - pretrain["optimizer"]
     windows = PRETRAIN_BATCH, args.context
     pretrain_floor = 3 * forward_flops(args, *windows, args.layers, args.vocab) / rate
     naive = None
@@ -196,7 +193,7 @@ def measure(args):
             "pretrain_tokens_per_second": PRETRAIN_BATCH * args.context / pretrain["total"],
             "pretrain_step_seconds": pretrain["total"],
             "pretrain_forward_backward_seconds": both,
-            "pretrain_muon_seconds": pretrain["muon"], "pretrain_adam_seconds": pretrain["adam"],
+            "pretrain_optimizer_seconds": pretrain["optimizer"],
             "pretrain_floor_ratio": both / pretrain_floor, "peak_memory_mb": memory,
             "matmul_gflops": rate / 1e9, "floor_seconds": floor, "floor_ratio": total / floor,
             "naive_seconds": naive, "naive_ratio": naive and naive / total}

@@ -17,8 +17,8 @@ in place of a draw from it. The expected loss is the same and so is the optimum,
 has less noise, and DPO learns as much of the score as PPO does.
 
 The pairs are fresh samples of rho, two of the same prompt, each used once: as many as PPO draws at
-its defaults (iterations x batch). Optimizer, gradient clipping, completions a
-step and the schedule of the rate, which falls to 0, are PPO's.
+its defaults (iterations x batch). Optimizer, gradient clipping, completions a step and the schedule
+of the rate, which falls to 0, are PPO's.
 """
 
 import sys
@@ -33,33 +33,35 @@ import data  # noqa: E402
 import ppo  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from gpt import in_chunks, load_gpt, optimizer_step, sample_completions, set_rates  # noqa: E402
+from gpt import in_chunks, load_gpt, optimizer_step, sample_completions  # noqa: E402
 from reward import soft_loss  # noqa: E402
 from tables import table  # noqa: E402
 
 LR = 6e-4       # below PPO's: log pi of a completion is a sum, so gradients are larger, and clipped
 
 
-def train_dpo(ref, score_fn, prompts, config, seed=0, end=None):
+def train_dpo(ref, score_fn, prompts, config, end=None):
     """Train a copy of ref by DPO: a ppo.PPO whose policy is the trained one.
 
     Inputs as for ppo.PPO, but that score_fn gives the scores of all prefixes (B,T+1).
     """
-    run = ppo.PPO(ref, score_fn, prompts, config, seed, end)
+    run = ppo.PPO(ref, score_fn, prompts, config, end)
     n = config.iterations * config.batch // 2                               # pairs
     prompts = run.prompts[torch.arange(n) % len(prompts)].repeat_interleave(2, 0)
-    tokens, _ = sample_completions(run.ref, prompts, config.length, run.generator, end)
+    tokens = []
+    for rows in prompts.split(512):     # all at once would keep the streams of all, over 1 GB
+        tokens.append(sample_completions(run.ref, rows, config.length, end)[0])
+    tokens = torch.cat(tokens)
     scores = in_chunks(score_fn, tokens)[:, -1].view(n, 2)
     target = (scores[:, 0] - scores[:, 1]).sigmoid()                        # P(a over b)
     prompts, tokens = prompts.view(n, 2, -1), tokens.view(n, 2, -1)         # (n,2,T0), (n,2,T)
-    minibatches = torch.randperm(n, generator=run.generator).split(max(config.minibatch // 2, 1))
+    minibatches = torch.randperm(n).split(max(config.minibatch // 2, 1))
     for i, rows in enumerate(minibatches):
-        set_rates([run.optimizer], ppo.learning_rate(i, len(minibatches)))
         log_ratio = ppo.log_ratios(run.policy, run.ref, prompts[rows].flatten(0, 1),
                                    tokens[rows].flatten(0, 1))              # (2B,)
         implicit = config.beta * log_ratio.view(-1, 2)
         loss = soft_loss(implicit[:, 0] - implicit[:, 1], target[rows]).mean()
-        optimizer_step(loss, run.policy, [run.optimizer], 1.0)
+        optimizer_step(loss, run.optimizer, config.lr * (1 - i / len(minibatches)), 1.0)
     return run
 
 
@@ -77,10 +79,10 @@ def load_study(out, beta):
 
 
 def inputs(options, pretrained, rewarded, judged, rho):
-    """What ppo.PPO and train_dpo take."""
+    """What ppo.PPO and train_dpo take. Both draw from torch's global generator: seed it before."""
     return (load_gpt(pretrained, options.device, options.dtype),
-            ppo.load_scorer(options, rewarded, rho), rho["prompts"].to(options.device),
-            ppo.make_config(options), options.seed, rho["end"])
+            ppo.load_scorer(options, rewarded, rho), rho["prompts"].to(options.device), options,
+            rho["end"])
 
 
 def main():
@@ -95,7 +97,7 @@ def main():
     study = load_study(args.study, args.beta)
     options, _, _, judged, rho = study
     options.lr, options.iterations = args.lr, args.iterations or options.iterations
-    options.seed = data.fold(f"{args.seed} dpo", 2**31)         # evaluate() uses seed + 1
+    torch.manual_seed(data.fold(f"{args.seed} dpo", 2**31))
     began = time.process_time()
     run = train_dpo(*inputs(*study))
     seconds = time.process_time() - began

@@ -57,7 +57,7 @@ def null_quantile(a, b, deals=10_000):
     """The 95 % quantile of |mean a - mean b| where all values are dealt to a and b at random."""
     values = torch.cat((a, b)).double()
     # Each row of argsort is a random order of all values.
-    order = torch.rand(deals, len(values), generator=torch.Generator().manual_seed(0)).argsort(1)
+    order = torch.rand(deals, len(values)).argsort(1)
     one, two = values[order].split([len(a), len(b)], dim=1)
     return (one.mean(1) - two.mean(1)).abs().quantile(0.95).item()
 
@@ -97,7 +97,7 @@ def print_correlations(passages, times=2000):
         groups["the same, each model's means taken out"] = torch.cat([x - x.mean(0) for x in tuned])
     for name, values in groups.items():
         n = len(values)
-        again = torch.randint(n, (times, n), generator=torch.Generator().manual_seed(0))
+        again = torch.randint(n, (times, n))
         for i, measure in list(enumerate(MEASURES))[2:values.size(1)]:
             feeling, p = values[:, 0], values[:, i]
             print(f"feeling and {measure}, {name}, {n} passages: Pearson {pearson(feeling, p):.2f} "
@@ -128,6 +128,8 @@ def drift(name, study):
 def draw_figure(passages, study):
     """All MEASURES, mapped to 0 to 1, along the drift of the models that the study has."""
     kl = {name: drift(name, study) for name in passages if (study / f"{name}.pt").exists()}
+    if not kl:
+        raise data.UserError(f"{study} has none of the rated models. Name the --study they are of.")
     names, kl = sorted(kl, key=kl.get), sorted(kl.values())
     figure, axis = sample.drift_figure()
     axis.set_ylabel("mean of the passages, 0 to 1")
@@ -150,6 +152,7 @@ def main():
         parser.error("--figure needs the --study whose models were rated")
     readers = {path.stem: read_file(path) for path in args.files}
     passages = collect(readers.values(), args.study)
+    torch.manual_seed(0)
     print_models(passages)
     print_correlations(passages)
     print_agreement(readers)

@@ -4,10 +4,10 @@
 
 First table: every model is fitted to the same passages (part "reward" of labels/), the judge to
 plays of its own, calibrated on the samples of others ("choose"), and measured on the part "report",
-which nothing was trained on. Pearson's standard error is by bootstrap: passages of plays share lines, so blocks
-of 200 lines of a play are drawn with replacement, samples one by one. "minus the head's": the
-difference from the shipped head, on the same draws. Pairs: how often the higher rated of two is
-the more positive one. A random trunk is as GPT() makes it: its block is the identity.
+which nothing was trained on. Pearson's standard error is by bootstrap: passages of plays share
+lines, so blocks of 200 lines of a play are drawn with replacement, samples one by one. "minus the
+head's": the difference from the shipped head, on the same draws. Pairs: how often the higher rated
+of two is the more positive one. A random trunk is as GPT() makes it: its block is the identity.
 
 Second table: P(positive), by the study's reward model and judge, of texts spoilt in ways that
 neither was trained against. A model that is not fooled likes each less than the text as written.
@@ -131,13 +131,12 @@ def fit(model, parts, part="reward", loss=reward.soft_loss, tune=False):
 def fine_tune(model, tokens, targets, weights, batch=64):
     """One pass of Adam over blocks and head, from the head that fit() has found."""
     model.trunk.blocks.requires_grad_(True)
-    optimizer = torch.optim.Adam([{"params": model.trunk.blocks.parameters(), "lr": 5e-4},
-                                  {"params": model.head.parameters(), "lr": 1e-3}])
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0)).split(batch)
+    optimizer = torch.optim.Adam([*model.trunk.blocks.parameters(), model.head.weight])
+    order = torch.randperm(len(tokens)).split(batch)
     for i, rows in enumerate(order):
-        gpt.set_rates([optimizer], min(1, (i + 1) / 20) * (1 - i / len(order)))
         losses = weights[rows] * reward.soft_loss(model(tokens[rows]), targets[rows])
-        gpt.optimizer_step(losses.sum() / weights[rows].sum(), model, [optimizer], 1.0)
+        rate = 5e-4 * min(1, (i + 1) / 20) * (1 - i / len(order))
+        gpt.optimizer_step(losses.sum() / weights[rows].sum(), optimizer, rate, 1.0)
 
 
 def read_blocks(lines=200):
@@ -159,6 +158,7 @@ def bootstrap(p, ratings, blocks, times=1000):
     n = int(blocks.max()) + 1
     products = torch.stack((torch.ones_like(p), p, ratings, p * p, ratings * ratings, p * ratings))
     sums = products.new_zeros(6, n).index_add(1, blocks, products)
+    # The same draws for every model: the difference between two is taken on them.
     drawn = torch.randint(n, (times, n), generator=torch.Generator().manual_seed(0))
     total = sums[:, drawn].sum(-1)                          # (6,times)
     _, x, y, xx, yy, xy = total / total[0]
@@ -188,11 +188,10 @@ def print_models(read, seconds, report, blocks):
 
 def spoilt(texts, tokenizer, model, length):
     """Kinds of text that should not please: {name: texts}, made of passages of plays."""
-    shuffled, generator = [], torch.Generator().manual_seed(0)
+    shuffled = []
     for text in texts:
         ids = torch.tensor(tokenizer.encode_ordinary(text))
-        ids = ids[torch.randperm(len(ids), generator=generator)]
-        shuffled.append(tokenizer.decode(ids.tolist()))
+        shuffled.append(tokenizer.decode(ids[torch.randperm(len(ids))].tolist()))
     verb = re.compile(r" (is|am|are|will|do) ")
     with_verb = [text for text in texts if verb.search(text)]
     words = sorted(set(re.findall(r"[a-z]{3,}", " ".join(texts))))
@@ -217,7 +216,7 @@ def print_spoilt(study, rewarded, texts, dtype):
     for run in sample.load_runs(study, rho):
         tokens, _ = gpt.sample_completions(
             gpt.load_gpt(run, dtype=dtype), ppo.repeat(rho["test_prompts"], 500), length,
-            torch.Generator().manual_seed(0), rho["end"])
+            rho["end"])
         groups[f"samples of PPO, beta {run['label']}"] = tokens
     for name, group in spoilt(texts, tokenizer, model, length).items():
         groups[name] = data.pad([tokenizer.encode_ordinary(text) for text in group], length)

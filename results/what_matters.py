@@ -7,7 +7,8 @@ Each run is a row of --csv, written when it ends; a run that is there is not don
 the study (the key of its rho.pt), the machine and the code: a digest of the scripts that PPO is
 made of, not of this one, so who edits a change here deletes its rows. The table shows the present
 code's. J is measured on 1,024 fresh samples; fraction = (J - J(rho)) / (J* - J(rho)) with the J* of
-the study's own run at that beta, whose settings hold but for what is said here.
+the study's own run at that beta, whose settings hold but for what is said here. A run depends on
+its row alone, not on those before it.
 """
 
 import csv
@@ -129,26 +130,26 @@ def run_once(study, change, seed, iterations, batch):
     """One run: score, ref_kl, J, fraction and CPU seconds, a dict of floats."""
     reached, options, pretrained, rewarded, rho = study
     settings, algorithm = CHANGES[change]
-    config = ppo.make_config(options)
-    config.iterations, config.batch = iterations, batch
+    config = SimpleNamespace(**{**vars(options), "iterations": iterations, "batch": batch})
     for name, value in settings.items():
         if name in ("batch", "minibatch", "lr"):
             old = getattr(config, name)
             value = type(old)(old * value)
         setattr(config, name, value)
+    torch.manual_seed(seed)
     score_fn = ppo.load_scorer(options, rewarded, rho)
     began = time.process_time()
     run = algorithm(load_gpt(pretrained, options.device, options.dtype), score_fn,
-                    rho["prompts"].to(options.device), config, 1000 + seed, rho["end"])
+                    rho["prompts"].to(options.device), config, rho["end"])
     if not settings.get("reading", True):
         run.score_fn = lambda tokens: score_fn(tokens)[:, -1]
     run.optimizer.param_groups[0]["eps"] = settings.get("eps", 1e-3)
     for i in range(iterations):
         run.step(i)
     seconds = time.process_time() - began
-    run.generator.manual_seed(5000 + seed)
+    torch.manual_seed(5000 + seed)
     run.prompts, run.group = rho["test_prompts"].to(options.device), 1
-    run.config.batch = 1024
+    config.batch = 1024
     fresh = run.rollout()               # from the same random numbers whatever was changed
     k1 = (fresh["logprobs"] - fresh["ref_logprobs"]).masked_fill(~fresh["mask"], 0.0)
     score, ref_kl = fresh["scores"].mean().item(), k1.sum(1).mean().item()

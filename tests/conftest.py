@@ -61,6 +61,12 @@ def loops(n, length, generator):
     return words.gather(1, torch.arange(length) % period)
 
 
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """torch's global generator, which the scripts draw from, begins alike in every test."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def trained():
     """A GPT of 3 layers trained for two seconds to go on with loops().
@@ -124,13 +130,23 @@ def toy_options():
     return [row._replace(tiny=TOY.get(row.name, row.tiny)) for row in train.OPTIONS]
 
 
+STREAMS = {}        # of PPO runs by rho's key, beta, target: torch's stream when measuring began
+
+
 def run_script(script, *arguments):
     """Run a script in this process as its command line would: its exit code."""
     import data
+    import ppo
     import train
+
+    def evaluate(options, run, judge_fn, rho, real=ppo.evaluate):
+        STREAMS[rho["key"], options.beta, options.toward] = torch.get_rng_state()
+        return real(options, run, judge_fn, rho)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "OPTIONS", toy_options())
         patch.setattr(train, "CHECKPOINT_EVERY", 0.0)
+        patch.setattr(ppo, "evaluate", evaluate)
         patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
         try:
             data.run(script.main)

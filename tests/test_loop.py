@@ -57,9 +57,9 @@ def rho():
 
     PPO is tested here, not how fast a tiny transformer with random weights learns."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(4)
         config = GPTConfig(vocab_size=3, block_size=8, n_layer=1, n_head=4, n_embd=64)
-        model, guess = GPT(config), nn.Linear(64, 80)
+        guess, model = nn.Linear(64, 80), GPT(config)
     for seed, weight in enumerate(model.parameters()):
         weight.data.copy_(randn(*weight.shape, seed=seed) / weight.size(1) ** 0.5)
     firsts = SEQUENCES[::3]         # nobody reads the last token
@@ -97,10 +97,11 @@ def best(beta, prompt=PROMPT, tokens=SEQUENCES):
 
 
 def new_run(seed=0, score=prefix_scores, prompts=PROMPT, end=None, **options):
-    """A PPO run that has not begun."""
+    """A PPO run that has not begun; it draws from torch's global generator, which has this seed."""
+    torch.manual_seed(seed)
     settings = {"length": 4, "batch": 128, "minibatch": 64, "epochs": 2, "iterations": 40,
                 "lr": 2e-3, "lam": 1.0, "max_update_kl": 1.0}
-    return PPO(rho(), score, prompts, PPOConfig(**{**settings, **options}), seed, end=end)
+    return PPO(rho(), score, prompts, PPOConfig(**{**settings, **options}), end)
 
 
 def train(**options):
@@ -254,7 +255,7 @@ def test_each_completion_is_used_once_an_epoch_in_a_new_order(spy_on):
         run = new_run(seed, minibatch=20, epochs=3, max_update_kl=math.inf)
         batch, advantages = all_once(run)
         seen = spy_on(ppo, "completion_logits")
-        run.update(batch, advantages)
+        run.update(batch, advantages, 1e-3)
         return place(torch.cat([inputs[2] for inputs, _, _ in seen])).view(3, 81)
 
     epochs = order(seed=0)
@@ -268,7 +269,7 @@ def test_gradients_are_clipped_to_norm_1_and_their_norm_is_logged():
     """At advantages of 1e4 Adam gets norm 1, the log has the norm before (Huang 2022)."""
     run = new_run(minibatch=81, epochs=1)
     batch, advantages = all_once(run)
-    metrics = run.update(batch, 1e4 * advantages)
+    metrics = run.update(batch, 1e4 * advantages, 2e-3)
     grads = [p.grad.flatten() for p in run.policy.parameters() if p.requires_grad]
     norm = torch.cat(grads).norm().item()
     assert_close(norm, 1.0, "the gradient that reached Adam", atol=1e-3, rtol=0)
@@ -288,11 +289,16 @@ def test_values_are_fitted_to_what_did_come(spy_on):
 
 
 def test_the_learning_rate_falls_to_0():
-    """The first iteration has the whole rate."""
-    run = new_run(iterations=4, lr=1e-3, batch=8)
-    rates = [(run.step(i), run.optimizer.param_groups[0]["lr"])[1] for i in range(4)]
-    assert rates[0] == 1e-3 and rates == sorted(rates, reverse=True), "the rate should fall"
-    assert 0 < rates[3] < 3e-4, "the rate should fall to 0"
+    """The first iteration has the whole rate, each later one a quarter less; steps are as large."""
+    run, moved = new_run(iterations=4, lr=1e-3, batch=8, minibatch=8, epochs=1), []
+    for i in range(4):
+        run.optimizer.state.clear()             # Adam's moments, which would carry steps over
+        before = run.policy.lm_head.weight.detach().clone()
+        run.step(i)
+        assert_close(run.optimizer.param_groups[0]["lr"], 1e-3 * (1 - i / 4), "the rate")
+        gradient = run.policy.lm_head.weight.grad
+        step = 1e-3 * (1 - i / 4) * gradient / (gradient.abs() + 1e-3)
+        assert_close(before - run.policy.lm_head.weight, step, "the step", atol=2e-7, rtol=0)
 
 
 @pytest.mark.parametrize("approx_kl, steps", [(0.0099, 9), (0.0101, 2)])
@@ -309,11 +315,11 @@ def test_an_early_stop_takes_no_step_after_it_and_leaves_no_gradient(approx_kl, 
     monkeypatch.setattr(ppo, "policy_loss", loss)
     step = run.optimizer.step
     monkeypatch.setattr(run.optimizer, "step", lambda: (step(), taken.append(weights(run.policy))))
-    metrics = run.update(*all_once(run))
+    metrics = run.update(*all_once(run), 2e-3)
     assert len(taken) == steps, f"{len(taken)} optimizer steps, {steps} expected"
     assert same(weights(run.policy), taken[-1]), "the policy moved after its last step"
     batch, advantages = all_once(run)
-    run.update(batch, 0 * advantages)
+    run.update(batch, 0 * advantages, 2e-3)
     # Adam moves on by momentum; but of the gradients of the update before nothing may be left.
     stale = any(p.grad is not None and p.grad.any() for p in run.policy.parameters())
     assert not stale, "a stale gradient was added"
@@ -354,16 +360,13 @@ def test_values_are_the_least_squares_fit_over_real_tokens_alone():
     torch.zeros(8, 4), torch.zeros(8, 1), torch.zeros(1), torch.zeros(8, dtype=torch.long)],
     ids=lambda x: f"{tuple(x.shape)} {x.dtype}")
 def test_what_has_another_shape_or_type_is_refused_in_a_sentence(scores):
-    """Scores (8,1) would broadcast against (8,); prompts are (P,T0), a batch is whole groups."""
-    with pytest.raises(ValueError, match=re.escape(
-            "score_fn must give a float for each completion, (8,), or for each prefix, (8,5), not "
-            f"{scores.dtype} {tuple(scores.shape)}")):
+    """Scores (8,1) would broadcast against (8,); a batch is whole groups."""
+    with pytest.raises(AssertionError, match=re.escape(
+            f"score_fn must give floats (8,) or (8,5), not {tuple(scores.shape)}")):
         new_run(score=lambda tokens: scores, batch=8).step(0)
-    with pytest.raises(ValueError, match=r"prompts must be \(P,T0\) token ids, not \(2,\)"):
-        new_run(prompts=PROMPT[0])
-    with pytest.raises(ValueError, match="batch 128 must be a multiple .* of one prompt, 3"):
+    with pytest.raises(AssertionError, match="batch must be a multiple of group"):
         new_run(prompts=PROMPTS, group=3)
-    with pytest.raises(ValueError, match="algorithm must be .*, not reinforce"):
+    with pytest.raises(AssertionError, match="no algorithm reinforce"):
         new_run(algorithm="reinforce").step(0)
 
 
@@ -377,9 +380,9 @@ def test_scores_gradients_and_weights_that_are_not_finite_stop_the_run():
             run.step(1)
     batch, advantages = all_once(new_run())
     with pytest.raises(FloatingPointError, match="gradient is not finite"):
-        run.update(batch, advantages * math.nan)
+        run.update(batch, advantages * math.nan, 2e-3)
     assert same(weights(run.policy), weights(rho())), "a bad number reached the weights"
-    options = SimpleNamespace(device="cpu", seed=0, fresh_samples=8, length=4)
+    options = SimpleNamespace(device="cpu", fresh_samples=8, length=4)
     rho_stage = {"test_prompts": PROMPT, "tokens": SEQUENCES}
     run.score_fn = prefix_scores
     with pytest.raises(FloatingPointError, match="scores or log-ratios"):
@@ -390,16 +393,19 @@ def test_scores_gradients_and_weights_that_are_not_finite_stop_the_run():
 
 
 def test_going_on_from_a_checkpoint_gives_the_same_bits():
-    """4 iterations = 2, saved, loaded into a new run, 2 more; draws follow the seed."""
+    """4 iterations = 2, saved with the global random stream, loaded into a new run, 2 more."""
     options = {"iterations": 4, "adaptive_kl_target": 0.6, "beta": 0.2, "prompts": PROMPTS,
                "end": END}
-    whole, first, second = (new_run(seed=s, **options) for s in (1, 1, 99))
+    whole = new_run(seed=1, **options)
     expected = [whole.step(i) for i in range(4)]
+    first = new_run(seed=1, **options)
     metrics, file = [first.step(i) for i in range(2)], io.BytesIO()
     torch.save({name: part.state_dict() for name, part in first.parts.items()}, file)
+    stream = torch.get_rng_state()
+    second = new_run(seed=99, **options)
     for name, state in torch.load(io.BytesIO(file.getvalue()), weights_only=True).items():
         second.parts[name].load_state_dict(state)
-    torch.manual_seed(12345)                # the loop draws from its own generators only
+    torch.set_rng_state(stream)
     metrics += [second.step(i) for i in range(2, 4)]
     assert metrics == expected, "the metrics differ: something was lost on the way"
     for part in ("policy", "ref"):
@@ -487,14 +493,14 @@ def grpo_fixed_point(beta):
 
 
 def test_grpo_reaches_a_fixed_point_of_its_own_which_is_not_the_optimum():
-    """The fixed point lies 0.12 nats from pi*: its J is 0.12 below J* at beta 1 (rho's: 0.54).
+    """The fixed point lies 0.11 nats from pi*: its J is 0.11 below J* at beta 1 (rho's: 0.54).
 
-    The loop ends 0.02 nats from its fixed point, 0.16 from pi*."""
-    for beta, gap in ((0.3, 0.70), (0.5, 0.50), (2.0, 0.02)):           # results/README.md
+    The loop ends 0.01 nats from its fixed point, 0.10 from pi*."""
+    for beta, gap in ((0.3, 0.66), (0.5, 0.40), (2.0, 0.01)):           # results/README.md
         assert_close(kl(grpo_fixed_point(beta), best(beta)), gap, "out of date", atol=0.005, rtol=0)
     fixed, target = grpo_fixed_point(1.0), best(1.0)
     p = logprobs(train(beta=1.0, **SETTINGS["grpo"])[0].policy)
-    assert_close(kl(fixed, target), 0.12, "the docstring is out of date", atol=0.005, rtol=0)
+    assert_close(kl(fixed, target), 0.11, "the docstring is out of date", atol=0.005, rtol=0)
     assert kl(p, fixed) < 0.03, f"{kl(p, fixed):.4f} nats from its own fixed point"
     assert kl(p, target) > 0.08, f"only {kl(p, target):.4f} nats from pi*"
 
@@ -546,9 +552,11 @@ def test_the_demo_finds_the_optimum_of_a_toy_language_and_nears_it(monkeypatch, 
     best, mean = 2 * math.log(other + gain * mark), 31 / 16 + 1 / 4
     found = [float(x) for x in re.search(r"J (\S+); .* J\* ([\d.]+)", out).groups()]
     assert_close(found, [mean, best], "J of rho and J*", atol=0.15, rtol=0)
-    steps = re.findall(r"(\d)/5 .* J (\S+) of (\S+)\n", out)
-    assert [(i, float(of)) for i, _, of in steps] == [(i, found[1]) for i in "12345"], out
-    assert mean + 0.3 * (best - mean) < float(steps[-1][1]) < best + 0.2, f"J* is {best}:\n{out}"
+    steps = re.findall(r"iteration (\d): score (\S+), KL (\S+), J (\S+)\n", out)
+    assert [i for i, *_ in steps] == list("12345"), out
+    score, kl, J = map(float, steps[-1][1:])
+    assert_close(J, score - 2 * kl, "J is score - beta KL", atol=0.02, rtol=0)
+    assert mean + 0.3 * (best - mean) < J < best + 0.2, f"J* is {best}:\n{out}"
     shown = re.findall(r"----- (.+), reward (\S+)\n([^-]*)\n(?=\n-----|\Z)", out)
     assert [name for name, _, _ in shown] == ["before"] * 2 + ["after"] * 2 + ["at the optimum"] * 2
     assert shown[0][2] != shown[2][2], "the sample after is that before"

@@ -22,7 +22,7 @@ import gpt
 import ppo
 import reward
 import train
-from conftest import argv, assert_close, content, explains, load, run_script
+from conftest import STREAMS, argv, assert_close, content, explains, load, run_script
 from gpt import PAD
 
 RUNS = ["ppo_beta0.5", "ppo_beta2", "ppo_negative_beta0.5"]
@@ -46,11 +46,13 @@ class ReadOptions:
 def continued(texts, tmp_path_factory):
     """A study that continues speeches and its negative twin, in float32, and what they did.
 
-    reads: names of options, of each kind of stage; rollouts and policies of each PPO run."""
+    reads: names of options, of each kind of stage; of each PPO run its policies, its rollouts and
+    the states of torch's random stream before them."""
     out, real = tmp_path_factory.mktemp("continued") / "out", SimpleNamespace(
         rollout=ppo.PPO.rollout, step=ppo.PPO.step)
     seen = SimpleNamespace(out=out, running=None, rollouts=collections.defaultdict(list),
                            policies=collections.defaultdict(list),
+                           streams=collections.defaultdict(list),
                            reads=collections.defaultdict(set))
 
     def stage(function, options, *inputs):
@@ -58,6 +60,7 @@ def continued(texts, tmp_path_factory):
         return function(ReadOptions(options, seen.reads[seen.running.split("_")[0]]), *inputs)
 
     def rollout(self):
+        seen.streams[seen.running].append(torch.get_rng_state())
         seen.rollouts[seen.running].append(real.rollout(self))
         return seen.rollouts[seen.running][-1]
 
@@ -82,13 +85,8 @@ def continued(texts, tmp_path_factory):
 def test_a_stage_reads_the_options_that_its_key_holds_and_no_other(continued, kind):
     """Every option of train.OPTIONS is read by the stages it names; the rest all may read."""
     listed = {option.name for option in train.OPTIONS if kind in option.stages.split()}
-    everyones = {"seed", "device", "dtype"} | ({"beta"} if kind == "ppo" else set())
+    everyones = {"device", "dtype"} | ({"beta"} if kind == "ppo" else set())
     assert continued.reads[kind] - everyones == listed
-
-
-def stream(name, more=0):
-    """The random stream of a stage of --seed 0."""
-    return torch.Generator().manual_seed(data.fold(f"0 {name}", 2**31) + more)
 
 
 def test_policies_train_on_speeches_of_training_texts_and_are_measured_on_others(continued, texts):
@@ -100,8 +98,11 @@ def test_policies_train_on_speeches_of_training_texts_and_are_measured_on_others
         assert len(rows) == len(rho[key]) == 16, f"{key} repeat"
         assert all(row in own and row not in other for row in rows), key
     prompts = rho["test_prompts"].repeat_interleave(32, 0)
+    torch.manual_seed(data.fold("0 rho", 2**31))            # the stream of this stage, at --seed 0
+    for openings in ("openings", "test_openings"):
+        data.choose_prompts(load(continued.out, "data")[openings], 16)
     ours = gpt.load_gpt(pretrained)
-    drawn, _ = gpt.sample_completions(ours, prompts, 16, stream("rho"), rho["end"])
+    drawn, _ = gpt.sample_completions(ours, prompts, 16, rho["end"])
     assert torch.equal(rho["tokens"].long(), drawn), "512 samples of 16 prompts"
     ended = (drawn == PAD).any(1).float().mean()
     assert 0.1 < ended < 0.9 and rho["end"] == load(continued.out, "data")["start"]
@@ -120,9 +121,9 @@ def test_a_batch_is_drawn_for_training_prompts_and_read_as_far_as_its_ends(conti
     rho, toward = load(continued.out, "rho"), load(continued.out, name)["inputs"]["toward"]
     batch = continued.rollouts[name][0]
     ours, prompts = gpt.load_gpt(load(continued.out, "pretrain")), batch["prompts"]
-    generator = stream(name)
-    torch.randperm(16, generator=generator)             # the order of prompts comes first
-    drawn, _ = gpt.sample_completions(ours, prompts, 16, generator, rho["end"])
+    torch.set_rng_state(continued.streams[name][0])
+    torch.randperm(16)                                  # the order of prompts comes first
+    drawn, _ = gpt.sample_completions(ours, prompts, 16, rho["end"])
     assert torch.equal(batch["tokens"], drawn), "completions of these prompts, in this order"
     mask = batch["mask"]
     assert torch.equal(mask, drawn != PAD) and not mask.all(), "what is no token has no value"
@@ -175,7 +176,8 @@ def test_what_a_run_reached_is_what_its_checkpoint_does(continued, study, name):
     found, (beta, toward) = state["result"], [state["inputs"][x] for x in ("beta", "toward")]
     P = len(rho["test_prompts"])
     prompts = [rho["test_prompts"].repeat_interleave(n // P, 0) for n in (512, 128)]
-    fresh, _ = gpt.sample_completions(policy, prompts[1], 16, stream(name, 1), rho["end"])
+    torch.set_rng_state(STREAMS[rho["key"], beta, toward])
+    fresh, _ = gpt.sample_completions(policy, prompts[1], 16, rho["end"])
     tokens = [rho["tokens"].long(), fresh]
     scores, judge = ([score(out, kind, x, toward) for x in tokens] for kind in ("reward", "judge"))
     ratios = [log_ratio(policy, ref, *pair) for pair in zip(prompts, tokens)]
@@ -236,7 +238,7 @@ def test_an_adaptive_beta_is_the_one_that_the_run_is_measured_at(texts, again):
     assert state["result"]["beta"] == controller.beta != state["history"][-1]["beta"]
 
 
-def test_a_mark_keeps_the_first_policy_past_it_though_the_drift_goes_back(texts, again, monkeypatch):
+def test_a_mark_keeps_the_first_policy_past_it_though_drift_goes_back(texts, again, monkeypatch):
     """At drifts of 0.2, 1.2, 0.3 and 1.3 nats: those of the second iteration, once."""
     step, keep, drifts, kept = ppo.PPO.step, train.Stage.keep, [0.2, 1.2, 0.3, 1.3], []
     monkeypatch.setattr(ppo.PPO, "step", lambda self, i: {**step(self, i), "ref_kl": drifts[i]})
