@@ -119,7 +119,8 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, bias, cache=None, start=0):
         B, T, C = x.shape
         head = C // self.n_head
-        qkv = self.qkv(norm(x)).view(B, T, 3, self.n_head, head)
+        qkv = self.qkv(norm(x))
+        qkv = qkv.view(B, T, 3, self.n_head, head)
         qkv = qkv.permute(2, 0, 3, 1, 4)                            # (3,B,H,T,head)
         # Normalising q and k bounds the attention scores: high learning rates stay stable.
         q, k = rotate(norm(qkv[:2]), cos, sin)                      # each (B,H,T,head)
@@ -440,7 +441,8 @@ def bits_per_byte(model, tokens, vocabulary):
     starts = torch.arange(0, len(tokens) - T, T)
     rows = windows(tokens, starts, T + 1).to(model.cos.device)
     nats = in_chunks(lambda rows: next_token_nats(model, rows), rows)
-    bits = nats.sum(dtype=torch.float64).item() / math.log(2)
+    total = nats.sum(dtype=torch.float64).item()
+    bits = total / math.log(2)
     predicted = rows[:, 1:].flatten().tolist()
     size = sum(len(vocabulary[i]) for i in predicted)
     return bits / size
@@ -476,7 +478,8 @@ def pretrain(options, texts, loop):
                                   weight_decay=0.0, fused=True)
     start = torch.full((1, 1), texts["start"], device=options.device)
     # Positions of the boundary before a speech.
-    openings = (train[:-T] == texts["start"]).nonzero().squeeze(1)
+    is_start = train[:-T] == texts["start"]
+    openings = is_start.nonzero().squeeze(1)
 
     for i in loop.steps(steps, model=model, optimizer=optimizer):
         if i % 100 == 0 or i == 50:                 # with the same random numbers each time
@@ -523,7 +526,8 @@ def join_processes(device):
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")    # only rank 0 prints
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        rank = int(os.environ["LOCAL_RANK"])
+        device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
     return device
 

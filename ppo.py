@@ -363,14 +363,14 @@ class PPOConfig:
     """The settings of a PPO run; train.OPTIONS gives reasons to change them."""
     beta: float = 0.2
     algorithm: str = "ppo"              # or simple, rloo, grpo
-    iterations: int = 40
+    iterations: int = 46
     length: int = 64                    # tokens of a completion
     batch: int = 512                    # completions an iteration
     group: int = 4                      # completions of each prompt; with one prompt, the batch
     minibatch: int = 32                 # completions an optimizer step
     unfrozen: int = 1                   # last blocks that are trained
     epochs: int = 1
-    lr: float = 1.8e-3
+    lr: float = 1.2e-3
     clip: float = 0.2
     lam: float = 0.8
     max_update_kl: float = 0.02         # nats per token

@@ -39,7 +39,7 @@ pretrain  block_size      128 128 256    tokens of context, which limit the leng
 pretrain  n_layer         2 4 8          depth of the transformer
 pretrain  n_head          2 4 8          attention heads; n_embd must be an even multiple
 pretrain  n_embd          64 256 512     width of the transformer
-pretrain  pretrain_steps  150 400 1000   more make a better language model
+pretrain  pretrain_steps  150 300 1000   more make a better language model
 reward    reward_model    head|bag       a classifier head on the GPT, or a bag of words to compare
 reward    feedback        ratings|comparisons  soft targets, or which of two is rated higher
 reward judge rho ppo  length  64         tokens per completion and per rated passage
@@ -48,13 +48,13 @@ rho       prompts         8              openings to continue in PPO, and as man
 rho       rho_samples     2048 3072 16384  more samples of rho estimate J* more precisely
 ppo       toward          positive|negative  rewards log P(positive) or log P(negative)
 ppo       algorithm       ppo|simple|rloo|grpo  ppo: GAE with values; the others: PPO.advantages
-ppo       iterations      8 40 40        more come closer to the optimum
+ppo       iterations      8 46 46        more come closer to the optimum
 ppo       batch           128 512 2048   completions per iteration: more mean less noise
 ppo       group           4              completions per prompt within a batch (one prompt: all)
 ppo       minibatch       16 32 128      completions per optimizer step
 ppo       unfrozen        1 1 4          last blocks that PPO trains: more fit more, noise included
 ppo       epochs          1              passes over each batch: more use it better, but off policy
-ppo       lr              1.8e-3         decays to 0; if too high, KL is spent on noise
+ppo       lr              1.2e-3         decays to 0; if too high, KL is spent on noise
 ppo       clip            0.2            PPO's clip range; lower limits each update more
 ppo       lam             0.8            GAE's lambda: lower trusts the value function more
 ppo       max_update_kl   0.02           approx_kl, nats per token, that ends an update

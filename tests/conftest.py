@@ -91,7 +91,7 @@ def trained():
 # Stands in the place of size tiny, which the tests cannot wait for.
 TOY = {"vocab_size": 300, "block_size": 80, "n_layer": 2, "n_head": 2, "n_embd": 32,
        "pretrain_steps": 30, "length": 16, "prompts": 16, "rho_samples": 512, "iterations": 3,
-       "batch": 32, "minibatch": 16, "fresh_samples": 128, "lr": 2.4e-3, "max_update_kl": 0.05}
+       "batch": 32, "minibatch": 16, "fresh_samples": 128, "lr": 6e-3, "max_update_kl": 0.05}
 KIND = "love joy sweet merry gentle blessed laughing friend golden dear".split()
 SAD = "death grief bloody cruel tears grave traitor poison weeping curse".split()
 PLAIN = "the my lord thou and of night a shall king come to that with not her sea morning".split()

@@ -348,7 +348,7 @@ def test_the_figures_draw_the_runs_and_samples_are_kept(reported, study):
         assert f"(figures/{name}.png)" in (out / "report.md").read_text()
     for key, name in RUNS.items():
         samples = [sample.SAMPLE.format(**row) for row in sample.draw(out / f"{name}.pt", 20)]
-        assert "\n".join(samples) == (out / f"samples/{name}.txt").read_text()
+        assert "\n".join(samples) == (out / f"samples/{name}.txt").read_bytes().decode()
         history, x = load(out, name)["history"], load(out, name)["result"]
         assert [[row["ref_kl"], row["score"]] for row in history] in drawn["frontier"]
         assert [[x["ref_kl"], x["score"]]] in drawn["frontier"]
