@@ -146,7 +146,7 @@ class GPT(nn.Module):
         self.dtype = dtype
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.lm_head = Linear(config.n_embd, config.vocab_size)         # uniform predictions
+        self.lm_head = Linear(config.n_embd, config.vocab_size)         # zeros: uniform predictions
         # Each feature pair of a head has its own frequency: 1 to about 1/10,000 radians a token.
         half = config.n_embd // config.n_head // 2
         position = torch.arange(config.block_size)[:, None]
@@ -272,7 +272,8 @@ def extend(model, prompt, uniform, temperature=1.0, top_k=None, frozen=0):
 def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None):
     """Continue prompts (B,T0), padded left with PAD, by length tokens: (B,T0+length).
 
-    generator: a torch.Generator of the CPU, where random numbers are drawn for every device.
+    generator: a torch.Generator of the CPU, where random numbers are drawn for every device; None
+    is the global one.
     """
     uniform = torch.rand(len(prompt), length, generator=generator)
     return extend(model, prompt, uniform, temperature, top_k)["tokens"]
@@ -391,18 +392,19 @@ def learning_rate(i, steps, n_embd):
     """The learning rate of step i: up for 40 steps, level, down to 0 in the last 60 %."""
     up = (i + 1) / 40
     down = (1 - i / steps) / 0.6
-    # The best rate of Adam is inversely proportional to the width (Yang 2022).
+    # The best rate of Adam for matrices is inversely proportional to the width (Yang 2022). The
+    # embedding, whose best rate depends less on it, gets the same.
     peak = 1 / n_embd
     return peak * min(1.0, up, down)
 
 
 @torch.no_grad()
 def bigram_start(model, tokens, smooth=20.0):
-    """Initialise embedding and output layer so that the model predicts the bigrams of tokens (N,).
+    """Initialise embedding and output layer so that the model nearly predicts bigrams of tokens.
 
-    The smoothed log-frequencies (V,V) of the next token are factorised to rank n_embd by an SVD, as
-    Levy 2014 do for word vectors. The blocks start as the identity, so the untrained model predicts
-    bigrams; this saves half of the steps.
+    tokens (N,). Their smoothed log-frequencies (V,V) of the next token are factorised to rank
+    n_embd by an SVD, as Levy 2014 do for word vectors. The blocks start as the identity, so the
+    untrained model predicts from the last token alone; this saves many steps (results/README.md).
     """
     V, C = model.embed.weight.shape
     tokens = tokens.long()
@@ -416,7 +418,7 @@ def bigram_start(model, tokens, smooth=20.0):
     logits = logits - logits.mean(1, keepdim=True)
     u, s, v = torch.svd_lowrank(logits, C)
     embed = u * s.sqrt()
-    scale = embed.std(1).mean()                         # the model normalises its embeddings
+    scale = embed.std(1).mean()                         # the model divides each row by its own
     output = v * s.sqrt()
     model.embed.weight.copy_(embed / scale)
     model.lm_head.weight.copy_(output * scale)

@@ -360,7 +360,7 @@ def best_of_n(scores, n):
 
 @dataclass
 class PPOConfig:
-    """The settings of a PPO run; train.OPTIONS gives reasons to change them."""
+    """The settings of a PPO run; TABLE in train.py gives reasons to change them."""
     beta: float = 0.2
     algorithm: str = "ppo"              # or simple, rloo, grpo
     iterations: int = 46

@@ -292,8 +292,7 @@ def report(out):
     seconds["ppo"] = {run["label"]: run["seconds"] for run in runs}
     summary = {"size": rho["size"], "device": rho["inputs"]["device"], "seconds": seconds,
                "ppo": column(runs, "result"),
-               "pretrain": {"parameters": pretrained["parameters"],
-                            "val_bits_per_byte": pretrained["val_bits_per_byte"]}}
+               "pretrain": {key: pretrained[key] for key in ("parameters", "val_bits_per_byte")}}
     models = results = samples = ""
     for name in ("reward", "judge"):
         measures = stages[name]["report"]

@@ -1,6 +1,6 @@
 """The whole study: pretrain a GPT, train a reward model, tune the GPT by PPO, report.
 
-Read study() first, then OPTIONS, which has every knob on one screen. What lies between is the loop
+Read study() first, then TABLE, which has every knob on one screen. What lies between is the loop
 that remembers: each stage writes a checkpoint into --out, and is done again only if something it
 depends on has changed. A stage that was cut off, by Ctrl-C or a kill or a crash, resumes from its
 last partial checkpoint, on a CPU (with as many threads and processes) to the same bits.
@@ -47,19 +47,19 @@ rho       task            speeches|continue  sample without a prompt, or continu
 rho       prompts         8              openings to continue in PPO, and as many for testing
 rho       rho_samples     2048 3072 16384  more samples of rho estimate J* more precisely
 ppo       toward          positive|negative  rewards log P(positive) or log P(negative)
-ppo       algorithm       ppo|simple|rloo|grpo  ppo: GAE with values; the others: PPO.advantages
+ppo       algorithm       ppo|simple|rloo|grpo  of advantages: GAE; rewards-to-go; groups' means
 ppo       iterations      8 46 46        more come closer to the optimum
 ppo       batch           128 512 2048   completions per iteration: more mean less noise
 ppo       group           4              completions per prompt within a batch (one prompt: all)
 ppo       minibatch       16 32 128      completions per optimizer step
 ppo       unfrozen        1 1 4          last blocks that PPO trains: more fit more, noise included
 ppo       epochs          1              passes over each batch: more use it better, but off policy
-ppo       lr              1.2e-3         decays to 0; if too high, KL is spent on noise
+ppo       lr              1.2e-3         PPO's learning rate; if too high, KL is spent on noise
 ppo       clip            0.2            PPO's clip range; lower limits each update more
 ppo       lam             0.8            GAE's lambda: lower trusts the value function more
 ppo       max_update_kl   0.02           approx_kl, nats per token, that ends an update
 ppo       adaptive_kl_target  0.0        ref_kl that an adaptive beta keeps (Ziegler 2019); 0: fixed
-ppo       adaptive_kl_horizon  1e4       completions over which it may change by about a fifth
+ppo       adaptive_kl_horizon  1e4       completions in which that beta may change by a fifth
 ppo       fresh_samples   512 2048 4096  samples for measuring a run: more are more precise
 """
 Option = namedtuple("Option", "stages name tiny small base choices why")
@@ -72,12 +72,12 @@ def read_options(table):
         stages, name, values, why = re.split("  +", line)
         if "|" in values:
             choices = values.split("|")
-            values = choices[:1]
+            defaults = choices[:1]
         else:
             choices = None
-            values = [ast.literal_eval(value) for value in values.split()]
-        tiny, small, base = (values * 3)[:3]            # of three values or of one
-        options.append(Option(stages, name, tiny, small, base, choices, why))
+            defaults = [ast.literal_eval(value) for value in values.split()]
+        tiny, small, base = (defaults * 3)[:3]          # of three values or of one
+        options.append(Option(stages, name, tiny, small, base, choices, f"{why} ({values})"))
     return options
 
 
@@ -92,7 +92,8 @@ def parse(argv=None):
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser = data.Parser(description="The whole study, from text to plots.")
     add = parser.add_argument
-    add("--size", choices=SIZES, help="model and budget (default: base on CUDA, small on a CPU)")
+    add("--size", choices=SIZES, help="of three values below the first is tiny's, the last base's "
+        "(default: base on CUDA, small on a CPU)")
     add("--beta", type=number(float, 1e-3, 10), nargs="+", default=[0.2],
         help="KL coefficients: smaller lets the policy drift farther for reward (default 0.2)")
     add("--out", default="out", type=Path, help="checkpoints, figures and report (default out)")
@@ -109,8 +110,7 @@ def parse(argv=None):
     types = {str: str, int: number(int, 1), float: number(float, 0)}
     for option in OPTIONS:
         add("--" + option.name.replace("_", "-"), type=types[type(option.small)],
-            choices=option.choices,
-            help="{why} ({tiny}, {small}, {base})".format_map(option._asdict()))
+            choices=option.choices, help=option.why)
     args = parser.parse_args(argv)
     args.device = torch.device(args.device)
     args.size = args.size or ("base" if args.device.type == "cuda" else "small")
@@ -186,7 +186,7 @@ class Stage:
         """
         self.n, start = n, 0
         partial = self.reuse(self.partial_path)
-        if partial:
+        if partial and partial["parts"].keys() == parts.keys():
             for name, part in parts.items():
                 part.load_state_dict(partial["parts"][name])
             torch.set_rng_state(partial["rng"])
@@ -248,8 +248,8 @@ def run(args, name, function, *earlier, **options):
     stage = Stage(args.out / f"{name}.pt", about)
     state = stage.reuse(stage.path)
     if not state:
-        # Its own stream of random numbers for every stage, beta and --seed: all are drawn from
-        # torch's global generator, whose state the loop saves.
+        # Its own stream of random numbers for every stage, beta and --seed, from torch's global
+        # generator, whose state the loop saves. (comparison_loss has pairs of its own.)
         torch.manual_seed(data.fold(f"{args.seed} {name}", 2**31))
         options = SimpleNamespace(**options, device=args.device, dtype=args.dtype)
         state = stage.save(stage.path, **function(options, *earlier, stage))

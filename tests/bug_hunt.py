@@ -239,7 +239,7 @@ BUGS = [
         "A stage goes on with the numbers of the one before, so it depends on what was reused.",
         [('        torch.manual_seed(data.fold(f"{args.seed} {name}", 2**31))\n', "")]),
     Bug("one random stream for all stages", OURS, "train.py: train",
-        "The samples that measure a policy are drawn by the numbers that it was trained with.",
+        "The samples of rho and the first batches of every policy have the same numbers.",
         [('data.fold(f"{args.seed} {name}", 2**31)', "args.seed")]),
     Bug("metrics of the last minibatch for those of the update", "cleanrl #522", "ppo.py: loop",
         "clipfrac and approx_kl are logged as they stood at the end, with a minibatch's noise.",

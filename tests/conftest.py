@@ -140,7 +140,7 @@ def run_script(script, *arguments):
     import train
 
     def evaluate(options, run, judge_fn, rho, real=ppo.evaluate):
-        STREAMS[rho["key"], options.beta, options.toward] = torch.get_rng_state()
+        STREAMS.setdefault((rho["key"], options.beta, options.toward), torch.get_rng_state())
         return real(options, run, judge_fn, rho)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -267,9 +267,9 @@ rho ppo  steps   8 40 50   more are slower, but
 ppo      lr     1e4  a number, 1 for all
 ppo      algorithm  grpo|ppo  two
 """)
-    assert rows == [("rho ppo", "steps", 8, 40, 50, None, "more are slower, but"),
-                    ("ppo", "lr", 1e4, 1e4, 1e4, None, "a number, 1 for all"),
-                    ("ppo", "algorithm", "grpo", "grpo", "grpo", ["grpo", "ppo"], "two")]
+    assert rows == [("rho ppo", "steps", 8, 40, 50, None, "more are slower, but (8 40 50)"),
+                    ("ppo", "lr", 1e4, 1e4, 1e4, None, "a number, 1 for all (1e4)"),
+                    ("ppo", "algorithm", "grpo", "grpo", "grpo", ["grpo", "ppo"], "two (grpo|ppo)")]
     assert [type(row.tiny) for row in rows] == [int, float, str]
 
 
@@ -285,12 +285,12 @@ def test_a_size_sets_what_is_not_given(size):
 
 
 def test_help_tells_the_reason_for_every_option_and_its_values(capsys):
-    """The values of three sizes."""
+    """The row of the table as it is there."""
     with pytest.raises(SystemExit):
         train.parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for option in train.OPTIONS:
-        assert f"{option.why} ({option.tiny}, {option.small}, {option.base})" in text, option.name
+        assert option.why in text and option.why.endswith(")"), option.name
 
 
 # ---- the whole ----------------------------------------------------------------------------
