@@ -47,7 +47,7 @@ rho       task            speeches|continue  sample without a prompt, or continu
 rho       prompts         8              openings to continue in PPO, and as many for testing
 rho       rho_samples     2048 3072 16384  more samples of rho estimate J* more precisely
 ppo       toward          positive|negative  rewards log P(positive) or log P(negative)
-ppo       algorithm       ppo|simple|rloo|grpo  of advantages: GAE; rewards-to-go; groups' means
+ppo       algorithm       ppo|simple|rloo|grpo  how PPO.advantages estimates them
 ppo       iterations      8 46 46        more come closer to the optimum
 ppo       batch           128 512 2048   completions per iteration: more mean less noise
 ppo       group           4              completions per prompt within a batch (one prompt: all)
