@@ -54,7 +54,7 @@ ppo       group           4              completions per prompt within a batch (
 ppo       minibatch       16 32 128      completions per optimizer step
 ppo       unfrozen        1 1 4          last blocks that PPO trains: more fit more, noise included
 ppo       epochs          1              passes over each batch: more use it better, but off policy
-ppo       lr              1.2e-3         PPO's learning rate; if too high, KL is spent on noise
+ppo       lr              1.2e-3 1.2e-3 6e-4  PPO's learning rate; if too high, KL is spent on noise
 ppo       clip            0.2            PPO's clip range; lower limits each update more
 ppo       lam             0.8            GAE's lambda: lower trusts the value function more
 ppo       max_update_kl   0.02           approx_kl, nats per token, that ends an update
