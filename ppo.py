@@ -805,7 +805,8 @@ def main():
     state = data.load_checkpoint(args.out / "pretrain.pt", "pretrain")
     rho = load_gpt(state, dtype=compute_dtype(torch.device("cpu")))
     prompt = torch.full((1, 1), state["start"])         # the boundary before a speech
-    config = PPOConfig(beta=args.beta, iterations=args.iterations, length=32, batch=256)
+    config = PPOConfig(beta=args.beta, iterations=args.iterations, length=32, batch=256,
+                       lr=3e-4)         # this reward needs smaller steps than the study's
 
     def read(row):
         return data.decode(state["vocabulary"], row)
