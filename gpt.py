@@ -2,7 +2,7 @@
 
 Read this file first. The model follows nanoGPT (Karpathy) with the changes that help most at this
 size: rotary positions (Su 2021), layer norm without weights, normalised queries and keys, squared
-ReLU (So 2021), output projections that start at zero, and a start that predicts bigrams. Two things
+ReLU (So 2021), output projections that start at zero, and a start near bigram statistics. Two things
 differ from nanoGPT because PPO needs them:
 
 - forward() returns logits at *every* position: sampling looks at the last one, scoring at all;

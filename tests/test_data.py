@@ -98,7 +98,6 @@ def test_the_plays_are_downloaded_once_checked_and_read(tmp_path, monkeypatch):
     assert LOAD_PLAYS() == {"comedies/b-play": ["", "VIOLA.", "Peace."]} and len(calls) == 3
 
 
-# ---- tokenizer, prompts, ratings ----------------------------------------------------------
 def brute_force_bpe(text, vocab_size):
     """Sennrich 2016, algorithm 1, all pairs counted anew at each merge; ties to smaller ids."""
     words = [list(piece.encode()) for piece in re.findall(PIECES, text)]

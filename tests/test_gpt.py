@@ -404,8 +404,7 @@ def test_pretraining_reads_a_text_without_boundary_in_a_short_context(monkeypatc
 
 
 def test_a_model_starts_with_the_bigrams_of_its_text():
-    """Its loss on a Markov chain of 24 tokens is nearly that of the table of bigram frequencies,
-    whose rows are alike in size and of a rank hardly above the width."""
+    """On a Markov chain of 24 tokens, with a width of nearly its rank: almost the bigrams' loss."""
     rng, chances, tokens = random.Random(0), randn(24, 24).mul(2).exp().tolist(), [0]
     while len(tokens) < 20_000:
         tokens += rng.choices(range(24), chances[tokens[-1]])

@@ -70,7 +70,6 @@ def model(request, trained):
     return model.requires_grad_(False)
 
 
-# ---- what the models read -----------------------------------------------------------------
 def test_log_odds_of_a_prefix_are_summed_from_what_each_token_adds(model):
     """bias + scale * sum, each token read where the text ends with it.
 
@@ -104,7 +103,6 @@ def test_padding_on_any_side_is_not_read(model, real, garbage):
         assert_close(model(padded, m).tolist(), alone, "padding is read", atol=1e-4, rtol=1e-4)
 
 
-# ---- losses, fit, calibration, the score --------------------------------------------------
 def test_the_loss_is_the_cross_entropy_with_gradient_p_minus_target():
     """-t log p - (1 - t) log(1 - p); gradient p - t: neutral passages pull nowhere."""
     log_odds = torch.tensor([-3.0, 0.0, 2.0, 1000.0]).double().requires_grad_()
@@ -239,7 +237,6 @@ def test_the_measures_are_those_of_their_definitions():
         assert found["auc"] == 0.5 and all(map(math.isfinite, found.values())), found
 
 
-# ---- splits, and the stages on them -------------------------------------------------------
 BYTES, LENGTH = [bytes([b]) for b in range(256)], 48
 PLAYS = {f"comedies/play-{i}": [f"{i} in {j} {words}" for j, words in enumerate(
     ("sweet love", "kind joy", "the sea", "cruel", "bloody death"))] for i in range(80)}

@@ -34,7 +34,6 @@ def continued(study, texts, tmp_path_factory):
     return out
 
 
-# ---- samples ------------------------------------------------------------------------------
 @pytest.fixture
 def drawn(command, monkeypatch):
     """drawn(checkpoint, options ...) -> the JSON lines that sample.py prints, the tokens drawn."""
@@ -135,7 +134,6 @@ def test_a_policy_without_its_study_beside_it_is_explained(study, tmp_path, comm
     assert "Positive Prob: " in command(*draw)[1]
 
 
-# ---- ratings ------------------------------------------------------------------------------
 def rows_of(path):
     """The rows of a file of ratings: (text, rating, sense, drawn from)."""
     return [(row["text"], float(row["rating"]), float(row["sense"]), row["drawn_from"])
@@ -261,7 +259,6 @@ def test_a_bad_file_of_ratings_is_explained_and_left_alone(study, tmp_path, comm
     assert path.read_text() == content
 
 
-# ---- the report ---------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def reported(study, texts, tmp_path_factory):
     """(folder, figures, what was printed): that study, a negative twin, a run of another rho."""

@@ -97,6 +97,14 @@ def test_a_stage_cut_off_at_any_step_resumes_to_the_same_bits(tmp_path, whole, i
     same_result(tmp_path, fake_stage(tmp_path, before=lambda i: pytest.fail("done again")), whole)
 
 
+def test_a_loop_of_other_parts_begins_again(tmp_path):
+    """Under --keep, which reuses a partial checkpoint of older code."""
+    stage = train.Stage(tmp_path / "fake.pt", {"inputs": {}})
+    stage.save(stage.partial_path, kind="partial", parts={}, step=3, rng=torch.get_rng_state())
+    assert (list(stage.steps(5, model=torch.nn.Linear(1, 1))), list(stage.steps(5))) == (
+        [0, 1, 2, 3, 4], [3, 4])
+
+
 @pytest.mark.parametrize("inputs", [{"lr": 0.2}, {"lr": 0.2, "seed": 4}])
 @pytest.mark.parametrize("finished", [True, False], ids=["finished", "cut off"])
 def test_a_stage_whose_inputs_changed_is_done_again(tmp_path, capsys, inputs, finished):
