@@ -2,8 +2,8 @@
 
 Read this file first. The model follows nanoGPT (Karpathy) with the changes that help most at this
 size: rotary positions (Su 2021), layer norm without weights, normalised queries and keys, squared
-ReLU (So 2021), output projections that start at zero, and a start near bigram statistics. Two things
-differ from nanoGPT because PPO needs them:
+ReLU (So 2021), output projections that start at zero, and a start near the bigrams of the text. Two
+things differ from nanoGPT because PPO needs them:
 
 - forward() returns logits at *every* position: sampling looks at the last one, scoring at all;
 - hidden() returns the final hidden states, which the reward model's classifier head reads.
