@@ -1,12 +1,14 @@
 """The transformer: a small GPT, sampling from it, scoring with it, and its pretraining.
 
 Read this file first. The model follows nanoGPT (Karpathy) with the changes that help most at this
-size: rotary positions (Su 2021), layer norm without weights, normalised queries and keys, squared
-ReLU (So 2021), output projections that start at zero, and a start near the bigrams of the text. Two
-things differ from nanoGPT because PPO needs them:
+size: rotary positions (Su 2021), layer norm without weights, normalised queries and keys, one key
+and value for all heads (Shazeer 2019), squared ReLU (So 2021), output projections that start at
+zero, and a start near the bigrams of the text. Two things differ from nanoGPT because PPO needs
+them:
 
 - forward() returns logits at *every* position: sampling looks at the last one, scoring at all;
-- hidden() returns the final hidden states, which the reward model's classifier head reads.
+- stream() can stop after some blocks: the reward model's classifier head reads the first, and PPO
+  computes the output of the blocks that it does not train once.
 
 On a first reading skip "several processes": a single process works on all rows and sends nothing.
 
@@ -15,8 +17,8 @@ fast at it, for the residual stream, matrix products and attention. Norms are co
 internally. Logits are computed in the compute dtype and cast to float32; everything after them
 (softmax, log-probabilities, losses) is float32.
 
-Code that depends on the device: attention() calls torch's fused kernel on CUDA; compute_dtype()
-chooses bfloat16 or float32; join_processes() gives each process its own GPU.
+Code that depends on the device: compute_dtype() chooses bfloat16 or float32; join_processes() gives
+each process its own GPU.
 
 Tests: `pytest tests/test_gpt.py`.
 """
@@ -78,30 +80,32 @@ def rotate(x, cos, sin):
     return torch.cat((y1, y2), dim=-1)
 
 
-def attention_bias(start, end, keys, device, pad=None):
-    """Added to attention scores: 0 where query t may see key s, -1e4 where not. (T,S) or (B,1,T,S).
+def attention_bias(start, end, device, pad=None):
+    """Added to attention scores: 0 where query t may see key s, -1e4 where not: (T,S) or (B,1,T,S).
 
-    The T queries are positions start to end of S keys. Future keys are blocked, and padding: pad
-    (B,P) is True at padding among the first P keys. A softmax gives blocked keys weight 0; a padded
-    query, whose keys are all blocked, gets an output that means nothing and is never used.
+    The T queries are positions start to end, the S keys all positions before end. Future keys are
+    blocked, and padding: pad (B,P) is True at padding among the first P keys. A softmax gives
+    blocked keys weight 0; a padded query, whose keys are all blocked, gets an output that means
+    nothing and is never used.
     """
-    T = end - start
-    bias = torch.full((T, keys), BLOCKED, device=device).triu(start + 1)
+    bias = torch.full((end - start, end), BLOCKED, device=device).triu(start + 1)
     if pad is None:
         return bias
-    later = keys - pad.size(1)
-    padding = F.pad(pad * BLOCKED, (0, later))                          # (B,S)
+    padding = F.pad(pad * BLOCKED, (0, end - pad.size(1)))              # (B,S)
     return bias + padding[:, None, None, :]
 
 
 def attention(q, k, v, bias):
-    """softmax(q k' / sqrt(head) + bias) v: q (B,H,T,head), k and v (B,H,S,head) -> as q."""
-    if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    # On the CPU, at 64 tokens in bfloat16, explicit products are faster than torch's kernel.
-    q = q / math.sqrt(q.size(-1))
-    scores = q @ k.mT + bias                                        # (B,H,T,S)
-    return scores.softmax(-1) @ v
+    """softmax(q k' / sqrt(head) + bias) v: q (B,H,T,head), k and v (B,S,head) -> as q.
+
+    All heads share one k and v, so the queries of all heads are the rows of one matrix. At 64
+    tokens in bfloat16 these products are faster on a CPU than torch's fused kernel.
+    """
+    B, H, T, head = q.shape
+    q = q.flatten(1, 2) / math.sqrt(head)
+    scores = (q @ k.mT).view(B, H, T, -1) + bias                        # (B,H,T,S)
+    weights = scores.softmax(-1).flatten(1, 2)
+    return (weights @ v).view(B, H, T, head)
 
 
 class Block(nn.Module):
@@ -110,24 +114,27 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        self.n_head = config.n_head
-        self.qkv = Linear(C, 3 * C, std=C ** -0.5)
+        self.head = C // config.n_head
+        # A query for each head, but one key and one value for all of them (multi-query attention,
+        # Shazeer 2019): sampling spends much of its time on reading those of earlier tokens.
+        self.qkv = Linear(C, C + 2 * self.head, std=C ** -0.5)
         self.proj = Linear(C, C)                        # zeros: a block starts as the identity
         self.fc = Linear(C, 4 * C, std=C ** -0.5)
         self.out = Linear(4 * C, C)
 
-    def forward(self, x, cos, sin, bias, cache=None, start=0):
+    def forward(self, x, cos, sin, bias, cache=None):
         B, T, C = x.shape
-        head = C // self.n_head
-        qkv = self.qkv(norm(x))
-        qkv = qkv.view(B, T, 3, self.n_head, head)
-        qkv = qkv.permute(2, 0, 3, 1, 4)                            # (3,B,H,T,head)
+        qkv = self.qkv(norm(x)).view(B, T, -1, self.head)
+        qkv = qkv.transpose(1, 2)                                       # (B,H+2,T,head)
         # Normalising q and k bounds the attention scores: high learning rates stay stable.
-        q, k = rotate(norm(qkv[:2]), cos, sin)                      # each (B,H,T,head)
-        v = qkv[2]
-        if cache is not None:                                       # (2,B,H,size,head)
-            cache[..., start:start + T, :] = torch.stack((k, v))
-            k, v = cache                                            # (B,H,S,head)
+        qk = rotate(norm(qkv[:, :-1]), cos, sin)
+        q = qk[:, :-1]                                                  # (B,H,T,head)
+        kv = torch.stack((qk[:, -1], qkv[:, -1]))                       # (2,B,T,head)
+        if cache is not None:
+            if self in cache:
+                kv = torch.cat((cache[self], kv), dim=2)                # (2,B,S,head)
+            cache[self] = kv
+        k, v = kv
         # Attention mixes positions.
         y = attention(q, k, v, bias)
         y = y.transpose(1, 2).reshape(B, T, C)
@@ -155,49 +162,31 @@ class GPT(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)      # (block_size, head/2)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def new_cache(self, B, size):
-        """An empty key-value cache for texts of up to size tokens: a buffer for each block."""
-        heads = self.config.n_head
-        shape = 2, B, heads, size, self.config.n_embd // heads          # keys, values
-        cache = []
-        for _ in self.blocks:
-            # Zeros, because attention weighs what is not yet filled by 0, and 0 * NaN is NaN.
-            cache.append(torch.zeros(shape, dtype=self.dtype, device=self.cos.device))
-        return cache
-
     def stream(self, x, start=0, cache=None, pad=None, blocks=slice(None)):
         """The residual stream (B,T,C), in the compute dtype, after these blocks.
 
-        x: tokens (B,T), or the stream (B,T,C) before blocks. With a cache, x continues at position
-        start the texts that it holds. pad: as in attention_bias.
+        x: tokens (B,T), or the stream (B,T,C) before blocks. cache: a dict, empty at first, where
+        each block keeps its keys and values (2,B,S,head), so that x continues, at position start,
+        the texts that it read. pad: as in attention_bias.
         """
         end = start + x.size(1)
-        if end > self.config.block_size:        # cos and sin end there
-            raise ValueError(f"{end} tokens do not fit the context of {self.config.block_size}")
-        keys = cache[0].size(3) if cache else end           # unfilled ones are in the future
-        bias = attention_bias(start, end, keys, x.device, pad)
-        bias = bias.to(self.dtype)
+        assert end <= self.config.block_size, f"{end} tokens do not fit the context"
+        bias = attention_bias(start, end, x.device, pad).to(self.dtype)
         cos = self.cos[start:end].to(self.dtype)
         sin = self.sin[start:end].to(self.dtype)
         if not x.is_floating_point():
             # PAD has no embedding and gets that of token 0; its output is never used.
             x = norm(self.embed(x.clamp(min=0)).to(self.dtype))
-        for layer in range(len(self.blocks))[blocks]:
-            block = self.blocks[layer]
-            buffer = cache[layer] if cache else None
-            x = block(x, cos, sin, bias, buffer, start)
+        for block in self.blocks[blocks]:
+            x = block(x, cos, sin, bias, cache)
         return x
 
-    def hidden(self, tokens, **options):
-        """Final hidden states (B,T,C): the stream after the last block, normalised."""
-        return norm(self.stream(tokens, **options))
-
-    def logits(self, hidden):
-        """Logits (B,T,V), float32, of hidden states (B,T,C)."""
-        return self.lm_head(hidden).float()
+    def logits(self, x):
+        """Logits (B,T,V), float32, from the stream (B,T,C) after the last block."""
+        return self.lm_head(norm(x)).float()
 
     def forward(self, tokens, **options):
-        return self.logits(self.hidden(tokens, **options))
+        return self.logits(self.stream(tokens, **options))
 
 
 # ---- sampling -----------------------------------------------------------------------------
@@ -205,29 +194,21 @@ class GPT(nn.Module):
 def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
     """Sample a token for each row of logits (B,V) from softmax(logits / temperature): (B,).
 
-    uniform (B,1): a uniform random number in [0, 1) for each row. temperature 0 is greedy.
+    uniform (B,1): a uniform random number in [0, 1) for each row. A temperature of 0 is greedy.
     top_k keeps only the k likeliest tokens. Rollouts use neither: their log-probabilities are
     computed from the whole softmax, which must be the distribution that was sampled.
     """
-    if temperature < 1e-6:              # greedy, and lower ones could overflow
-        return logits.argmax(-1)
-    if temperature != 1:
-        logits = logits / temperature
+    logits = logits / max(temperature, 1e-9)
     if top_k is not None:
-        top_k = min(top_k, logits.size(-1))
-        best = logits.topk(top_k).values
-        least = best[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    # Invert the cumulative distribution: one uniform number a row. torch.multinomial draws one for
-    # each token of the vocabulary and is slower. Each probability is off by at most 2e-7, so only
-    # tokens about as rare as that are drawn too often or never.
+        best = logits.topk(min(top_k, logits.size(-1))).values
+        logits = logits.masked_fill(logits < best[:, -1:], -math.inf)
+    # Invert the cumulative distribution: one uniform number a row, where torch.multinomial draws
+    # one for each token of the vocabulary. Each probability is off by at most 2e-7.
     cdf = logits.softmax(-1).cumsum(-1)                                 # (B,V)
     # Draw the first token whose cdf exceeds u; a token of probability 0 is never the first. With
     # NaN logits there is none, and clamp keeps the index valid until the NaN is reported.
-    threshold = uniform * cdf[:, -1:]
-    drawn = torch.searchsorted(cdf, threshold, right=True)
-    last = cdf.size(-1) - 1
-    return drawn.squeeze(-1).clamp(max=last)
+    drawn = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)
+    return drawn.squeeze(-1).clamp(max=cdf.size(-1) - 1)
 
 
 def padding(tokens):
@@ -247,23 +228,18 @@ def extend(model, prompt, uniform, temperature=1.0, top_k=None, frozen=0):
     # A copy in its compute dtype; otherwise every weight would be cast again for each token.
     model = copy.deepcopy(model).to(model.dtype)
     uniform = uniform.to(prompt.device)
-    cache = model.new_cache(*prompt.shape)
+    cache = {}
     pad = padding(prompt)
     # The first pass reads the prompt, each later one the token just drawn.
     new = tokens = prompt
     lower = []
     for t in range(uniform.size(1)):
         start = tokens.size(1) - new.size(1)
-        if tokens.size(1) > cache[0].size(3):
-            # Buffers grow as the text does, because attention over fewer keys is faster.
-            cache = [F.pad(buffer, (0, 0, 0, 32)) for buffer in cache]
         x = model.stream(new, start, cache, pad, slice(frozen))
         lower.append(x)
         x = model.stream(x, start, cache, pad, slice(frozen, None))
-        hidden = norm(x[:, -1])
-        logits = model.logits(hidden)                                   # (B,V)
-        column = uniform[:, t:t + 1]
-        drawn = sample_tokens(logits, column, temperature, top_k)           # (B,)
+        logits = model.logits(x[:, -1])                                     # (B,V)
+        drawn = sample_tokens(logits, uniform[:, t:t + 1], temperature, top_k)      # (B,)
         new = drawn[:, None]
         tokens = torch.cat((tokens, new), dim=1)
     return {"tokens": tokens, "lower": torch.cat(lower, dim=1)}
@@ -325,8 +301,17 @@ def completion_logits(model, prompts, tokens, blocks=slice(None), lower=None):
     pad = padding(inputs)
     x = inputs if lower is None else lower
     x = model.stream(x, pad=pad, blocks=blocks)
-    hidden = norm(x[:, prompts.size(1) - 1:])
-    return model.logits(hidden)
+    return model.logits(x[:, prompts.size(1) - 1:])
+
+
+def token_logprobs(logits, tokens):
+    """Gather each token's log-probability: logits (B,T,V), tokens (B,T) -> (B,T) float32, nats.
+
+    logits[:, t] must predict tokens[:, t]: they are the model's output one position earlier.
+    Values at PAD are meaningless and must be masked.
+    """
+    index = tokens.clamp(min=0)[..., None]
+    return logits.float().log_softmax(-1).gather(-1, index).squeeze(-1)
 
 
 @torch.no_grad()
@@ -381,11 +366,9 @@ def draw_starts(n, openings, batch):
 
     Half are at openings, because unconditional samples begin there without earlier context.
     """
-    starts = torch.randint(n, (batch,))
-    if len(openings):
-        chosen = torch.randint(len(openings), (batch // 2,))
-        starts[:batch // 2] = openings[chosen]
-    return starts
+    anywhere = torch.randint(n, (batch // 2,))
+    chosen = torch.randint(len(openings), (batch // 2,))
+    return torch.cat((openings[chosen], anywhere))
 
 
 def learning_rate(i, steps, n_embd):
@@ -426,10 +409,7 @@ def bigram_start(model, tokens, smooth=20.0):
 
 def next_token_nats(model, rows):
     """-log P of every token but the first of rows (B,T+1): (B,T), in nats."""
-    logits = model(rows[:, :-1])
-    targets = rows[:, 1:].flatten()
-    nats = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
-    return nats.view(len(rows), -1)
+    return -token_logprobs(model(rows[:, :-1]), rows[:, 1:])
 
 
 @torch.no_grad()
@@ -479,15 +459,17 @@ def pretrain(options, texts, loop):
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95), eps=1e-10,
                                   weight_decay=0.0, fused=True)
     start = torch.full((1, 1), texts["start"], device=options.device)
-    # Positions of the boundary before a speech.
-    is_start = train[:-T] == texts["start"]
-    openings = is_start.nonzero().squeeze(1)
+    # Positions of the boundary before a speech; a text without any begins anywhere.
+    n = len(train) - T
+    openings = (train[:n] == texts["start"]).nonzero().squeeze(1)
+    if not len(openings):
+        openings = torch.arange(n)
 
     for i in loop.steps(steps, model=model, optimizer=optimizer):
         if i % 100 == 0 or i == 50:                 # with the same random numbers each time
             tokens = generate(model, start, min(48, T - 1), generator=torch.Generator())
             loop.show(f"after {i} steps the model writes:", data.decode(vocabulary, tokens[0]))
-        starts = draw_starts(len(train) - T, openings, batch)[rows]
+        starts = draw_starts(n, openings, batch)[rows]
         tokens = windows(train, starts, T + 1).to(options.device)
         loss = next_token_nats(model, tokens).mean()
         lr = learning_rate(i, steps, config.n_embd)

@@ -43,11 +43,10 @@ import data
 import reward
 from data import PAD
 from gpt import (average, completion_logits, compute_dtype, in_chunks, load_gpt, optimizer_step,
-                 sample_completions, share)
+                 sample_completions, share, token_logprobs)
 
 MIN_ESS = 100       # the smallest effective sample size at which an optimum is quoted
-# A run keeps a copy of the policy when ref_kl first reaches each of these, nats per completion.
-KL_MARKS = [0.5, 1, 2, 4, 6, 8, 10, 16, 32]
+KEPT = (1, 2, 4, 8, 16, 32)     # a run keeps copies of the policy after so many iterations
 
 
 # ---- the mathematics: pure functions on plain tensors -------------------------------------
@@ -65,17 +64,6 @@ def masked_mean(x, mask=None):
     """Mean of x (B,T) over unmasked positions; 0 if there are none."""
     x, mask = _masked(x, mask)
     return x.sum() / mask.sum().clamp(min=1)
-
-
-def token_logprobs(logits, tokens):
-    """Gather each token's log-probability: logits (B,T,V), tokens (B,T) -> (B,T) float32, nats.
-
-    logits[:, t] must predict tokens[:, t]: they are the model's output one position earlier.
-    Values at PAD are meaningless and must be masked.
-    """
-    logprobs = logits.float().log_softmax(-1)
-    index = tokens.clamp(min=0)[..., None]
-    return logprobs.gather(-1, index).squeeze(-1)
 
 
 def kl_penalised_rewards(scores, logprobs, ref_logprobs, beta, mask=None):
@@ -137,20 +125,17 @@ def fit_values(so_far, returns, mask):
     polynomial knows no words, so a lambda below 1 has a bias too.
     """
     T = so_far.size(1)
-    k = so_far.double()
-    t = torch.arange(T, device=k.device) / T
-    t = t.expand_as(k)
+    k = so_far.double().cpu()
+    t = (torch.arange(T) / T).expand_as(k)
     one = torch.ones_like(k)
     terms = torch.stack((one, t, t * t, k, k * t, k * k), dim=-1)       # (B,T,6)
-    x = terms[mask]
-    y = returns[mask].double()
-    # Ridge regression: weights that the data do not determine become 0. A larger ridge would leave
-    # an error of a constant return, which whitening would blow up.
-    ridge = 1e-6 * torch.eye(6, dtype=torch.float64, device=x.device)
-    gram = x.T @ x + ridge
-    weights = torch.linalg.solve(gram, x.T @ y)
-    values = terms @ weights
-    return values.float()
+    mask = mask.cpu()
+    y = returns.double().cpu()[mask]
+    # This driver answers weights that the data do not determine with the smallest, not with an
+    # error. It needs the CPU.
+    weights = torch.linalg.lstsq(terms[mask], y[:, None], driver="gelsd").solution
+    values = (terms @ weights).squeeze(-1)
+    return values.to(returns)
 
 
 def leave_one_out(returns, group):
@@ -217,8 +202,7 @@ def policy_loss(logprobs, old_logprobs, advantages, clip=0.2, mask=None):
     with torch.no_grad():
         outside = (ratio - 1).abs() > clip
         # The tokens were drawn from pi_old, so its log-probability comes first.
-        nothing = torch.zeros_like(log_ratio)
-        _, _, k3 = kl_estimates(-log_ratio, nothing)
+        _, _, k3 = kl_estimates(-log_ratio, 0.0)
         info = {"approx_kl": masked_mean(k3, mask),
                 "clipfrac": masked_mean(outside.float(), mask),
                 "ratio": masked_mean(ratio, mask)}
@@ -530,7 +514,7 @@ class PPO:
                                      config.clip, mask)
             if kl_in_loss:
                 k1, _ = _masked(logprobs - batch["ref_logprobs"][rows], mask)
-                _, _, k3 = kl_estimates(k1, torch.zeros_like(k1))
+                _, _, k3 = kl_estimates(k1, 0.0)
                 loss = loss + kl_in_loss * masked_mean(k3, mask)
             info["policy_loss"] = loss.detach().clone()
             average(info.values(), weight)
@@ -603,37 +587,41 @@ def pool(rho, pi):
 
 
 def compare(rho, pi, beta):
-    """([J(pi), J*, (J(pi) - J(rho)) / (J* - J(rho))], optimum()) from samples as in pool()."""
+    """J(pi) and the optimum from samples as in pool(): a dict of floats.
+
+    objective = J(pi); reference_objective = J(rho); optimum as of optimum(); fraction_of_optimum =
+    (J(pi) - J(rho)) / (J* - J(rho)); kl_to_optimum = KL(pi to pi*) = (J* - J(pi)) / beta.
+    """
     both, log_weights = pool(rho, pi)
     best = optimum(both[0], beta, log_weights)
     # The sampled log ratio, not exact_kl: near pi*, score - beta * log ratio has little variance.
-    penalised = pi[0] - beta * pi[1]
-    objective = penalised.mean().item()
+    objective = (pi[0] - beta * pi[1]).mean().item()
     start = rho[0].mean().item()
-    fraction = (objective - start) / (best["objective"] - start)
-    return [objective, best["objective"], fraction], best
+    return {"objective": objective,
+            "reference_objective": start,
+            "optimum": best,
+            "fraction_of_optimum": (objective - start) / (best["objective"] - start),
+            "kl_to_optimum": (best["objective"] - objective) / beta}
 
 
 def fraction_of_optimum(rho, pi, beta):
-    """J(pi) compared with the optimum, from samples as in pool(): a dict of floats.
+    """compare(rho, pi, beta) with standard errors, names in _se.
 
-    objective = J(pi); reference_objective = J(rho); fraction_of_optimum = (J(pi) - J(rho)) / (J* -
-    J(rho)); kl_to_optimum = KL(pi to pi*) = (J* - J(pi)) / beta; names in _se are standard errors.
     What needs J* is None if the effective sample size is below MIN_ESS.
     """
-    (objective, _, fraction), best = compare(rho, pi, beta)
-    errors = bootstrap(lambda rho, pi: compare(rho, pi, beta)[0], rho, pi)
-    known = {"optimum": {**best, "objective_se": errors[1]},
-             "fraction_of_optimum": fraction,
-             "fraction_se": errors[2],
-             "kl_to_optimum": (best["objective"] - objective) / beta}
-    if best["ess"] < MIN_ESS:           # J* and what needs it are not quoted
-        known = dict.fromkeys(known)
-        known["optimum"] = {**dict.fromkeys(best), "objective_se": None, "ess": best["ess"]}
-    return {"objective": objective,
-            "objective_se": errors[0],
-            "reference_objective": rho[0].mean().item(),
-            **known}
+    def estimates(rho, pi):
+        again = compare(rho, pi, beta)
+        return again["objective"], again["optimum"]["objective"], again["fraction_of_optimum"]
+
+    result = compare(rho, pi, beta)
+    best = result["optimum"]
+    result["objective_se"], best["objective_se"], result["fraction_se"] = bootstrap(
+        estimates, rho, pi)
+    if best["ess"] < MIN_ESS:
+        for name in ("fraction_of_optimum", "fraction_se", "kl_to_optimum"):
+            result[name] = None
+        result["optimum"] = {**dict.fromkeys(best), "ess": best["ess"]}
+    return result
 
 
 def frontier(samples, log_weights):
@@ -720,18 +708,11 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
     shown = ["score", "judge", "ref_kl", "objective", "clipfrac", "explained_variance"]
 
     for i in loop.steps(options.iterations, **run.parts):
-        # A step's score, KL and entropy describe the policy before its update.
-        before = copy.deepcopy(run.policy.state_dict())
+        if i in KEPT:
+            loop.keep(f"after{i}", **about, model=run.policy.state_dict())
         metrics = run.step(i)
         tokens = run.batch["tokens"]
-        judged_scores = in_chunks(judge_fn, tokens)[:, -1]
-        check_finite("the judge's scores", judged_scores)
-        metrics["judge"] = judged_scores.mean().item()
-        drifts = [row["ref_kl"] for row in loop.history]
-        farthest = max(drifts, default=0.0)
-        for mark in KL_MARKS:
-            if farthest < mark <= metrics["ref_kl"]:
-                loop.keep(f"kl{mark:g}", **about, model=before)
+        metrics["judge"] = in_chunks(judge_fn, tokens)[:, -1].mean().item()
         loop.log(shown=shown, **metrics)
         if (i + 1) % 5 == 0:
             for row, score in zip(tokens[:2], run.batch["scores"]):
@@ -781,7 +762,6 @@ def evaluate(options, run, judge_fn, rho):
         known = fraction_of_optimum(old, new, beta)
         rows = frontier(*pool(old, new))
     return {"beta": beta,
-            "toward": options.toward,
             "iterations": options.iterations,
             "score": score,
             "positive": p if options.toward == "positive" else 1 - p,

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import data
 from data import PAD
-from gpt import GPT, GPTConfig, in_chunks, load_gpt
+from gpt import GPT, GPTConfig, in_chunks, load_gpt, norm
 
 SHORTEST = 8            # tokens; the lowest --length, because shorter texts say too little
 ENOUGH = 100            # rated samples that suffice to calibrate on samples alone
@@ -133,7 +133,7 @@ class RewardModel(Bag):
     def features(self, tokens):
         """The head's input at each token (B,T,2C+2): x and rating * x, x = (hidden state, 1)."""
         # Attention is causal, so the features of a prefix do not depend on what follows.
-        hidden = self.trunk.hidden(tokens).float()                          # (B,T,C)
+        hidden = norm(self.trunk.stream(tokens)).float()                    # (B,T,C)
         x = F.pad(hidden, (0, 1), value=1.0) * (tokens != PAD)[..., None]
         ratings = super().contributions(tokens)[..., None]                  # (B,T,1)
         return torch.cat((x, ratings * x), dim=-1)

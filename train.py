@@ -194,7 +194,7 @@ class Stage:
             self.began -= partial["seconds"]
             print(f"{self.path.name}: resuming after step {start} of {n}")
         elif data.is_first_process():
-            for old in self.path.parent.glob(f"{self.path.stem}_kl*.pt"):
+            for old in self.path.parent.glob(f"{self.path.stem}_after*.pt"):
                 old.unlink()            # kept by a run that this one replaces
         saved = time.monotonic()
         for self.step in range(start, n):

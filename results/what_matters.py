@@ -24,7 +24,7 @@ import data  # noqa: E402
 import ppo  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from gpt import completion_inputs, load_gpt, padding  # noqa: E402
+from gpt import completion_inputs, load_gpt, norm, padding  # noqa: E402
 from tables import mean_se, table  # noqa: E402
 
 COLUMNS = ["change", "beta", "seed", "iterations", "batch", "study", "machine", "code", "score",
@@ -42,7 +42,7 @@ class HiddenValues(ppo.PPO):
 
     def read(self, prompts, tokens, lower):
         inputs = completion_inputs(prompts, tokens)
-        hidden = self.ref.hidden(inputs, pad=padding(inputs))[:, prompts.size(1) - 1:]
+        hidden = norm(self.ref.stream(inputs, pad=padding(inputs)))[:, prompts.size(1) - 1:]
         return {**super().read(prompts, tokens, lower), "hidden": hidden}
 
     def advantages(self, rewards, values, mask):

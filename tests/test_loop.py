@@ -23,7 +23,7 @@ import data
 import ppo
 from conftest import assert_close, randn
 from data import PAD
-from gpt import GPT, GPTConfig, completion_inputs, completion_logits, cut_after, padding
+from gpt import GPT, GPTConfig, completion_inputs, completion_logits, cut_after, norm, padding
 from ppo import (PPO, PPOConfig, exact_kl, fit_values, gae, kl_penalised_rewards, leave_one_out,
                  policy_loss, token_logprobs, whiten_groups)
 
@@ -69,13 +69,13 @@ def rho():
     inputs = completion_inputs(PROMPTS.repeat_interleave(27, 0), firsts.repeat(2, 1))
     optimizer = torch.optim.Adam([*model.parameters(), *guess.parameters()], lr=5e-3)
     for _ in range(200):
-        hidden = model.hidden(inputs, pad=padding(inputs))[:, 2:]
+        hidden = norm(model.stream(inputs, pad=padding(inputs)))[:, 2:]
         loss = F.cross_entropy(guess(hidden).flatten(0, 1), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     model.zero_grad()
-    model.lm_head.weight.data.copy_(randn(3, 64, seed=5) / 8)
+    model.lm_head.weight.data.copy_(randn(3, 64, seed=9) / 8)
     return model.requires_grad_(False)
 
 
@@ -441,9 +441,9 @@ def test_clip_and_unfrozen_are_those_of_the_settings(trained, spy_on):
 
 # ---- where the loop ends ------------------------------------------------------------------------
 @pytest.mark.parametrize("algorithm, beta, limit", [("simple", 1.0, 0.04), ("rloo", 2.5, 0.015),
-                                                    ("ppo", 1.0, 0.06)])
+                                                    ("ppo", 1.0, 0.08)])
 def test_the_loop_reaches_the_optimum(algorithm, beta, limit):
-    """KL(pi to pi*) = (J* - J(pi)) / beta is small: 0.02, 0.006, 0.04 over seeds."""
+    """KL(pi to pi*) = (J* - J(pi)) / beta is small: 0.03, 0.011, 0.05 over seeds."""
     run, metrics = train(beta=beta, **SETTINGS[algorithm])
     gap, start = kl(logprobs(run.policy), best(beta)), kl(logprobs(rho()), best(beta))
     assert gap < limit < 0.2 * start, f"{gap:.4f} nats from pi*, {start:.4f} at first"
@@ -493,14 +493,14 @@ def grpo_fixed_point(beta):
 
 
 def test_grpo_reaches_a_fixed_point_of_its_own_which_is_not_the_optimum():
-    """The fixed point lies 0.11 nats from pi*: its J is 0.11 below J* at beta 1 (rho's: 0.54).
+    """The fixed point lies 0.14 nats from pi*: its J is 0.14 below J* at beta 1 (rho's: 0.82).
 
-    The loop ends 0.01 nats from its fixed point, 0.10 from pi*."""
-    for beta, gap in ((0.3, 0.66), (0.5, 0.40), (2.0, 0.01)):           # results/README.md
+    The loop ends 0.01 nats from its fixed point, 0.14 from pi*."""
+    for beta, gap in ((0.3, 0.91), (0.5, 0.56), (2.0, 0.02)):           # results/README.md
         assert_close(kl(grpo_fixed_point(beta), best(beta)), gap, "out of date", atol=0.005, rtol=0)
     fixed, target = grpo_fixed_point(1.0), best(1.0)
     p = logprobs(train(beta=1.0, **SETTINGS["grpo"])[0].policy)
-    assert_close(kl(fixed, target), 0.11, "the docstring is out of date", atol=0.005, rtol=0)
+    assert_close(kl(fixed, target), 0.14, "the docstring is out of date", atol=0.005, rtol=0)
     assert kl(p, fixed) < 0.03, f"{kl(p, fixed):.4f} nats from its own fixed point"
     assert kl(p, target) > 0.08, f"only {kl(p, target):.4f} nats from pi*"
 
