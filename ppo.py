@@ -143,10 +143,9 @@ def leave_one_out(returns, group):
 
     Ahmadian 2024 (RLOO) do so with returns of whole completions. Each group of consecutive rows
     completes one prompt. The others' returns do not depend on this completion's tokens, so this
-    baseline does not bias the gradient. Raises ValueError for a group of one.
+    baseline does not bias the gradient.
     """
-    if group < 2:
-        raise ValueError("a completion alone has no others to be compared with")
+    assert group > 1, "a completion alone has no others to be compared with"
     grouped = returns.view(-1, group, returns.size(1))
     total = grouped.sum(1, keepdim=True)
     others = (total - grouped) / (group - 1)
@@ -535,25 +534,23 @@ class PPO:
         exact_kl and entropy need logits (B,T,V), so they use only the first 32 completions.
         """
         beta = self.controller.beta
-        mask = batch["mask"]
         scores = batch["scores"]
-        k1, _ = _masked(batch["logprobs"] - batch["ref_logprobs"], mask)
+        k1, mask = _masked(batch["logprobs"] - batch["ref_logprobs"], batch["mask"])
         ref_kl = k1.sum(1)                                              # (B,): nats per completion
-        first = (batch["prompts"][:whole],
-                 batch["tokens"][:whole],
-                 batch["lower"][:whole])
+        error = ref_kl.std() / len(ref_kl) ** 0.5
+        first = [batch[name][:whole] for name in ("prompts", "tokens", "lower")]
         logprobs = self.logits(self.policy, *first).log_softmax(-1)
         ref_logprobs = self.logits(self.ref, *first).log_softmax(-1)
-        kl, _ = _masked(exact_kl(logprobs, ref_logprobs), mask[:whole])
-        means = {"score": scores,
-                 "ref_kl": ref_kl,
-                 "exact_kl": kl.sum(1),
-                 "objective": scores - beta * ref_kl,
-                 "entropy": entropy(logprobs)[mask[:whole]],
-                 "tokens": mask.sum(1).float()}
-        metrics = {name: x.mean().item() for name, x in means.items()}
-        error = ref_kl.std().item() / len(ref_kl) ** 0.5
-        return {**metrics, "beta": beta, "ref_kl_se": error}
+        kl, mask = _masked(exact_kl(logprobs, ref_logprobs), mask[:whole])
+        means = {"score": scores.mean(),
+                 "ref_kl": ref_kl.mean(),
+                 "ref_kl_se": error,
+                 "exact_kl": kl.sum(1).mean(),
+                 "objective": (scores - beta * ref_kl).mean(),
+                 "entropy": masked_mean(entropy(logprobs), mask),
+                 "tokens": batch["mask"].sum(1).float().mean()}
+        metrics = {name: x.item() for name, x in means.items()}
+        return {**metrics, "beta": beta}
 
 
 # ---- what a run reached -------------------------------------------------------------------
@@ -677,9 +674,7 @@ def sample_reference(options, texts, pretrained, rewarded, judged, loop):
     scales = {}
     for state in (rewarded, judged):
         model = reward.load_reward(state, options.device, options.dtype)
-        log_odds = in_chunks(model, tokens)
-        scales[state["kind"]] = {toward: reward.score_constants(log_odds, toward)
-                                 for toward in ("positive", "negative")}
+        scales[state["kind"]] = reward.score_constants(in_chunks(model, tokens))
     return {"prompts": prompts,
             "test_prompts": test_prompts,
             "end": end,
