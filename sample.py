@@ -35,8 +35,8 @@ REPORT = """# Size {size}: {pretrain[val_bits_per_byte]:.3f} bits per byte on he
 |---|---|---|---|---|---|---|---|---|---|
 | rho | 0 | 0 | | 0 | 0 | | | | |
 {results}
-± a standard error; KL in nats; J* takes {ess} effective samples (ESS); fraction: of the way from \
-rho to J*; judge: the score by a model never optimised.
+± a standard error; KL in nats; J* takes an effective sample size (ESS) of 100; fraction: of the \
+way from rho to J*; judge: the score by a model never optimised.
 
 | model | Pearson | AUC | calibration slope | log loss |
 |---|---|---|---|---|
@@ -52,7 +52,7 @@ rho to J*; judge: the score by a model never optimised.
 ```
 {samples}```
 """
-# A run's row and line. J* and what needs it are not known below an effective sample size of 100.
+# A run's row and line; where the effective sample size is too small, J* is not known.
 KNOWN = """| {label} | {score:.2f} | {judge:.2f} | {positive:.2f} | {ref_kl:.2f} | \
 {objective:.2f} ± {objective_se:.2f} | {optimum[objective]:.2f} ± {optimum[objective_se]:.2f} | \
 {optimum[ess]:.0f} | {fraction_of_optimum:.2f} ± {fraction_se:.2f} | {kl_to_optimum:.2f} |
@@ -190,7 +190,7 @@ def draw_frontier(runs):
     """Score and judge against KL: PPO's paths, best of n, and the optimum."""
     figure = Figure(figsize=(13, 5), layout="constrained")
     figure.suptitle("black: the optimum, whose score no policy can exceed; grey: best of n")
-    axes = figure.subplots(1, 2, sharex=True, sharey=True)
+    axes = figure.subplots(1, 2, sharey=True)
     for run in runs:
         for axis, key, column in zip(axes, ("score", "judge"), (1, 2)):
             drift_axis(axis, f"{key}, standard deviations of rho's")
@@ -205,19 +205,19 @@ def draw_frontier(runs):
 
 
 def draw_ppo(runs):
-    """PPO's metrics against iteration; faint: the run of this name and size in results/runs."""
+    """PPO's metrics by iteration; faint: the run of this name and size in results/runs."""
     figure = Figure(figsize=(13, 9), layout="constrained")
+    figure.suptitle("PPO's metrics by iteration; dotted: J*; faint: results/runs")
     axes = figure.subplots(3, 3).flatten()
     for run in runs:
         log = data.HERE / f"results/runs/{run['size']}_{run['path'].stem}.metrics.jsonl"
         logged = list(map(json.loads, log.read_text().splitlines())) if log.exists() else []
         for axis, key in zip(axes, METRICS):
-            axis.set(title=key, xlabel="iteration")
+            axis.set_title(key)
             plot(axis, run["history"], "step", key, run["color"], label=run["label"])
             plot(axis, logged, "step", key, run["color"], alpha=0.3)
         # No line is drawn if J* is not known.
         axes[0].hlines(run["optimum"]["objective"], 1, run["iterations"], run["color"], "dotted")
-    axes[0].set_title("objective J; dotted: J*")
     axes[5].legend(title="beta")
     return figure
 
@@ -229,14 +229,13 @@ def load_runs(out, rho):
     runs = []
     for path in sorted(out.glob("ppo_*.pt")):
         run = data.load_checkpoint(path)
-        # An intermediate policy has no result.
-        if "result" in run and run["inputs"]["rho"] == rho["key"]:
-            result = run["result"]
+        result = run.get("result")          # an intermediate policy has none
+        if result and run["inputs"]["rho"] == rho["key"]:
             result["seconds_per_iteration"] = run["seconds"] / result["iterations"]
             # The algorithm is told only where it is not PPO.
             label = re.sub("ppo_|beta|, ppo", "", f"{path.stem}, {run['inputs']['algorithm']}")
-            run |= {**result, "path": path, "label": label, "color": f"C{len(runs)}"}
-            runs.append(run)
+            runs.append({**run, **result,
+                         "path": path, "label": label, "color": f"C{len(runs)}"})
     if not runs:
         raise data.UserError(f"{out} has no finished PPO run. Run train.py --out {out} first.")
     return runs
@@ -252,13 +251,9 @@ def report(out):
     seconds = {name: state["seconds"] for name, state in stages.items()}
     seconds["total"] = sum(state["seconds"] for state in [*stages.values(), *runs])
     seconds["ppo"] = {run["label"]: run["seconds"] for run in runs}
-    pretrained = stages["pretrain"]
-    summary = {"size": rho["size"],
-               "device": rho["inputs"]["device"],
-               "seconds": seconds,
-               "pretrain": {"parameters": pretrained["parameters"],
-                            "val_bits_per_byte": pretrained["val_bits_per_byte"]},
-               "ppo": [run["result"] for run in runs]}
+    measured = {key: stages["pretrain"][key] for key in ("parameters", "val_bits_per_byte")}
+    summary = {"size": rho["size"], "device": rho["inputs"]["device"], "seconds": seconds,
+               "pretrain": measured, "ppo": [run["result"] for run in runs]}
     for name in ("reward", "judge"):
         # The metrics on passages, or on samples if the labels have no passages.
         first, *_ = stages[name]["report"].values()
@@ -279,8 +274,8 @@ def report(out):
     draw_frontier(runs).savefig(out / "figures/frontier.png")
     draw_ppo(runs).savefig(out / "figures/ppo.png")
     data.write_file(out / "summary.json", json.dumps(summary, indent=1))
-    data.write_file(out / "report.md", REPORT.format(
-        results=results, samples=samples, ess=ppo.MIN_ESS, **summary))
+    text = REPORT.format(results=results, samples=samples, **summary)
+    data.write_file(out / "report.md", text)
     print(f"Figures, tables and samples: {out / 'report.md'}")
 
 
