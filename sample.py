@@ -13,7 +13,6 @@ KL(pi to rho), unless --temperature or --top-k changes the sampling.
 
 import csv
 import io
-import itertools
 import json
 import random
 import re
@@ -36,19 +35,36 @@ REPORT = """# Size {size}: {pretrain[val_bits_per_byte]:.3f} bits per byte on he
 |---|---|---|---|---|---|---|---|---|---|
 | rho | 0 | 0 | | 0 | 0 | | | | |
 {results}
-± a standard error; KL in nats; J* takes {ess} effective samples (ESS); fraction: of the way from \
-rho to J*; judge: the score by a model never optimised.
+± a standard error; KL in nats; J* takes an effective sample size (ESS) of 100; fraction: of the \
+way from rho to J*; judge: the score by a model never optimised.
 
 | model | Pearson | AUC | calibration slope | log loss |
 |---|---|---|---|---|
-{models}
+| reward | {reward[val_pearson]:.3f} | {reward[val_auc]:.3f} | {reward[val_slope]:.2f} | \
+{reward[val_log_loss]:.3f} |
+| judge | {judge[val_pearson]:.3f} | {judge[val_auc]:.3f} | {judge[val_slope]:.2f} | \
+{judge[val_log_loss]:.3f} |
+
 ![](figures/frontier.png)
 
-![](figures/judge.png)
-
 ![](figures/ppo.png)
-{samples}"""
-MODEL = "| {}, held-out {} | {pearson:.3f} | {auc:.3f} | {slope:.2f} | {log_loss:.3f} |\n"
+
+```
+{samples}```
+"""
+# A run's row and line; where the effective sample size is too small, J* is not known.
+KNOWN = """| {label} | {score:.2f} | {judge:.2f} | {positive:.2f} | {ref_kl:.2f} | \
+{objective:.2f} ± {objective_se:.2f} | {optimum[objective]:.2f} ± {optimum[objective_se]:.2f} | \
+{optimum[ess]:.0f} | {fraction_of_optimum:.2f} ± {fraction_se:.2f} | {kl_to_optimum:.2f} |
+beta {label}: score {score:.2f}, KL {ref_kl:.2f} nats, J {objective:.2f} of J* \
+{optimum[objective]:.2f}: {fraction_of_optimum:.0%} of the way from rho"""
+UNKNOWN = """| {label} | {score:.2f} | {judge:.2f} | {positive:.2f} | {ref_kl:.2f} | \
+{objective:.2f} ± {objective_se:.2f} | not known | {optimum[ess]:.0f} | | |
+beta {label}: score {score:.2f}, KL {ref_kl:.2f} nats, J {objective:.2f}; \
+J* is not known from these samples"""
+# The panels of figures/ppo.png.
+METRICS = """objective score judge ref_kl policy_loss clipfrac
+             explained_variance entropy exact_kl""".split()
 
 
 # ---- samples ------------------------------------------------------------------------------
@@ -100,19 +116,20 @@ def read_ratings(path):
 
 def passages_to_rate(args):
     """The texts to rate, shuffled by --seed: (text, name of its checkpoint or "plays") each."""
-    order, passages = random.Random(args.seed), []
+    random.seed(args.seed)
+    passages = []
     for path in args.rate:
         if path.name == "plays":
             speeches = data.load_corpus()[0].split(data.BOUNDARY)
             # Choose speeches about as long as samples.
             texts = [speech for speech in speeches if 100 < len(speech) < 400]
-            order.shuffle(texts)
+            random.shuffle(texts)
         else:
             texts = [row["text"] for row in draw(path, args.num, args.seed)]
         for text in texts[:args.num]:
             # A model can write any byte; a CSV file does not preserve these two.
             passages.append((re.sub("[\0\r]", " ", text), path.stem))
-    order.shuffle(passages)
+    random.shuffle(passages)
     return passages
 
 
@@ -129,14 +146,16 @@ def ask(question, low, high):
 
 def rate(args):
     """Ask a reader to rate texts, resuming after those rated; ask sense only to compare sources."""
+    if len({path.stem for path in args.rate}) < len(args.rate):
+        raise data.UserError("--rate tells checkpoints apart by their file names. Rename a copy.")
     passages = passages_to_rate(args)
     if not args.ratings.exists():
         data.write_file(args.ratings, HEADER)
     rated = [(row["text"], row["drawn_from"]) for row in read_ratings(args.ratings)]
-    if rated != passages[:len(rated)]:
+    todo = passages[len(rated):]
+    if rated + todo != passages:
         raise data.UserError(f"{args.ratings} was begun with other --rate, --num or --seed. "
                              "Give those, or another file.")
-    todo = passages[len(rated):]
     print(f"{len(rated)} rated, {len(todo)} to go. Ctrl-C ends; the same command goes on.")
     for i, (text, name) in enumerate(todo):
         print(f"\n----- {len(todo) - i} to go\n{text}\n")
@@ -153,84 +172,53 @@ def rate(args):
 
 # ---- figures ------------------------------------------------------------------------------
 
-def column(rows, key):
-    """The values of one metric, None (which matplotlib leaves out) where a row lacks it."""
-    return [row.get(key) for row in rows]
+def plot(axis, rows, x, y, style, **options):
+    """Plot column y of rows against column x. matplotlib leaves out what is None."""
+    axis.plot([row[x] for row in rows], [row[y] for row in rows], style, **options)
 
 
-def drift_figure():
-    """A figure and its axis for scores against KL(pi to rho)."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axis = figure.subplots()
+def drift_axis(axis, ylabel):
+    """Prepare an axis for what is drawn against KL(pi to rho)."""
     # Scores at first grow linearly with the square root of the KL (Gao 2022).
     axis.set_xscale("function", functions=(np.sqrt, np.square))
-    axis.set(xlabel="KL(pi to rho), nats per completion (square-root scale)",
-             ylabel="score, standard deviations of rho's")
-    axis.margins(x=0)                   # a margin would reach below 0, which has no root
-    return figure, axis
-
-
-def curve(axis, x, y, style, name, color):
-    """Draw a curve, labelled at its end."""
-    axis.plot(x, y, style, color=color)
-    axis.annotate(name, (x[-1], y[-1]), (4, 4), textcoords="offset points", color=color)
-
-
-def draw_paths(axis, runs, x, y, style="-"):
-    """Plot metric y against metric x of each run's iterations."""
-    for run in runs:
-        axis.plot(column(run["history"], x), column(run["history"], y), run["color"] + style, lw=1,
-                  label=f"{y}, beta {run['label']}")
+    # A margin would reach below 0, which has no root.
+    axis.set(xmargin=0, ylabel=ylabel,
+             xlabel="KL(pi to rho), nats per completion (square-root scale)")
 
 
 def draw_frontier(runs):
-    """Score against KL: PPO's paths, best of n, and the optimum, which no policy can exceed."""
-    figure, axis = drift_figure()
-    draw_paths(axis, runs, "ref_kl", "score")
+    """Score and judge against KL: PPO's paths, best of n, and the optimum."""
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    figure.suptitle("black: the optimum, whose score no policy can exceed; grey: best of n")
+    axes = figure.subplots(1, 2, sharey=True)
     for run in runs:
-        axis.plot(run["frontier"][0], run["frontier"][1], "k")
-        color, best = run["color"], run["optimum"]      # None if J* is not known: then no star
-        axis.plot([best["ref_kl"]], [best["score"]], color + "*", ms=14, mec="k", zorder=3)
-        curve(axis, [run["ref_kl"]], [run["score"]], "o", f"PPO, beta {run['label']}", color)
-    # Runs toward one target estimate the same curve; the longest is labelled.
-    kl, scores, _ = max(column(runs, "frontier"), key=np.size)
-    curve(axis, kl, scores, "-", "optimum", "k")
-    _, scores, _, kl = zip(*run["best_of_n"])
-    curve(axis, kl, scores, ".-", "best of n", "C7")
-    return figure
-
-
-def draw_judge(runs):
-    """Scores by the reward model and by the judge, which is not optimised, against KL."""
-    figure, axis = drift_figure()
-    draw_paths(axis, runs, "ref_kl", "score")
-    draw_paths(axis, runs, "ref_kl", "judge", "--")
-    for run in runs:
-        axis.plot(run["frontier"][0], run["frontier"][2], "k:")
-    axis.set_title("dotted: the judge's score by selection alone")
-    axis.legend()
+        for axis, key, column in zip(axes, ("score", "judge"), (1, 2)):
+            drift_axis(axis, f"{key}, standard deviations of rho's")
+            plot(axis, run["history"], "ref_kl", key, run["color"], lw=1)
+            plot(axis, [run], "ref_kl", key, run["color"] + "o", label=run["label"])
+            plot(axis, run["frontier"], 0, column, "k")
+        plot(axes[0], run["best_of_n"], 3, 1, "C7.-")
+        star = run["color"] + "*"               # not drawn if J* is not known
+        plot(axes[0], [run["optimum"]], "ref_kl", "score", star, ms=14, mec="k", zorder=3)
+    axes[0].legend(title="PPO, beta")
     return figure
 
 
 def draw_ppo(runs):
-    """PPO's metrics against iteration; faint: the run of this name and size in results/runs."""
+    """PPO's metrics by iteration; faint: the run of this name and size in results/runs."""
     figure = Figure(figsize=(13, 9), layout="constrained")
-    axes = figure.subplot_mosaic([["objective", "score", "judge"],
-                                  ["ref_kl", "policy_loss", "clipfrac"],
-                                  ["explained_variance", "entropy", "exact_kl"]])
-    for key, axis in axes.items():
-        axis.set(title=key, xlabel="iteration")
-        draw_paths(axis, runs, "step", key)
-    axes["objective"].set_title("objective J; dotted: J*")
-    axes["clipfrac"].legend()
+    figure.suptitle("PPO's metrics by iteration; dotted: J*; faint: results/runs")
+    axes = figure.subplots(3, 3).flatten()
     for run in runs:
-        J = run["optimum"]["objective"]         # None if not known: then no line is drawn
-        axes["objective"].hlines([J], 1, run["iterations"], run["color"], "dotted")
         log = data.HERE / f"results/runs/{run['size']}_{run['path'].stem}.metrics.jsonl"
-        if log.exists():
-            rows = [json.loads(line) for line in log.read_text().splitlines()]
-            for key, axis in axes.items():
-                axis.plot(column(rows, "step"), column(rows, key), run["color"], alpha=0.3)
+        logged = list(map(json.loads, log.read_text().splitlines())) if log.exists() else []
+        for axis, key in zip(axes, METRICS):
+            axis.set_title(key)
+            plot(axis, run["history"], "step", key, run["color"], label=run["label"])
+            plot(axis, logged, "step", key, run["color"], alpha=0.3)
+        # No line is drawn if J* is not known.
+        axes[0].hlines(run["optimum"]["objective"], 1, run["iterations"], run["color"], "dotted")
+    axes[5].legend(title="beta")
     return figure
 
 
@@ -241,42 +229,16 @@ def load_runs(out, rho):
     runs = []
     for path in sorted(out.glob("ppo_*.pt")):
         run = data.load_checkpoint(path)
-        # An intermediate policy has no result.
-        if "result" in run and run["inputs"]["rho"] == rho["key"]:
-            result = run["result"]
+        result = run.get("result")          # an intermediate policy has none
+        if result and run["inputs"]["rho"] == rho["key"]:
             result["seconds_per_iteration"] = run["seconds"] / result["iterations"]
-            label = re.sub("ppo_|beta", "", path.stem)
-            if run["inputs"]["algorithm"] != "ppo":
-                label += f", {run['inputs']['algorithm']}"
-            run |= {**result, "path": path, "label": label, "color": f"C{len(runs)}"}
-            # The frontier begins at rho, with KL and scores 0.
-            run["frontier"] = np.transpose([[0, 0, 0], *result["frontier"]])
-            runs.append(run)
+            # The algorithm is told only where it is not PPO.
+            label = re.sub("ppo_|beta|, ppo", "", f"{path.stem}, {run['inputs']['algorithm']}")
+            runs.append({**run, **result,
+                         "path": path, "label": label, "color": f"C{len(runs)}"})
     if not runs:
         raise data.UserError(f"{out} has no finished PPO run. Run train.py --out {out} first.")
     return runs
-
-
-def describe(run):
-    """A run's results: a row of the report's table, and a line of text."""
-    row = ("| {label} | {score:.2f} | {judge:.2f} | {positive:.2f} | {ref_kl:.2f} | "
-           "{objective:.2f} ± {objective_se:.2f} | ")
-    line = "beta {label}: score {score:.2f}, KL {ref_kl:.2f} nats, J {objective:.2f}"
-    if run["fraction_of_optimum"] is None:
-        row += "not known | {optimum[ess]:.0f} | | |\n"
-        line += "; J* is not known from these samples"
-    else:
-        row += ("{optimum[objective]:.2f} ± {optimum[objective_se]:.2f} | {optimum[ess]:.0f} "
-                "| {fraction_of_optimum:.2f} ± {fraction_se:.2f} | {kl_to_optimum:.2f} |\n")
-        line += " of J* {optimum[objective]:.2f}: {fraction_of_optimum:.0%} of the way from rho"
-    return row.format_map(run), line.format_map(run)
-
-
-def save_samples(path):
-    """Draw 20 samples of a checkpoint into samples/*.txt. Returns the lines of the first."""
-    texts = [SAMPLE.format_map(row) for row in draw(path, 20)]
-    data.write_file(path.parent / f"samples/{path.stem}.txt", "\n".join(texts))
-    return texts[0].split("\n")
 
 
 def report(out):
@@ -286,37 +248,34 @@ def report(out):
     stages = {"rho": rho}
     for name in ("data", "pretrain", "reward", "judge"):
         stages[name] = load_beside(out / "rho.pt", rho, name)
-    pretrained = stages["pretrain"]
     seconds = {name: state["seconds"] for name, state in stages.items()}
-    seconds["total"] = sum(column([*stages.values(), *runs], "seconds"))
+    seconds["total"] = sum(state["seconds"] for state in [*stages.values(), *runs])
     seconds["ppo"] = {run["label"]: run["seconds"] for run in runs}
+    measured = {key: stages["pretrain"][key] for key in ("parameters", "val_bits_per_byte")}
     summary = {"size": rho["size"], "device": rho["inputs"]["device"], "seconds": seconds,
-               "ppo": column(runs, "result"),
-               "pretrain": {key: pretrained[key] for key in ("parameters", "val_bits_per_byte")}}
-    models = results = samples = ""
+               "pretrain": measured, "ppo": [run["result"] for run in runs]}
     for name in ("reward", "judge"):
-        measures = stages[name]["report"]
         # The metrics on passages, or on samples if the labels have no passages.
-        summary[name] = {f"val_{key}": x for key, x in next(iter(measures.values())).items()}
-        summary[name] |= rho["scales"][name]["positive"]
-        for kind, x in measures.items():
-            models += MODEL.format(name, kind, **x)
-    before = save_samples(out / "pretrain.pt")
+        first, *_ = stages[name]["report"].values()
+        metrics = {f"val_{key}": x for key, x in first.items()}
+        summary[name] = {**metrics, **rho["scales"][name]["positive"]}
+    lines = {out / "pretrain.pt": "before"}
+    results = samples = ""
     for run in runs:
-        row, line = describe(run)
-        text = f"\n{'before':52}  after\n"
-        for pair in itertools.zip_longest(before, save_samples(run["path"]), fillvalue=""):
-            text += "{:52.52}  {}\n".format(*pair)
-        print(text + line)
-        results += row
-        samples += f"\n```\n{text}{line}\n```\n"
+        template = UNKNOWN if run["fraction_of_optimum"] is None else KNOWN
+        row, lines[run["path"]] = template.format_map(run).split("\n")
+        results += row + "\n"
+    for path, line in lines.items():
+        texts = [SAMPLE.format_map(row) for row in draw(path, 20)]
+        data.write_file(out / f"samples/{path.stem}.txt", "\n".join(texts))
+        samples += f"{line}\n{texts[0]}\n"
+    print(samples)
     (out / "figures").mkdir(exist_ok=True)
     draw_frontier(runs).savefig(out / "figures/frontier.png")
-    draw_judge(runs).savefig(out / "figures/judge.png")
     draw_ppo(runs).savefig(out / "figures/ppo.png")
     data.write_file(out / "summary.json", json.dumps(summary, indent=1))
-    data.write_file(out / "report.md", REPORT.format(
-        results=results, models=models, samples=samples, ess=ppo.MIN_ESS, **summary))
+    text = REPORT.format(results=results, samples=samples, **summary)
+    data.write_file(out / "report.md", text)
     print(f"Figures, tables and samples: {out / 'report.md'}")
 
 
@@ -332,13 +291,11 @@ def main():
     add("--top-k", type=data.number(int, 1), help="only the k likeliest tokens (default: all)")
     add("--seed", type=data.number(int, 0), default=0, help="seed of samples and rating order")
     add("--jsonl", action="store_true", help="print one JSON object per line")
-    add("--rate", nargs="+", type=Path, default=[], metavar="CHECKPOINT",
+    add("--rate", nargs="+", type=Path, metavar="CHECKPOINT",
         help="rate samples: several checkpoints blind; or one, or plays, for train.py --labels")
     add("--ratings", type=Path, default="ratings.csv", metavar="FILE.csv", help="where answers go")
     add("--report", type=Path, metavar="DIR", help="write a study's figures and tables again")
     args = parser.parse_args()
-    if len({path.stem for path in args.rate}) < len(args.rate):
-        parser.error("--rate tells checkpoints apart by their file names. Rename a copy")
     if args.report:
         report(args.report)
     elif args.rate:

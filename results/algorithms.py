@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
@@ -147,14 +148,18 @@ def print_table(rows, ends, result):
 
 def draw(ends, result, path):
     """Score against KL: the frontier, best of n, and where each algorithm ends."""
-    figure, axis = sample.drift_figure()
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axis = figure.subplots()
+    sample.drift_axis(axis, "score, standard deviations of rho's")
     best = result["optimum"]
     kl, scores, _ = zip(*result["frontier"])
     axis.plot(kl, scores, "k")
     axis.plot(best["ref_kl"], best["score"], "k*", ms=14)
     axis.annotate("optimum", (best["ref_kl"], best["score"]), (-65, 8), textcoords="offset points")
     n, scores, _, kl = zip(*result["best_of_n"])
-    sample.curve(axis, kl, scores, ".-", f"best of 1 to {n[-1]}", "C7")
+    axis.plot(kl, scores, "C7.-")
+    axis.annotate(f"best of 1 to {n[-1]}", (kl[-1], scores[-1]), (4, 4),
+                  textcoords="offset points", color="C7")
     points = [(*means(runs, "score", "ref_kl"), algorithm) for algorithm, runs in ends.items()]
     height = best["score"]              # of the name before; names stand below their points
     for i, ((y, dy), (x, dx), algorithm) in enumerate(sorted(points, reverse=True)):

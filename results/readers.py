@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
@@ -131,13 +132,14 @@ def draw_figure(passages, study):
     if not kl:
         raise data.UserError(f"{study} has none of the rated models. Name the --study they are of.")
     names, kl = sorted(kl, key=kl.get), sorted(kl.values())
-    figure, axis = sample.drift_figure()
-    axis.set_ylabel("mean of the passages, 0 to 1")
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axis = figure.subplots()
+    sample.drift_axis(axis, "mean of the passages, 0 to 1")
     for i, (measure, (least, most)) in enumerate(MEASURES.items()):
         scaled = [(passages[name][:, i] - least) / (most - least) for name in names]
         means, errors = zip(*map(mean_se, scaled))
-        axis.errorbar(kl, means, errors, fmt=f"C{i}o-")
-        sample.curve(axis, kl, means, "-", measure, f"C{i}")
+        axis.errorbar(kl, means, errors, fmt=f"C{i}o-", label=measure)
+    axis.legend()
     return figure
 
 
