@@ -88,7 +88,8 @@ def attention_bias(start, end, device, pad=None):
     blocked keys weight 0; a padded query, whose keys are all blocked, gets an output that means
     nothing and is never used.
     """
-    bias = torch.full((end - start, end), BLOCKED, device=device).triu(start + 1)
+    everywhere = torch.full((end - start, end), BLOCKED, device=device)
+    bias = everywhere.triu(start + 1)
     if pad is None:
         return bias
     padding = F.pad(pad * BLOCKED, (0, end - pad.size(1)))              # (B,S)
@@ -103,9 +104,11 @@ def attention(q, k, v, bias):
     """
     B, H, T, head = q.shape
     q = q.flatten(1, 2) / math.sqrt(head)
-    scores = (q @ k.mT).view(B, H, T, -1) + bias                        # (B,H,T,S)
-    weights = scores.softmax(-1).flatten(1, 2)
-    return (weights @ v).view(B, H, T, head)
+    scores = q @ k.mT                                                   # (B,H*T,S)
+    scores = scores.view(B, H, T, -1) + bias
+    weights = scores.softmax(-1)
+    y = weights.flatten(1, 2) @ v                                       # (B,H*T,head)
+    return y.view(B, H, T, head)
 
 
 class Block(nn.Module):
@@ -114,22 +117,26 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
+        std = C ** -0.5
         self.head = C // config.n_head
         # A query for each head, but one key and one value for all of them (multi-query attention,
         # Shazeer 2019): sampling spends much of its time on reading those of earlier tokens.
-        self.qkv = Linear(C, C + 2 * self.head, std=C ** -0.5)
+        self.qkv = Linear(C, C + 2 * self.head, std)
         self.proj = Linear(C, C)                        # zeros: a block starts as the identity
-        self.fc = Linear(C, 4 * C, std=C ** -0.5)
+        self.fc = Linear(C, 4 * C, std)
         self.out = Linear(4 * C, C)
 
     def forward(self, x, cos, sin, bias, cache=None):
         B, T, C = x.shape
-        qkv = self.qkv(norm(x)).view(B, T, -1, self.head)
+        qkv = self.qkv(norm(x))
+        qkv = qkv.view(B, T, -1, self.head)
         qkv = qkv.transpose(1, 2)                                       # (B,H+2,T,head)
         # Normalising q and k bounds the attention scores: high learning rates stay stable.
         qk = rotate(norm(qkv[:, :-1]), cos, sin)
         q = qk[:, :-1]                                                  # (B,H,T,head)
-        kv = torch.stack((qk[:, -1], qkv[:, -1]))                       # (2,B,T,head)
+        k = qk[:, -1]
+        v = qkv[:, -1]
+        kv = torch.stack((k, v))                                        # (2,B,T,head)
         if cache is not None:
             if self in cache:
                 kv = torch.cat((cache[self], kv), dim=2)                # (2,B,S,head)
@@ -171,7 +178,8 @@ class GPT(nn.Module):
         """
         end = start + x.size(1)
         assert end <= self.config.block_size, f"{end} tokens do not fit the context"
-        bias = attention_bias(start, end, x.device, pad).to(self.dtype)
+        bias = attention_bias(start, end, x.device, pad)
+        bias = bias.to(self.dtype)
         cos = self.cos[start:end].to(self.dtype)
         sin = self.sin[start:end].to(self.dtype)
         if not x.is_floating_point():
@@ -200,15 +208,19 @@ def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
     """
     logits = logits / max(temperature, 1e-9)
     if top_k is not None:
-        best = logits.topk(min(top_k, logits.size(-1))).values
+        top_k = min(top_k, logits.size(-1))
+        best = logits.topk(top_k).values
         logits = logits.masked_fill(logits < best[:, -1:], -math.inf)
     # Invert the cumulative distribution: one uniform number a row, where torch.multinomial draws
     # one for each token of the vocabulary. Each probability is off by at most 2e-7.
-    cdf = logits.softmax(-1).cumsum(-1)                                 # (B,V)
+    probs = logits.softmax(-1)
+    cdf = probs.cumsum(-1)                                              # (B,V)
     # Draw the first token whose cdf exceeds u; a token of probability 0 is never the first. With
     # NaN logits there is none, and clamp keeps the index valid until the NaN is reported.
-    drawn = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)
-    return drawn.squeeze(-1).clamp(max=cdf.size(-1) - 1)
+    threshold = uniform * cdf[:, -1:]
+    drawn = torch.searchsorted(cdf, threshold, right=True)
+    last = cdf.size(-1) - 1
+    return drawn.squeeze(-1).clamp(max=last)
 
 
 def padding(tokens):
@@ -239,7 +251,8 @@ def extend(model, prompt, uniform, temperature=1.0, top_k=None, frozen=0):
         lower.append(x)
         x = model.stream(x, start, cache, pad, slice(frozen, None))
         logits = model.logits(x[:, -1])                                     # (B,V)
-        drawn = sample_tokens(logits, uniform[:, t:t + 1], temperature, top_k)      # (B,)
+        column = uniform[:, t:t + 1]
+        drawn = sample_tokens(logits, column, temperature, top_k)           # (B,)
         new = drawn[:, None]
         tokens = torch.cat((tokens, new), dim=1)
     return {"tokens": tokens, "lower": torch.cat(lower, dim=1)}
@@ -311,7 +324,8 @@ def token_logprobs(logits, tokens):
     Values at PAD are meaningless and must be masked.
     """
     index = tokens.clamp(min=0)[..., None]
-    return logits.float().log_softmax(-1).gather(-1, index).squeeze(-1)
+    logprobs = logits.float().log_softmax(-1)
+    return logprobs.gather(-1, index).squeeze(-1)
 
 
 @torch.no_grad()
@@ -395,7 +409,8 @@ def bigram_start(model, tokens, smooth=20.0):
     counts = torch.bincount(pairs, minlength=V * V)
     counts = counts.view(V, V).float()                  # (this, next)
     seen = counts.sum(1, keepdim=True)
-    share = (counts.sum(0) + 1) / (counts.sum() + V)
+    often = counts.sum(0) + 1
+    share = often / often.sum()
     smoothed = (counts + smooth * share) / (seen + smooth)
     logits = smoothed.log()
     logits = logits - logits.mean(1, keepdim=True)
@@ -409,7 +424,8 @@ def bigram_start(model, tokens, smooth=20.0):
 
 def next_token_nats(model, rows):
     """-log P of every token but the first of rows (B,T+1): (B,T), in nats."""
-    return -token_logprobs(model(rows[:, :-1]), rows[:, 1:])
+    logits = model(rows[:, :-1])
+    return -token_logprobs(logits, rows[:, 1:])
 
 
 @torch.no_grad()
@@ -461,21 +477,22 @@ def pretrain(options, texts, loop):
     start = torch.full((1, 1), texts["start"], device=options.device)
     # Positions of the boundary before a speech; a text without any begins anywhere.
     n = len(train) - T
-    openings = (train[:n] == texts["start"]).nonzero().squeeze(1)
+    is_start = train[:n] == texts["start"]
+    openings = is_start.nonzero().squeeze(1)
     if not len(openings):
         openings = torch.arange(n)
 
     for i in loop.steps(steps, model=model, optimizer=optimizer):
         if i % 100 == 0 or i == 50:                 # with the same random numbers each time
-            tokens = generate(model, start, min(48, T - 1), generator=torch.Generator())
+            length = min(48, T - 1)
+            tokens = generate(model, start, length, generator=torch.Generator())
             loop.show(f"after {i} steps the model writes:", data.decode(vocabulary, tokens[0]))
         starts = draw_starts(n, openings, batch)[rows]
         tokens = windows(train, starts, T + 1).to(options.device)
         loss = next_token_nats(model, tokens).mean()
         lr = learning_rate(i, steps, config.n_embd)
         optimizer_step(loss, optimizer, lr, weight=weight)
-        average([loss.detach()], weight)
-        metrics = {"loss": loss.item()}
+        metrics = {"loss": loss.item()}             # of its share, where processes share
         if (i + 1) % 100 == 0:
             metrics["val_bits_per_byte"] = bits_per_byte(model, held_out[:10_000], vocabulary)
         if (i + 1) % 10 == 0 or i + 1 == steps:

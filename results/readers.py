@@ -116,14 +116,13 @@ def print_agreement(readers):
 
 
 def drift(name, study):
-    """The ref_kl of a model of a study. NAME_kl4 was kept when its run first passed 4 nats."""
+    """The ref_kl of a model of a study. NAME_after4 is the policy after 4 iterations."""
     if name == "pretrain":
         return 0.0
-    stem, _, mark = name.partition("_kl")
+    stem, _, after = name.partition("_after")
     run = data.load_checkpoint(study / f"{stem}.pt", "ppo")
-    if not mark:
-        return run["result"]["ref_kl"]
-    return next(row["ref_kl"] for row in run["history"] if row["ref_kl"] >= float(mark))
+    # A row of the history describes the policy before its update.
+    return run["history"][int(after)]["ref_kl"] if after else run["result"]["ref_kl"]
 
 
 def draw_figure(passages, study):
