@@ -346,7 +346,7 @@ class PPOConfig:
     """The settings of a PPO run; TABLE in train.py gives reasons to change them."""
     beta: float = 0.2
     algorithm: str = "ppo"              # or simple, rloo, grpo
-    iterations: int = 46
+    iterations: int = 50
     length: int = 64                    # tokens of a completion
     batch: int = 512                    # completions an iteration
     group: int = 4                      # completions of each prompt; with one prompt, the batch

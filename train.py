@@ -48,7 +48,7 @@ rho       prompts         8              openings to continue in PPO, and as man
 rho       rho_samples     2048 3072 16384  more samples of rho estimate J* more precisely
 ppo       toward          positive|negative  rewards log P(positive) or log P(negative)
 ppo       algorithm       ppo|simple|rloo|grpo  how PPO.advantages estimates them
-ppo       iterations      8 46 46        more come closer to the optimum
+ppo       iterations      8 50 50        more come closer to the optimum
 ppo       batch           128 512 2048   completions per iteration: more mean less noise
 ppo       group           4              completions per prompt within a batch (one prompt: all)
 ppo       minibatch       16 32 128      completions per optimizer step
