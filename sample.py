@@ -13,6 +13,7 @@ KL(pi to rho), unless --temperature or --top-k changes the sampling.
 
 import csv
 import io
+import itertools
 import json
 import random
 import re
@@ -259,7 +260,7 @@ def report(out):
         first, *_ = stages[name]["report"].values()
         metrics = {f"val_{key}": x for key, x in first.items()}
         summary[name] = {**metrics, **rho["scales"][name]["positive"]}
-    lines = {out / "pretrain.pt": "before"}
+    lines = {out / "pretrain.pt": ""}
     results = samples = ""
     for run in runs:
         template = UNKNOWN if run["fraction_of_optimum"] is None else KNOWN
@@ -268,8 +269,14 @@ def report(out):
     for path, line in lines.items():
         texts = [SAMPLE.format_map(row) for row in draw(path, 20)]
         data.write_file(out / f"samples/{path.stem}.txt", "\n".join(texts))
-        samples += f"{line}\n{texts[0]}\n"
-    print(samples)
+        after = texts[0].split("\n")
+        if not line:
+            before = after
+            continue
+        for pair in itertools.zip_longest(["before", *before], ["after", *after], fillvalue=""):
+            samples += "{:52.52}  {}\n".format(*pair)
+        samples += line + "\n\n"
+    print(samples, end="")
     (out / "figures").mkdir(exist_ok=True)
     draw_frontier(runs).savefig(out / "figures/frontier.png")
     draw_ppo(runs).savefig(out / "figures/ppo.png")

@@ -302,7 +302,7 @@ def test_the_summary_has_the_fixed_keys_and_the_checkpoints_numbers(reported):
 
 
 def test_the_tables_show_the_checkpoints_numbers(reported):
-    """A row for rho and each run, a sample of each; below an ESS of 100 nothing needs J*."""
+    """A row for rho and each run, samples side by side; below an ESS of 100 nothing needs J*."""
     out, _, printed = reported
     report = (out / "report.md").read_text()
     assert "| rho | 0 | 0 | | 0 | 0 |" in report
@@ -322,9 +322,11 @@ def test_the_tables_show_the_checkpoints_numbers(reported):
             line += (f" of J* {x['optimum']['objective']:.2f}: {x['fraction_of_optimum']:.0%} of "
                      "the way from rho")
         assert f"\n{row}\n" in report, f"{key}: not in the table"
-        for x, heading in (("pretrain", "before"), (name, line)):
-            first = (out / f"samples/{x}.txt").read_text().split("\n-----\n")[0]
-            assert f"{heading}\n{first}\n" in printed and f"\n{heading}\n{first}\n" in report
+        before, after = ((out / f"samples/{x}.txt").read_text().split("\n-----\n")[0].split("\n")
+                         for x in ("pretrain", name))
+        for left, right in itertools.zip_longest(before, after, fillvalue=""):
+            assert f"\n{left[:52]:52}  {right}\n" in report, f"{key}: not side by side"
+        assert f"\n{line}\n" in printed and f"\n{line}\n" in report
     assert "ppo_beta7" not in report and "| 7 |" not in report, "a run of another rho"
     for name in ("reward", "judge"):
         x = next(iter(load(out, name)["report"].values()))
