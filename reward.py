@@ -135,10 +135,10 @@ class RewardModel(Bag):
         """Fit the head alone: fine-tuning the trunk predicts no better (results/README.md)."""
         x = in_chunks(lambda rows: self.features(rows).sum(1), tokens)      # (N,2C+2)
         # Of ridges from 100 to 300,000, 3,000 and 10,000 predict the ratings of "choose" best.
-        self.head.data, _ = regress(x.mv, x.size(1), targets, weights, 10_000.0, loss)
+        self.head.data, _ = regress(x.mv, len(self.head), targets, weights, 10_000.0, loss)
 
 
-# ---- losses and regression ----------------------------------------------------------------
+# ---- losses, regression, the score --------------------------------------------------------
 
 def soft_loss(log_odds, targets):
     """Cross-entropy with soft targets from 0 to 1 (neutral: 1/2), elementwise, in nats."""
@@ -146,15 +146,13 @@ def soft_loss(log_odds, targets):
 
 
 def comparison_loss(log_odds, targets, rounds=8):
-    """Bradley-Terry: -log sigmoid(r(better) - r(worse)), the usual loss of RLHF, in nats.
+    """Bradley-Terry, the usual loss of RLHF: -log sigmoid(r(better) - r(worse)), nats (N,).
 
-    log_odds, targets (N,) -> (N,). Each round compares every passage with a random other one. That
-    of higher target is the better one; ties are left out (Ziegler 2019).
+    Each round compares every passage with a random other one; ties are left out (Ziegler 2019).
     """
     generator = torch.Generator().manual_seed(0)            # the same pairs in every call
-    orders = [torch.randperm(len(targets), generator=generator)
-              for _ in range(rounds)]
-    other = torch.stack(orders)                             # (rounds,N)
+    other = torch.stack([torch.randperm(len(targets), generator=generator)
+                         for _ in range(rounds)])           # (rounds,N)
     better = (targets - targets[other]).sign()              # (rounds,N): 1, -1, or 0 (tie)
     gap = better * (log_odds - log_odds[other])
     losses = -better.abs() * F.logsigmoid(gap)
@@ -162,9 +160,9 @@ def comparison_loss(log_odds, targets, rounds=8):
 
 
 def regress(linear, size, targets, weights=1.0, ridge=0.0, loss=soft_loss):
-    """Ridge logistic regression on soft targets (N,): the fitted weight (size,) and bias (1,).
+    """Ridge logistic regression: weight (size,) and bias (1,) of log-odds linear(weight) + bias.
 
-    The log-odds are linear(weight) (N,) + bias. weights (N,): how much each passage counts.
+    targets, weights (N,): soft targets, and how much each passage counts.
     """
     weight = targets.new_zeros(size, requires_grad=True)
     bias = targets.new_zeros(1, requires_grad=True)
@@ -188,19 +186,14 @@ def calibrate(model, tokens, targets):
     model.scale, model.bias = regress(in_chunks(model, tokens).mul, 1, targets)
 
 
-# ---- the score ----------------------------------------------------------------------------
-
 def score(log_odds, mean, std, toward="positive"):
-    """The score r(y) = (log P(toward) - mean) / std from log-odds of positive (B,): (B,).
-
-    mean and std are computed once, by score_constants() over samples of the pretrained model.
-    """
+    """The score r(y) = (log P(toward) - mean) / std, which PPO maximises, from log-odds (B,)."""
     sign = 1 if toward == "positive" else -1
     return (F.logsigmoid(sign * log_odds) - mean) / std
 
 
 def score_constants(log_odds, toward):
-    """Mean and std of log P(toward) over samples of rho with log-odds (N,), for score()."""
+    """The score's mean and std, once and for all, from log-odds (N,) of samples of rho."""
     log_p = score(log_odds, 0.0, 1.0, toward)
     return {"mean": log_p.mean().item(),
             "std": log_p.std().item()}
@@ -276,7 +269,8 @@ def fit_reward(options, pretrained, rated, loop):
     told = pretrained["vocabulary"], rated["words"]
     model = Bag(*told)
     if options.reward_model == "head":
-        model = RewardModel(load_gpt(pretrained, dtype=options.dtype), *told)
+        gpt = load_gpt(pretrained, dtype=options.dtype)
+        model = RewardModel(gpt, *told)
     loss = comparison_loss if options.feedback == "comparisons" else soft_loss
     return fit_to_ratings(options, pretrained, model, rated, "reward", loss)
 
@@ -323,7 +317,8 @@ def load_reward(state, device="cpu", dtype=torch.float32):
     told = state["vocabulary"], state["words"]
     model = Bag(*told)
     if "head" in state["model"]:
-        model = RewardModel(GPT(GPTConfig(**state["config"]), dtype), *told)
+        gpt = GPT(GPTConfig(**state["config"]), dtype)
+        model = RewardModel(gpt, *told)
     model.load_state_dict(state["model"])
     return model.requires_grad_(False).to(device)
 
@@ -331,8 +326,7 @@ def load_reward(state, device="cpu", dtype=torch.float32):
 # ---- the command line ---------------------------------------------------------------------
 
 def main():
-    parser = data.Parser(description="Score texts with the reward model. "
-                                     "(python train.py --until reward trains it.)")
+    parser = data.Parser(description="Score texts by the reward model that train.py trained.")
     parser.add_argument("--score", metavar="FILE.jsonl", required=True,
                         help='print each line {"text": ...} of this file with "positive" added; '
                              "of a text longer than --length its beginning is read")
