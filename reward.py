@@ -8,9 +8,6 @@ ratings of single words (labels/words.csv), which five megabytes of plays do not
 A Bag fitted to other plays, without the word ratings, is the judge: it measures what PPO did and is
 never optimised.
 
-PPO maximises the score r(y) = (log P(positive given y) - mean) / std, with mean and std computed
-once over samples of the pretrained model.
-
     python train.py --until reward               trains both, prints their held-out metrics
     python reward.py --score FILE.jsonl          prints each line {"text": ...} with "positive": p
 """
@@ -37,15 +34,12 @@ LETTERS = 7             # words are cut to 7 letters, so kindness and kindnesses
 class Bag(nn.Module):
     """A bag of words: log-odds of positive are bias + scale * the sum of tokens' contributions.
 
-    A word contributes its number in words where it first occurs. vocabulary: the bytes of each
-    token. words: {first LETTERS letters: rating from -2 to 2; after Bag.fit() the fitted number}.
+    A word contributes its number where it first occurs. vocabulary: the bytes of each token.
+    words: {first LETTERS letters: rating from -2 to 2; after Bag.fit() the fitted number}.
     """
-
-    config = None                   # RewardModel has its GPT's
 
     def __init__(self, vocabulary, words):
         super().__init__()
-        self.vocabulary = vocabulary
         self.words = words
         # " Love", "LOVE" and "love" count as one word. PAD = -1 indexes the last entry, "".
         self.spelling = [token.decode("latin-1").lower()
@@ -88,18 +82,17 @@ class Bag(nn.Module):
     def contributions(self, tokens):
         """The number in words of the word so far at each of tokens (B,T), default 0: (B,T)."""
         numbers = [self.words.get(word, 0) for word in self.find_words(tokens)]
-        return torch.tensor(numbers, device=tokens.device).view(tokens.shape)
+        return torch.tensor(numbers, device=tokens.device).view_as(tokens)
 
     def fit(self, tokens, targets, weights, loss):
-        """Fit to passages tokens (N,T), soft targets (N,), weighted by weights (N,).
+        """Fit to passages tokens (N,T) with soft targets (N,) and weights (N,), but for the bias.
 
         The number of a word becomes a weight of its own plus strength * its rating.
         """
         names = sorted({"", *self.words, *self.find_words(tokens)})
-        ratings = [self.words.get(name, 0.0) for name in names]
+        ratings = targets.new_tensor([self.words.get(name, 0.0) for name in names])
         # weight[0] is the strength, which leaves "" without a weight; rating -1 cancels it to 0.
-        ratings[0] = -1.0
-        ratings = torch.tensor(ratings, device=tokens.device)
+        ratings[0] = -1
         # For now a word's number is its column.
         self.words = {name: i for i, name in enumerate(names)}
         columns = self.contributions(tokens)                                # (N,T)
@@ -109,7 +102,7 @@ class Bag(nn.Module):
             # Not added[columns]: with several threads the bits of its backward pass vary.
             return added.gather(0, columns.flatten()).view_as(columns).sum(1)
 
-        weight, self.bias = regress(sums, len(names), targets, weights, 20.0, loss)
+        weight, _ = regress(sums, len(names), targets, weights, 20.0, loss)
         added = weight + weight[0] * ratings
         self.words = dict(zip(names, added.tolist()))
 
@@ -117,18 +110,15 @@ class Bag(nn.Module):
 class RewardModel(Bag):
     """The reward model: a linear head on the first blocks of gpt, which is modified.
 
-    The head reads each token's hidden state, and the hidden state times the rating of the word so
-    far, so that the context of a word decides how much its rating counts. Those ratings are what
-    Bag.contributions() gives before any fit.
+    It reads each token's hidden state, and the hidden state times the rating of the word so far:
+    so the context of a word decides how much its rating counts.
     """
 
     def __init__(self, gpt, vocabulary, words, blocks=1):
         super().__init__(vocabulary, words)
-        self.config = vars(gpt.config)
         self.trunk = gpt
-        gpt.blocks = gpt.blocks[:blocks]
-        gpt.lm_head = nn.Identity()                     # unused: the trunk predicts no tokens
-        self.head = nn.Linear(2 * gpt.config.n_embd + 2, 1, bias=False)
+        del gpt.blocks[blocks:], gpt.lm_head            # the trunk predicts no tokens
+        self.head = nn.Parameter(torch.rand(2 * gpt.config.n_embd + 2))
 
     def features(self, tokens):
         """The head's input at each token (B,T,2C+2): x and rating * x, x = (hidden state, 1)."""
@@ -139,17 +129,16 @@ class RewardModel(Bag):
         return torch.cat((x, ratings * x), dim=-1)
 
     def contributions(self, tokens):
-        return self.head(self.features(tokens)).squeeze(-1)
+        return self.features(tokens) @ self.head
 
     def fit(self, tokens, targets, weights, loss):
         """Fit the head alone: fine-tuning the trunk predicts no better (results/README.md)."""
         x = in_chunks(lambda rows: self.features(rows).sum(1), tokens)      # (N,2C+2)
         # Of ridges from 100 to 300,000, 3,000 and 10,000 predict the ratings of "choose" best.
-        weight, self.bias = regress(x.mv, x.size(1), targets, weights, 10_000.0, loss)
-        self.head.weight.data = weight[None]
+        self.head.data, _ = regress(x.mv, len(self.head), targets, weights, 10_000.0, loss)
 
 
-# ---- losses and regression ----------------------------------------------------------------
+# ---- losses, regression, the score --------------------------------------------------------
 
 def soft_loss(log_odds, targets):
     """Cross-entropy with soft targets from 0 to 1 (neutral: 1/2), elementwise, in nats."""
@@ -157,15 +146,13 @@ def soft_loss(log_odds, targets):
 
 
 def comparison_loss(log_odds, targets, rounds=8):
-    """Bradley-Terry: -log sigmoid(r(better) - r(worse)), the usual loss of RLHF, in nats.
+    """Bradley-Terry, the usual loss of RLHF: -log sigmoid(r(better) - r(worse)), nats (N,).
 
-    log_odds, targets (N,) -> (N,). Each round compares every passage with a random other one. That
-    of higher target is the better one; ties are left out (Ziegler 2019).
+    Each round compares every passage with a random other one; ties are left out (Ziegler 2019).
     """
     generator = torch.Generator().manual_seed(0)            # the same pairs in every call
-    orders = [torch.randperm(len(targets), generator=generator)
-              for _ in range(rounds)]
-    other = torch.stack(orders)                             # (rounds,N)
+    other = torch.stack([torch.randperm(len(targets), generator=generator)
+                         for _ in range(rounds)])           # (rounds,N)
     better = (targets - targets[other]).sign()              # (rounds,N): 1, -1, or 0 (tie)
     gap = better * (log_odds - log_odds[other])
     losses = -better.abs() * F.logsigmoid(gap)
@@ -173,9 +160,9 @@ def comparison_loss(log_odds, targets, rounds=8):
 
 
 def regress(linear, size, targets, weights=1.0, ridge=0.0, loss=soft_loss):
-    """Ridge logistic regression on soft targets (N,): the fitted weight (size,) and bias (1,).
+    """Ridge logistic regression: weight (size,) and bias (1,) of log-odds linear(weight) + bias.
 
-    The log-odds are linear(weight) (N,) + bias. weights (N,): how much each passage counts.
+    targets, weights (N,): soft targets, and how much each passage counts.
     """
     weight = targets.new_zeros(size, requires_grad=True)
     bias = targets.new_zeros(1, requires_grad=True)
@@ -194,24 +181,19 @@ def regress(linear, size, targets, weights=1.0, ridge=0.0, loss=soft_loss):
 
 
 def calibrate(model, tokens, targets):
-    """Fit a model's scale and bias (Platt 1999) on passages that it was not trained on."""
-    log_odds = in_chunks(model, tokens)
-    # Comparisons leave the zero of the log-odds undetermined; ratings determine it here.
-    slope, intercept = regress(log_odds.mul, 1, targets)
-    model.scale *= slope
-    model.bias = slope * model.bias + intercept
+    """Set a fitted model's scale and bias (Platt 1999) on passages that it was not trained on."""
+    # No fit learns the bias: comparisons leave the zero of the log-odds undetermined.
+    model.scale, model.bias = regress(in_chunks(model, tokens).mul, 1, targets)
 
-
-# ---- the score ----------------------------------------------------------------------------
 
 def score(log_odds, mean, std, toward="positive"):
-    """The score r(y) = (log P(toward) - mean) / std from log-odds of positive (B,): (B,)."""
+    """The score r(y) = (log P(toward) - mean) / std, which PPO maximises, from log-odds (B,)."""
     sign = 1 if toward == "positive" else -1
     return (F.logsigmoid(sign * log_odds) - mean) / std
 
 
 def score_constants(log_odds, toward):
-    """Mean and std of log P(toward) over samples of rho with log-odds (N,), for score()."""
+    """The score's mean and std, once and for all, from log-odds (N,) of samples of rho."""
     log_p = score(log_odds, 0.0, 1.0, toward)
     return {"mean": log_p.mean().item(),
             "std": log_p.std().item()}
@@ -248,29 +230,23 @@ def read_ratings(labels=None):
             "words": words}
 
 
-def prepare(rated, vocabulary, length, device="cpu"):
-    """Ratings as tensors: {part: (tokens (N,length), targets, weights, is_sample, each (N,))}."""
-    tokenizer = data.make_tokenizer(vocabulary)
-    parts = {}
-    for part, passages in rated["passages"].items():
-        texts, ratings, is_sample = zip(*passages)
-        ids = list(map(tokenizer.encode_ordinary, texts))
-        with torch.device(device):              # where the tensors are made
-            lengths = torch.tensor(list(map(len, ids)))
-            is_sample = torch.tensor(is_sample)
-            targets = (torch.tensor(ratings) + 2) / 4
-            # A rating is for the whole passage, so it is weighted by the share of tokens read.
-            # Samples of models count twice: PPO asks the reward model about samples.
-            weights = (length / lengths).clamp(max=1) * (1 + is_sample)
-            parts[part] = data.pad(ids, length), targets, weights, is_sample
-    return parts
+def prepare(passages, vocabulary, length):
+    """Rated passages as tensors: tokens (N,length), soft targets (N,) and weights (N,)."""
+    texts, ratings, is_sample = map(list, zip(*passages))
+    ids = data.make_tokenizer(vocabulary).encode_ordinary_batch(texts)
+    targets = (torch.tensor(ratings) + 2) / 4
+    # A rating is for the whole passage, so it is weighted by the share of tokens read.
+    # Samples of models count twice: PPO asks the reward model about samples.
+    lengths = torch.tensor(list(map(len, ids)))
+    share = (length / lengths).clamp(max=1)
+    weights = share * (1 + torch.tensor(is_sample))
+    return data.pad(ids, length), targets, weights
 
 
 def rating_metrics(log_odds, targets):
     """How well log-odds (N,) of positive predict soft targets (N,): a dict of numbers.
 
-    pearson: of P(positive) and target; auc: targets above 1/2 against those below; slope: of the
-    calibration, above 1 underconfident, below 1 overconfident; log_loss: in nats.
+    auc: targets above 1/2 against those below. slope: above 1 underconfident, below overconfident.
     """
     p = log_odds.sigmoid()
     # Pearson's r is the cosine similarity of the centred vectors.
@@ -296,39 +272,41 @@ def fit_reward(options, pretrained, rated, loop):
         gpt = load_gpt(pretrained, dtype=options.dtype)
         model = RewardModel(gpt, *told)
     loss = comparison_loss if options.feedback == "comparisons" else soft_loss
-    return fit_to_ratings(options, model, rated, "reward", loss, loop)
+    return fit_to_ratings(options, pretrained, model, rated, "reward", loss)
 
 
 def fit_judge(options, pretrained, rated, loop):
     """Fit the judge, which PPO never optimises: the content of judge.pt, a dict."""
     model = Bag(pretrained["vocabulary"], {})
-    return fit_to_ratings(options, model, rated, "judge", soft_loss, loop)
+    return fit_to_ratings(options, pretrained, model, rated, "judge", soft_loss)
 
 
-def fit_to_ratings(options, model, rated, part, loss, loop):
+def fit_to_ratings(options, pretrained, model, rated, part, loss):
     """Fit a model to its part of the ratings, calibrate it on "choose", measure it on "report"."""
-    parts = prepare(rated, model.vocabulary, options.length, options.device)
-    tokens, targets, weights, _ = parts[part]
-    model.to(options.device).fit(tokens, targets, weights, loss)
-    tokens, targets, _, is_sample = parts["choose"]
-    if is_sample.sum() >= ENOUGH:           # calibrate on samples, PPO's kind of text
-        tokens, targets = tokens[is_sample], targets[is_sample]
+    passages = rated["passages"]
+
+    def read(rows):
+        with torch.device(options.device):              # where the tensors are made
+            return prepare(rows, pretrained["vocabulary"], options.length)
+
+    model.to(options.device).fit(*read(passages[part]), loss)
+    # Samples are PPO's kind of text.
+    rows = [row for row in passages["choose"] if row[2]]
+    if len(rows) < ENOUGH:
+        rows = passages["choose"]
+    tokens, targets, _ = read(rows)
     calibrate(model, tokens, targets)
-    tokens, targets, _, is_sample = parts["report"]
-    log_odds = in_chunks(model, tokens)
     report = {}
-    for kind, chosen in (("passages", ~is_sample), ("samples", is_sample)):
-        if chosen.any():
-            report[kind] = rating_metrics(log_odds[chosen], targets[chosen])
+    for kind, is_sample in (("passages", False), ("samples", True)):
+        rows = [row for row in passages["report"] if row[2] == is_sample]
+        if rows:
+            tokens, targets, _ = read(rows)
+            report[kind] = rating_metrics(in_chunks(model, tokens), targets)
             print("{} model, {n} held-out {}: Pearson {pearson:.3f}, AUC {auc:.3f}, "
                   "calibration slope {slope:.2f}".format(part, kind, **report[kind]))
-    # Show the three most negative and the three most positive passages.
-    for i in log_odds.argsort()[[0, 1, 2, -3, -2, -1]]:
-        text = data.decode(model.vocabulary, tokens[i])
-        loop.show(f"P(positive) {log_odds[i].sigmoid():.2f}", text)
     return {"model": model.state_dict(),
-            "config": model.config,
-            "vocabulary": model.vocabulary,
+            "config": pretrained["config"],
+            "vocabulary": pretrained["vocabulary"],
             "words": model.words,
             "length": options.length,
             "report": report}
@@ -338,7 +316,7 @@ def load_reward(state, device="cpu", dtype=torch.float32):
     """The frozen model of a reward.pt or judge.pt checkpoint."""
     told = state["vocabulary"], state["words"]
     model = Bag(*told)
-    if state["config"]:
+    if "head" in state["model"]:
         gpt = GPT(GPTConfig(**state["config"]), dtype)
         model = RewardModel(gpt, *told)
     model.load_state_dict(state["model"])
@@ -348,8 +326,7 @@ def load_reward(state, device="cpu", dtype=torch.float32):
 # ---- the command line ---------------------------------------------------------------------
 
 def main():
-    parser = data.Parser(description="Score texts with the reward model. "
-                                     "(python train.py --until reward trains it.)")
+    parser = data.Parser(description="Score texts by the reward model that train.py trained.")
     parser.add_argument("--score", metavar="FILE.jsonl", required=True,
                         help='print each line {"text": ...} of this file with "positive" added; '
                              "of a text longer than --length its beginning is read")
@@ -357,12 +334,13 @@ def main():
                         help="the folder of reward.pt (default out)")
     args = parser.parse_args()
     state = data.load_checkpoint(args.out / "reward.pt", "reward")
-    tokenizer = data.make_tokenizer(state["vocabulary"])
+    encode = data.make_tokenizer(state["vocabulary"]).encode_ordinary
     model = load_reward(state)
     for row in data.read_jsonl(args.score):
-        ids = tokenizer.encode_ordinary(row["text"].strip())
-        p = model(data.pad([ids], state["length"])).sigmoid().item()
-        print(json.dumps({**row, "positive": round(p, 6)}, ensure_ascii=False))
+        tokens = data.pad([encode(row["text"].strip())], state["length"])
+        p = model(tokens).sigmoid().item()
+        row["positive"] = round(p, 6)
+        print(json.dumps(row, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -47,11 +47,11 @@ class TokenWeights(Bag):
         return own + self.strength * super().contributions(tokens)
 
     def fit(self, tokens, targets, weights, loss):
-        counts = torch.zeros(len(tokens), len(self.vocabulary))         # (N,V)
+        counts = torch.zeros(len(tokens), len(self.spelling))           # (N,V+1)
         counts.scatter_add_(1, tokens.clamp(min=0), (tokens != data.PAD) * (1.0 - self.alone))
         x = torch.cat((counts, super().contributions(tokens).sum(1, keepdim=True)), dim=1)
         ridge = torch.tensor([60.0] * (x.size(1) - 1) + [0.0])          # none on the strength
-        weight, self.bias = regress(x.mv, len(ridge), targets, weights, ridge, loss)
+        weight, _ = regress(x.mv, len(ridge), targets, weights, ridge, loss)
         self.weight, self.strength = weight[:-1], weight[-1]
 
 
@@ -83,8 +83,8 @@ class PairBag(Bag):
         ratings = torch.tensor([self.words.get(name, 0.0) for name in names])
         ratings[0] = -1.0
         ridge = torch.tensor([100.0 if " " in name else 20.0 for name in names])
-        weight, self.bias = regress(lambda weight: (weight + weight[0] * ratings)[rows].sum(1),
-                                    len(names), targets, weights, ridge, loss)
+        weight, _ = regress(lambda weight: (weight + weight[0] * ratings)[rows].sum(1),
+                            len(names), targets, weights, ridge, loss)
         self.words = dict(zip(names, (weight + weight[0] * ratings).tolist()))
 
 
@@ -131,7 +131,7 @@ def fit(model, parts, part="reward", loss=reward.soft_loss, tune=False):
 def fine_tune(model, tokens, targets, weights, batch=64):
     """One pass of Adam over blocks and head, from the head that fit() has found."""
     model.trunk.blocks.requires_grad_(True)
-    optimizer = torch.optim.Adam([*model.trunk.blocks.parameters(), model.head.weight])
+    optimizer = torch.optim.Adam([*model.trunk.blocks.parameters(), model.head])
     order = torch.randperm(len(tokens)).split(batch)
     for i, rows in enumerate(order):
         losses = weights[rows] * reward.soft_loss(model(tokens[rows]), targets[rows])
@@ -257,7 +257,10 @@ def main():
     pretrained, rewarded = [data.load_checkpoint(study / f"{name}.pt", name)
                             for name in ("pretrain", "reward")]
     dtype, labels = gpt.compute_dtype(torch.device("cpu")), reward.read_ratings()
-    parts = reward.prepare(labels, rewarded["vocabulary"], rewarded["length"])
+    parts = {}
+    for part, rows in labels["passages"].items():
+        is_sample = torch.tensor([row[2] for row in rows])
+        parts[part] = *reward.prepare(rows, rewarded["vocabulary"], rewarded["length"]), is_sample
     torch.manual_seed(0)
     read, seconds = {}, {}
     for name, model, special in make_models(pretrained, labels["words"], dtype):

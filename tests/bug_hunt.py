@@ -99,11 +99,8 @@ BUGS = [
         [("scores = scores.detach()", "scores = -scores.detach()")]),
     Bug("train/test split shuffled twice", "ckkissane", "reward.py: reward",
         "Rows to train on and to measure on come from two shuffles: test items are trained on.",
-        [("    tokens, targets, weights, _ = parts[part]\n",
-          "    rows = torch.randperm(sum(len(x[0]) for x in parts.values()))\n"
-          "    rows = rows[:len(parts[part][0])]\n"
-          "    tokens, targets, weights = [torch.cat([x[i] for x in parts.values()])[rows]\n"
-          "                                for i in range(3)]\n")]),
+        [("read(passages[part])", "[torch.cat(x)[torch.randperm(len(passages[part]), generator="
+          "torch.Generator().manual_seed(0))] for x in zip(*map(read, passages.values()))]")]),
     Bug("softmax applied before cross-entropy", "nanoChatGPT", "reward.py: reward",
         "A probability is read as log-odds, so no passage comes out below one half.",
         [("with_logits(log_odds, ", "with_logits(log_odds.sigmoid(), ")]),
@@ -112,11 +109,10 @@ BUGS = [
         [("(targets - targets[other]).sign()", "(targets[other] - targets).sign()")]),
     Bug("calibrated on the rows of the report", OURS, "reward.py: reward",
         "The calibration slope that is reported is 1 whatever the model is worth.",
-        [('parts["choose"]', 'parts["report"]')]),
+        [('if row[2]]', 'if 0]'), ('rows = passages["choose"]', 'rows = passages["report"]')]),
     Bug("the trunk of the reward model trained", OURS, "reward.py: reward",
         "A million weights are fitted to a few thousand ratings, which they learn by heart.",
-        [("        self.head.weight.data = weight[None]\n",
-          "        self.head.weight.data = weight[None]\n"
+        [("targets, weights, 10_000.0, loss)\n", "targets, weights, 10_000.0, loss)\n"
           "        adam = torch.optim.Adam(self.trunk.parameters(), lr=1e-3)\n"
           "        (weights * loss(self(tokens), targets)).sum().backward()\n"
           "        adam.step()\n")]),
