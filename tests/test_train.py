@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -337,8 +338,8 @@ def test_a_run_ends_after_the_stage_asked_for(redone, again, last, files):
 def train_and_die(arguments, log, name, moment):
     """train.py in a process of its own, killed at the moment-th instant of writing a file name.
 
-    The instants are before and after each fsync and rename, when a crash would leave the file half
-    written. SIGKILL cannot be caught."""
+    The instants are before and after it is written and renamed, when a kill would leave the file
+    half written. SIGKILL cannot be caught."""
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(log, "a")
     countdown, writing, write_file = itertools.count(moment, -1), [None], data.write_file
@@ -352,12 +353,12 @@ def train_and_die(arguments, log, name, moment):
             os.kill(os.getpid(), signal.SIGKILL)
 
     data.write_file = spy
-    for function in ("fsync", "replace"):
-        def dangerous(*inputs, real=getattr(os, function)):
+    for owner, function in ((Path, "write_bytes"), (os, "replace")):
+        def dangerous(*inputs, real=getattr(owner, function)):
             instant()
             real(*inputs)
             instant()
-        setattr(os, function, dangerous)
+        setattr(owner, function, dangerous)
     sys.exit(run_script(train, *arguments))
 
 
@@ -448,9 +449,9 @@ def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, com
     pytest.param("--device cuda", "invalid choice: 'cuda'", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is a GPU")),
     ("--out play.txt", "File exists: 'play.txt'. Put that right"),
-    ("--corpus none.txt", "corpus none.txt: No such file or directory"),
-    ("--corpus few.csv", "characters, too few to learn from"),
-    ("--labels none.csv", "labels none.csv: No such file or directory"),
+    ("--corpus none.txt", "No such file or directory: 'none.txt'. Put that right"),
+    ("--corpus few.csv", "Give more text or a smaller --vocab-size"),
+    ("--labels none.csv", "No such file or directory: 'none.csv'. Put that right"),
     ("--labels play.txt", "The columns must be play, first_line, last_line, rating (or"),
     ("--labels few.csv", "too few passages to train and to measure on"),
     ("--labels labels.csv bad.csv", "bad.csv line 3: could not convert string to float: 'good'"), ])
