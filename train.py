@@ -115,15 +115,14 @@ def parse(argv=None):
         if getattr(args, option.name) is None:
             setattr(args, option.name, getattr(option, args.size))
     longest = args.block_size - (1 if args.task == "speeches" else data.LONGEST_PROMPT)
-    for right, rule in (
-            (reward.SHORTEST <= args.length <= longest,
-             f"--length must be from {reward.SHORTEST} to {longest}"),
-            (args.n_embd % (2 * args.n_head) == 0, "--n-embd must be an even multiple of --n-head"),
-            (args.group > 1 and args.batch % args.group == 0,
-             "--batch must be a multiple of --group, 2 or more"),
-            (args.rho_samples >= 100, "--rho-samples must be 100 or more")):
-        if not right:
-            parser.error(rule)
+    if not reward.SHORTEST <= args.length <= longest:
+        parser.error(f"--length must be from {reward.SHORTEST} to {longest}")
+    if args.n_embd % (2 * args.n_head):
+        parser.error("--n-embd must be an even multiple of --n-head")
+    if args.group < 2 or args.batch % args.group:
+        parser.error("--batch must be a multiple of --group, 2 or more")
+    if args.rho_samples < 100:
+        parser.error("--rho-samples must be 100 or more")
     return args
 
 
@@ -149,10 +148,10 @@ SOURCES = {file: source(file) for file in FILES.values()}
 
 
 class Stage:
-    """The loop that remembers: checkpoints and metrics of the stage whose file is path.
+    """The loop that remembers: checkpoint and metrics of the stage whose file is path.
 
     about: its kind, its inputs (all that the result depends on), their key and the size.
-    state: what the file holds if it was made of these inputs, finished or partial, or else None.
+    state: the checkpoint in the file, finished or partial, if its inputs are these, else None.
     """
 
     def __init__(self, path, about):
@@ -168,9 +167,7 @@ class Stage:
                       "again")
 
     def keep(self, *mark, **state):
-        """Write a checkpoint with the history so far: the stage's own, or one beside it, of a mark.
-
-        Returns it, a dict."""
+        """Write the stage's checkpoint, or of a mark one beside it: a dict, returned."""
         state = {**self.about, "history": self.history,
                  "seconds": time.monotonic() - self.began, **state}
         name = "_".join([self.path.stem, *mark])

@@ -100,9 +100,9 @@ def test_a_stage_cut_off_at_any_step_resumes_to_the_same_bits(tmp_path, whole, i
 
 def test_a_loop_of_other_parts_begins_again(tmp_path):
     """Under --keep, which reuses a partial checkpoint of older code."""
-    train.Stage(tmp_path / "fake.pt", {"inputs": {}}).keep(
-        kind="partial", parts={}, step=3, rng=torch.get_rng_state())
-    stage = train.Stage(tmp_path / "fake.pt", {"inputs": {}})
+    file = tmp_path / "fake.pt", {"inputs": {}}
+    train.Stage(*file).keep(kind="partial", parts={}, step=3, rng=torch.get_rng_state())
+    stage = train.Stage(*file)
     assert (list(stage.steps(5, model=torch.nn.Linear(1, 1))), list(stage.steps(5))) == (
         [0, 1, 2, 3, 4], [3, 4])
 
