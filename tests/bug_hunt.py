@@ -233,7 +233,7 @@ BUGS = [
           "torch.rand(len(prompts), length, generator=torch.Generator())")]),
     Bug("a stage without its own seed", OURS, "train.py: train",
         "A stage goes on with the numbers of the one before, so it depends on what was reused.",
-        [('        torch.manual_seed(data.fold(f"{args.seed} {name}", 2**31))\n', "")]),
+        [('    torch.manual_seed(data.fold(f"{args.seed} {name}", 2**31))\n', "")]),
     Bug("one random stream for all stages", OURS, "train.py: train",
         "The samples of rho and the first batches of every policy have the same numbers.",
         [('data.fold(f"{args.seed} {name}", 2**31)', "args.seed")]),

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -89,18 +90,19 @@ def test_a_stage_cut_off_at_any_step_resumes_to_the_same_bits(tmp_path, whole, i
             raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
         fake_stage(tmp_path, after=cut, every=every)
-    assert not (tmp_path / "fake.pt").exists(), "an unfinished stage should leave no checkpoint"
+    left = [load(tmp_path, path.stem)["kind"] for path in tmp_path.glob("*.pt")]
+    assert left == ["partial"] * (every < 0 < i), "an unfinished stage leaves a partial checkpoint"
     done = []
     same_result(tmp_path, fake_stage(tmp_path, before=done.append), whole)
     assert done == list(range(i if every < 0 else 0, STEPS)), "the wrong steps were done again"
-    (tmp_path / "fake.partial.pt").touch()      # as a kill at the very end leaves it
     same_result(tmp_path, fake_stage(tmp_path, before=lambda i: pytest.fail("done again")), whole)
 
 
 def test_a_loop_of_other_parts_begins_again(tmp_path):
     """Under --keep, which reuses a partial checkpoint of older code."""
-    stage = train.Stage(tmp_path / "fake.pt", {"inputs": {}})
-    stage.save(stage.partial_path, kind="partial", parts={}, step=3, rng=torch.get_rng_state())
+    file = tmp_path / "fake.pt", {"inputs": {}}
+    train.Stage(*file).keep(kind="partial", parts={}, step=3, rng=torch.get_rng_state())
+    stage = train.Stage(*file)
     assert (list(stage.steps(5, model=torch.nn.Linear(1, 1))), list(stage.steps(5))) == (
         [0, 1, 2, 3, 4], [3, 4])
 
@@ -337,8 +339,8 @@ def test_a_run_ends_after_the_stage_asked_for(redone, again, last, files):
 def train_and_die(arguments, log, name, moment):
     """train.py in a process of its own, killed at the moment-th instant of writing a file name.
 
-    The instants are before and after each fsync and rename, when a crash would leave the file half
-    written. SIGKILL cannot be caught."""
+    The instants are before and after it is written and renamed, when a kill would leave the file
+    half written. SIGKILL cannot be caught."""
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(log, "a")
     countdown, writing, write_file = itertools.count(moment, -1), [None], data.write_file
@@ -352,20 +354,20 @@ def train_and_die(arguments, log, name, moment):
             os.kill(os.getpid(), signal.SIGKILL)
 
     data.write_file = spy
-    for function in ("fsync", "replace"):
-        def dangerous(*inputs, real=getattr(os, function)):
+    for owner, function in ((Path, "write_bytes"), (os, "replace")):
+        def dangerous(*inputs, real=getattr(owner, function)):
             instant()
             real(*inputs)
             instant()
-        setattr(os, function, dangerous)
+        setattr(owner, function, dangerous)
     sys.exit(run_script(train, *arguments))
 
 
-# A write has four instants: step 10 writes 41 to 44 of those of partial checkpoints.
-KILLS = [("data.pt", 2), ("pretrain.partial.pt", 43), ("pretrain.metrics.jsonl", 4),
-         ("pretrain.pt", 4), ("reward.pt", 3), ("rho.pt", 2), ("ppo_beta0.5.partial.pt", 4),
-         ("ppo_beta0.5_kl0.5.pt", 4), ("ppo_beta0.5.metrics.jsonl", 3), ("ppo_beta0.5.pt", 3),
-         ("ppo_beta2.partial.pt", 8), ("nothing", 1)]
+# A write has four instants: the eleventh has 41 to 44, the one after eleven partial ones 45 to 48.
+KILLS = [("data.pt", 2), ("pretrain.pt", 43), ("pretrain.metrics.jsonl", 4),
+         ("pretrain.pt", 48), ("reward.pt", 3), ("rho.pt", 2), ("ppo_beta0.5.pt", 4),
+         ("ppo_beta0.5_kl0.5.pt", 4), ("ppo_beta0.5.metrics.jsonl", 3), ("ppo_beta0.5.pt", 11),
+         ("ppo_beta2.pt", 8), ("nothing", 1)]
 
 
 @pytest.fixture(scope="module")
@@ -437,20 +439,20 @@ def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, com
       for x in (-1, "much", "nan")], ("--size huge", "invalid choice: 'huge'"),
     ("--algorithm a2c", "--algorithm: invalid choice: 'a2c'"),
     *[(f"--seed {x}", f"invalid int from 0 to 2147483648 value: '{x}'") for x in (-1, 1.5)],
-    *[(f"--length {n}", f"--length must be 8 to 79, not {n}") for n in (80, 7)],
-    ("--task continue --length 60", "--length must be 8 to 48, not 60"),
-    ("--group 5", "--batch 32 must be a multiple of --group, 2 or more"),
-    ("--group 1", "--batch 32 must be a multiple of --group, 2 or more"),
+    *[(f"--length {n}", "--length must be from 8 to 79") for n in (80, 7)],
+    ("--task continue --length 60", "--length must be from 8 to 48"),
+    ("--group 5", "--batch must be a multiple of --group, 2 or more"),
+    ("--group 1", "--batch must be a multiple of --group, 2 or more"),
     ("--n-head 3", "must be an even multiple of"),
     ("--vocab-size 60000", "Give more text or a smaller --vocab-size"),
-    ("--rho-samples 99", "--rho-samples must be 100 or more, not 99"),
+    ("--rho-samples 99", "--rho-samples must be 100 or more"),
     ("--device meta", "invalid choice: 'meta'"),
     pytest.param("--device cuda", "invalid choice: 'cuda'", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is a GPU")),
     ("--out play.txt", "File exists: 'play.txt'. Put that right"),
-    ("--corpus none.txt", "corpus none.txt: No such file or directory"),
-    ("--corpus few.csv", "characters, too few to learn from"),
-    ("--labels none.csv", "labels none.csv: No such file or directory"),
+    ("--corpus none.txt", "No such file or directory: 'none.txt'. Put that right"),
+    ("--corpus few.csv", "Give more text or a smaller --vocab-size"),
+    ("--labels none.csv", "No such file or directory: 'none.csv'. Put that right"),
     ("--labels play.txt", "The columns must be play, first_line, last_line, rating (or"),
     ("--labels few.csv", "too few passages to train and to measure on"),
     ("--labels labels.csv bad.csv", "bad.csv line 3: could not convert string to float: 'good'"), ])
