@@ -105,7 +105,7 @@ def attention(q, k, v, bias):
     B, H, T, head = q.shape
     q = q.flatten(1, 2) / math.sqrt(head)
     scores = q @ k.mT                                                   # (B,H*T,S)
-    scores = scores.view(B, H, T, -1) + bias
+    scores = scores.view(B, H, T, k.size(1)) + bias
     weights = scores.softmax(-1)
     y = weights.flatten(1, 2) @ v                                       # (B,H*T,head)
     return y.view(B, H, T, head)
@@ -129,7 +129,7 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, bias, cache=None):
         B, T, C = x.shape
         qkv = self.qkv(norm(x))
-        qkv = qkv.view(B, T, -1, self.head)
+        qkv = qkv.view(B, T, C // self.head + 2, self.head)
         qkv = qkv.transpose(1, 2)                                       # (B,H+2,T,head)
         # Normalising q and k bounds the attention scores: high learning rates stay stable.
         qk = rotate(norm(qkv[:, :-1]), cos, sin)
@@ -492,7 +492,8 @@ def pretrain(options, texts, loop):
         loss = next_token_nats(model, tokens).mean()
         lr = learning_rate(i, steps, config.n_embd)
         optimizer_step(loss, optimizer, lr, weight=weight)
-        metrics = {"loss": loss.item()}             # of its share, where processes share
+        average([loss.detach()], weight)
+        metrics = {"loss": loss.item()}
         if (i + 1) % 100 == 0:
             metrics["val_bits_per_byte"] = bits_per_byte(model, held_out[:10_000], vocabulary)
         if (i + 1) % 10 == 0 or i + 1 == steps:

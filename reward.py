@@ -193,7 +193,7 @@ def score(log_odds, mean, std, toward="positive"):
 
 
 def score_constants(log_odds):
-    """The score's mean and std, once and for all, from log-odds (N,) of samples of rho, by toward."""
+    """Mean and std of log P(toward) over samples of rho with log-odds (N,), of each toward."""
     constants = {}
     for toward in ("positive", "negative"):
         log_p = score(log_odds, 0.0, 1.0, toward)

@@ -14,7 +14,7 @@ import data
 import reward
 from conftest import assert_close, loops, randn, seeded
 from data import PAD
-from gpt import GPT, GPTConfig
+from gpt import GPT, GPTConfig, norm
 from reward import Bag, RewardModel, calibrate, rating_metrics, regress, score, soft_loss
 
 V, T = 16, 14       # tokens of the vocabulary, of a passage
@@ -46,7 +46,8 @@ def features_of(model, ids):
     """Oracle: (hidden state, 1) and rating times it, each token read at the end of its prefix."""
     rows = []
     for t, name in enumerate(words_of(ids)):
-        x = torch.cat((model.trunk.hidden(torch.tensor([ids[:t + 1]]))[0, -1], torch.ones(1)))
+        hidden = norm(model.trunk.stream(torch.tensor([ids[:t + 1]])))[0, -1]
+        x = torch.cat((hidden, torch.ones(1)))
         rows.append(torch.cat((x, WORDS.get(name, 0.0) * x)))
     return torch.stack(rows).detach()
 
@@ -307,7 +308,7 @@ def learnt(ratings):
             seen, stage = [], reward.fit_judge if kind == "judge" else reward.fit_reward
             options = SimpleNamespace(reward_model=kind, feedback="ratings", length=LENGTH,
                                       device="cpu", dtype=torch.float32)
-            state = stage(options, learnt["pretrained"], ratings, None)
+            state = stage(options, learnt["pretrained"], ratings, SimpleNamespace(show=print))
             learnt[kind] = [{"kind": "reward", **state}, *seen]
     return learnt
 
