@@ -243,7 +243,7 @@ def test_a_mark_keeps_the_first_policy_past_it_though_drift_goes_back(texts, aga
     step, keep, drifts, kept = ppo.PPO.step, train.Stage.keep, [0.2, 1.2, 0.3, 1.3], []
     monkeypatch.setattr(ppo.PPO, "step", lambda self, i: {**step(self, i), "ref_kl": drifts[i]})
     monkeypatch.setattr(train.Stage, "keep", lambda self, *mark, **state:
-                        kept.extend((name, self.step) for name in mark) or keep(self, *mark, **state))
+                        kept.extend((x, self.step) for x in mark) or keep(self, *mark, **state))
     assert run_script(train, *argv(texts, again, "--until", "ppo", "--iterations", 4)) == 0
     assert kept == 2 * [("kl0.5", 1), ("kl1", 1)]
 
