@@ -127,6 +127,8 @@ def test_bpe_makes_the_merges_of_brute_force():
         assert train_bpe(text, vocab_size) == brute_force_bpe(text, vocab_size), text
     with pytest.raises(UserError, match="yields only 257 tokens.*smaller --vocab-size"):
         train_bpe("abab cdef", 300)     # a pair that occurs once is not worth a token
+    with pytest.raises(UserError, match="yields only 256 tokens"):
+        train_bpe("", 257)
 
 
 def test_any_text_comes_back_and_no_token_crosses_pieces():

@@ -339,8 +339,7 @@ def test_a_run_ends_after_the_stage_asked_for(redone, again, last, files):
 def train_and_die(arguments, log, name, moment):
     """train.py in a process of its own, killed at the moment-th instant of writing a file name.
 
-    The instants are before and after it is written and renamed, when a kill would leave the file
-    half written. SIGKILL cannot be caught."""
+    The instants are before and after it is written and renamed. SIGKILL cannot be caught."""
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(log, "a")
     countdown, writing, write_file = itertools.count(moment, -1), [None], data.write_file
@@ -407,7 +406,7 @@ def test_a_study_killed_in_every_stage_ends_with_the_same_bits(study, killed):
 
 @pytest.mark.parametrize("fault, code, says", [
     (KeyboardInterrupt, 130, "Run the same command again"),
-    (math.nan, 2, "scores of the completions are not"), ], ids=["Ctrl-C", "NaN"])
+    (math.nan, 2, "scores of the completions are not")], ids=["Ctrl-C", "NaN"])
 def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, command, monkeypatch,
                                                         fault, code, says):
     """One line says what and what to do; once its cause is gone, the run ends in the same bits."""
@@ -441,8 +440,7 @@ def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, com
     *[(f"--seed {x}", f"invalid int from 0 to 2147483648 value: '{x}'") for x in (-1, 1.5)],
     *[(f"--length {n}", "--length must be from 8 to 79") for n in (80, 7)],
     ("--task continue --length 60", "--length must be from 8 to 48"),
-    ("--group 5", "--batch must be a multiple of --group, 2 or more"),
-    ("--group 1", "--batch must be a multiple of --group, 2 or more"),
+    *[(f"--group {n}", "--batch must be a multiple of --group, 2 or more") for n in (5, 1)],
     ("--n-head 3", "must be an even multiple of"),
     ("--vocab-size 60000", "Give more text or a smaller --vocab-size"),
     ("--rho-samples 99", "--rho-samples must be 100 or more"),
