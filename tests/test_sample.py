@@ -64,7 +64,7 @@ def test_each_number_is_that_of_the_text_beside_it(request, drawn, command, task
         ids = torch.cat((before, after))
         pi, ref = (m(ids[None])[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[len(before) - 1:]
                    for m in (policy, rho))
-        assert row["text"] == data.decode(model.vocabulary, ids).removeprefix("\n\n")
+        assert row["text"] == data.decode(load(folder, "data")["vocabulary"], ids).removeprefix("\n\n")
         assert_close([row["positive"], row["ref_kl"]],
                      [model(after[None]).sigmoid().item(), (pi - ref).sum().item()],
                      "not the model's numbers of this text", atol=1e-4, rtol=0)
