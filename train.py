@@ -148,23 +148,24 @@ SOURCES = {file: source(file) for file in FILES.values()}
 
 
 class Stage:
-    """The loop that remembers: checkpoint and metrics of the stage whose file is path.
+    """The loop that remembers: checkpoints and metrics of the stage whose file is path.
 
     about: its kind, its inputs (all that the result depends on), their key and the size.
-    state: the checkpoint in the file, finished or partial, if its inputs are these, else None.
     """
 
     def __init__(self, path, about):
         self.path, self.about = path, about
-        self.state, self.history, self.began = None, [], time.monotonic()
+        self.partial = path.with_stem(path.stem + "_partial")
+        self.history, self.began = [], time.monotonic()
+
+    def reuse(self, path):
+        """The checkpoint at path if its inputs are these, else None, saying what has changed."""
         if path.exists():
             state = data.load_checkpoint(path)
-            changed = dict(about["inputs"].items() - state["inputs"].items())
+            changed = dict(self.about["inputs"].items() - state["inputs"].items())
             if not changed:
-                self.state = state
-            else:
-                print(f"{path.name}: {', '.join(sorted(changed))} changed, so this stage is done "
-                      "again")
+                return state
+            print(f"{path.name}: {', '.join(sorted(changed))} changed, so this stage is done again")
 
     def keep(self, *mark, **state):
         """Write the stage's checkpoint, or of a mark one beside it: a dict, returned."""
@@ -179,7 +180,7 @@ class Stage:
 
         parts: all that the loop changes, each with state_dict() and load_state_dict().
         """
-        self.n, start, partial = n, 0, self.state
+        self.n, start, partial = n, 0, self.reuse(self.partial)
         if partial and partial["parts"].keys() == parts.keys():
             for name, part in parts.items():
                 part.load_state_dict(partial["parts"][name])
@@ -192,7 +193,7 @@ class Stage:
             # The loop has done all of step i when it asks for the next one.
             yield self.step
             if time.monotonic() - saved > CHECKPOINT_EVERY:
-                self.keep(kind="partial", step=self.step + 1, rng=torch.get_rng_state(),
+                self.keep("partial", kind="partial", step=self.step + 1, rng=torch.get_rng_state(),
                           parts={name: part.state_dict() for name, part in parts.items()})
                 saved = time.monotonic()
 
@@ -232,13 +233,16 @@ def run(args, name, function, *earlier, **options):
         inputs[FILES[kind]] = SOURCES[FILES[kind]]
     about = {"kind": kind, "key": data.digest(str(inputs)), "inputs": inputs, "size": args.size}
     stage = Stage(args.out / f"{name}.pt", about)
-    if stage.state and stage.state["kind"] == kind:
-        return stage.state
-    # Its own stream of random numbers for every stage, beta and --seed, from torch's global
-    # generator, whose state the loop saves. (comparison_loss has pairs of its own.)
-    torch.manual_seed(data.fold(f"{args.seed} {name}", 2**31))
-    options = SimpleNamespace(**options, device=args.device, dtype=args.dtype)
-    return stage.keep(**function(options, *earlier, stage))
+    state = stage.reuse(stage.path)
+    if not state:
+        # Its own stream of random numbers for every stage, beta and --seed, from torch's global
+        # generator, whose state the loop saves. (comparison_loss has pairs of its own.)
+        torch.manual_seed(data.fold(f"{args.seed} {name}", 2**31))
+        options = SimpleNamespace(**options, device=args.device, dtype=args.dtype)
+        state = stage.keep(**function(options, *earlier, stage))
+    if data.is_first_process():         # the others may be here before it has written
+        stage.partial.unlink(missing_ok=True)
+    return state
 
 
 # ---- the study ----------------------------------------------------------------------------
