@@ -56,7 +56,7 @@ def test_each_number_is_that_of_the_text_beside_it(request, drawn, command, task
     folder, options = request.getfixturevalue(task), ["--num", 6, "--seed", 1, *options]
     rows, tokens = drawn(folder / f"{name}.pt", *options)
     policy, rho = (gpt.load_gpt(load(folder, x)) for x in (name, "pretrain"))
-    model, end = reward.load_reward(load(folder, "reward")), load(folder, "rho")["end"]
+    study, end = load(folder, "reward"), load(folder, "rho")["end"]
     for row, ids in zip(rows, tokens, strict=True):
         before, after = ids[:-16][ids[:-16] != data.PAD], ids[-16:]
         if end in after.tolist():
@@ -64,9 +64,9 @@ def test_each_number_is_that_of_the_text_beside_it(request, drawn, command, task
         ids = torch.cat((before, after))
         pi, ref = (m(ids[None])[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[len(before) - 1:]
                    for m in (policy, rho))
-        assert row["text"] == data.decode(model.vocabulary, ids).removeprefix("\n\n")
-        assert_close([row["positive"], row["ref_kl"]],
-                     [model(after[None]).sigmoid().item(), (pi - ref).sum().item()],
+        assert row["text"] == data.decode(study["vocabulary"], ids).removeprefix("\n\n")
+        p = reward.load_reward(study)(after[None]).sigmoid()
+        assert_close([row["positive"], row["ref_kl"]], [p.item(), (pi - ref).sum().item()],
                      "not the model's numbers of this text", atol=1e-4, rtol=0)
     assert min(len({round(row[key], 3) for row in rows}) for key in ("positive", "ref_kl")) > (
         3 if name == "ppo_beta2" else 0), "too alike to tell apart"
