@@ -707,7 +707,9 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
             loop.keep(f"after{i}", **about, model=run.policy.state_dict())
         metrics = run.step(i)
         tokens = run.batch["tokens"]
-        metrics["judge"] = in_chunks(judge_fn, tokens)[:, -1].mean().item()
+        judged_scores = in_chunks(judge_fn, tokens)[:, -1]
+        check_finite("the judge's scores", judged_scores)
+        metrics["judge"] = judged_scores.mean().item()
         loop.log(shown=shown, **metrics)
         if (i + 1) % 5 == 0:
             for row, score in zip(tokens[:2], run.batch["scores"]):

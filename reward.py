@@ -118,7 +118,7 @@ class RewardModel(Bag):
         super().__init__(vocabulary, words)
         self.trunk = gpt
         del gpt.blocks[blocks:], gpt.lm_head            # the trunk predicts no tokens
-        self.head = nn.Parameter(torch.rand(2 * gpt.config.n_embd + 2))
+        self.head = nn.Parameter(torch.zeros(2 * gpt.config.n_embd + 2))
 
     def features(self, tokens):
         """The head's input at each token (B,T,2C+2): x and rating * x, x = (hidden state, 1)."""
