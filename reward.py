@@ -124,7 +124,8 @@ class RewardModel(Bag):
         """The head's input at each token (B,T,2C+2): x and rating * x, x = (hidden state, 1)."""
         # Attention is causal, so the features of a prefix do not depend on what follows.
         hidden = norm(self.trunk.stream(tokens)).float()                    # (B,T,C)
-        x = F.pad(hidden, (0, 1), value=1.0) * (tokens != PAD)[..., None]
+        real = (tokens != PAD)[..., None]
+        x = F.pad(hidden, (0, 1), value=1.0) * real
         ratings = super().contributions(tokens)[..., None]                  # (B,T,1)
         return torch.cat((x, ratings * x), dim=-1)
 
@@ -183,7 +184,8 @@ def regress(linear, size, targets, weights=1.0, ridge=0.0, loss=soft_loss):
 def calibrate(model, tokens, targets):
     """Set a fitted model's scale and bias (Platt 1999) on passages that it was not trained on."""
     # No fit learns the bias: comparisons leave the zero of the log-odds undetermined.
-    model.scale, model.bias = regress(in_chunks(model, tokens).mul, 1, targets)
+    log_odds = in_chunks(model, tokens)
+    model.scale, model.bias = regress(log_odds.mul, 1, targets)
 
 
 def score(log_odds, mean, std, toward="positive"):
@@ -197,7 +199,8 @@ def score_constants(log_odds):
     constants = {}
     for toward in ("positive", "negative"):
         log_p = score(log_odds, 0.0, 1.0, toward)
-        constants[toward] = {"mean": log_p.mean().item(), "std": log_p.std().item()}
+        constants[toward] = {"mean": log_p.mean().item(),
+                             "std": log_p.std().item()}
     return constants
 
 
@@ -253,7 +256,8 @@ def rating_metrics(log_odds, targets):
     p = log_odds.sigmoid()
     # Pearson's r is the cosine similarity of the centred vectors.
     pearson = F.cosine_similarity(p - p.mean(), targets - targets.mean(), dim=0)
-    better, worse = p[targets > 0.5], p[targets < 0.5]
+    better = p[targets > 0.5]
+    worse = p[targets < 0.5]
     # For each pair of a better and a worse passage: 1 if the better has the higher p, 1/2 a tie.
     wins = ((better[:, None] - worse).sign() + 1) / 2
     slope, _ = regress(log_odds.mul, 1, targets)

@@ -56,7 +56,7 @@ def test_each_number_is_that_of_the_text_beside_it(request, drawn, command, task
     folder, options = request.getfixturevalue(task), ["--num", 6, "--seed", 1, *options]
     rows, tokens = drawn(folder / f"{name}.pt", *options)
     policy, rho = (gpt.load_gpt(load(folder, x)) for x in (name, "pretrain"))
-    study, end = load(folder, "reward"), load(folder, "rho")["end"]
+    model, end = reward.load_reward(load(folder, "reward")), load(folder, "rho")["end"]
     for row, ids in zip(rows, tokens, strict=True):
         before, after = ids[:-16][ids[:-16] != data.PAD], ids[-16:]
         if end in after.tolist():
