@@ -86,7 +86,8 @@ def matmul_rate(args, times=20):
 
 def forward_flops(args, batch, length, blocks, vocab):
     """Arithmetic of one forward pass over so many rows: two operations a multiply-add."""
-    weights = 12 * blocks * args.width ** 2 + args.width * vocab
+    head = args.width // args.config.n_head                 # all heads share a key and a value
+    weights = blocks * args.width * (10 * args.width + 2 * head) + args.width * vocab
     # Attention multiplies twice, q with keys and weights with values; a token sees half of them.
     attention = 2 * blocks * args.width * length / 2
     return 2 * batch * length * (weights + attention)

@@ -37,7 +37,7 @@ from gpt import in_chunks, load_gpt, optimizer_step, sample_completions  # noqa:
 from reward import soft_loss  # noqa: E402
 from tables import table  # noqa: E402
 
-LR = 6e-4       # below PPO's: log pi of a completion is a sum, so gradients are larger, and clipped
+LR = 3e-4       # below PPO's: log pi of a completion is a sum, so gradients are larger, and clipped
 
 
 def train_dpo(ref, score_fn, prompts, config, end=None):
