@@ -77,7 +77,7 @@ def run(main):
         line = f"error: {error}"
     except OSError as error:    # no such file, a full disk, or another process has ended
         line = f"stopped: {error}. Put that right. {again}"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EOFError):       # Ctrl-C, or Ctrl-D where an answer is wanted
         line = f"stopped. {again}"
         code = 130
     except (MemoryError, RuntimeError) as error:

@@ -312,7 +312,8 @@ def fit_to_ratings(options, pretrained, model, rated, part, loss, loop):
             print("{} model, {n} held-out {}: Pearson {pearson:.3f}, AUC {auc:.3f}, "
                   "calibration slope {slope:.2f}".format(part, kind, **report[kind]))
     # Show the three most negative and the three most positive of them.
-    for i in log_odds.argsort()[[0, 1, 2, -3, -2, -1]]:
+    order = log_odds.argsort()
+    for i in torch.cat((order[:3], order[-3:])):
         text = data.decode(pretrained["vocabulary"], tokens[i])
         loop.show(f"P(positive) {log_odds[i].sigmoid():.2f}", text)
     return {"model": model.state_dict(),

@@ -141,8 +141,6 @@ def ask(question, low, high):
             return data.number(float, low, high)(input(question))
         except ValueError:
             print(f"The answer must be a number from {low} to {high}.")
-        except EOFError:                # Ctrl-D, or the end of a pipe
-            raise KeyboardInterrupt from None
 
 
 def rate(args):
@@ -181,7 +179,7 @@ def plot(axis, rows, x, y, style, **options):
 def drift_axis(axis, ylabel):
     """Prepare an axis for what is drawn against KL(pi to rho)."""
     # Scores at first grow linearly with the square root of the KL (Gao 2022).
-    axis.set_xscale("function", functions=(np.sqrt, np.square))
+    axis.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
     # A margin would reach below 0, which has no root.
     axis.set(xmargin=0, ylabel=ylabel,
              xlabel="KL(pi to rho), nats per completion (square-root scale)")

@@ -109,6 +109,8 @@ def parse(argv=None):
             choices=option.choices, help=option.why)
     args = parser.parse_args(argv)
     args.device = torch.device(args.device)
+    if args.adaptive_kl_target and args.adaptive_kl_horizon < args.batch:
+        parser.error("--adaptive-kl-horizon must be --batch or more")
     args.dtype = torch.float32 if args.fp32 else gpt.compute_dtype(args.device)
     args.size = args.size or ("base" if args.device.type == "cuda" else "small")
     for option in OPTIONS:
@@ -249,11 +251,13 @@ def run(args, name, function, *earlier, **options):
 
 def study(args):
     """Every stage in turn, as far as --until."""
-    if data.is_first_process():
-        data.load_corpus(args.corpus)   # fetches the plays, once for all processes
-    gpt.barrier(args.device)
+    first = data.is_first_process()
+    if not first:                       # the first process fetches the plays, once for all
+        gpt.barrier(args.device)
     corpus = data.load_corpus(args.corpus)
     rated = reward.read_ratings(args.labels)
+    if first:
+        gpt.barrier(args.device)
     texts = run(args, "data", data.prepare, corpus)
     data.save_tokenizer(args.out / "tokenizer.tiktoken", texts["vocabulary"])
     pretrained = run(args, "pretrain", gpt.pretrain, texts)
@@ -268,7 +272,7 @@ def study(args):
     for beta in args.beta:
         twin = "" if args.toward == "positive" else f"{args.toward}_"
         run(args, f"ppo_{twin}beta{beta:g}", ppo.tune, pretrained, rewarded, judged, rho, beta=beta)
-    if args.until != "ppo" and data.is_first_process():
+    if args.until != "ppo" and first:
         sample.report(args.out)
 
 
