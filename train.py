@@ -109,8 +109,6 @@ def parse(argv=None):
             choices=option.choices, help=option.why)
     args = parser.parse_args(argv)
     args.device = torch.device(args.device)
-    if args.adaptive_kl_target and args.adaptive_kl_horizon < args.batch:
-        parser.error("--adaptive-kl-horizon must be --batch or more")
     args.dtype = torch.float32 if args.fp32 else gpt.compute_dtype(args.device)
     args.size = args.size or ("base" if args.device.type == "cuda" else "small")
     for option in OPTIONS:
@@ -125,6 +123,8 @@ def parse(argv=None):
         parser.error("--batch must be a multiple of --group, 2 or more")
     if args.rho_samples < 100:
         parser.error("--rho-samples must be 100 or more")
+    if args.adaptive_kl_target and args.adaptive_kl_horizon < args.batch:
+        parser.error("--adaptive-kl-horizon must be --batch or more")
     return args
 
 

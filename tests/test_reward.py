@@ -332,6 +332,18 @@ def test_what_is_fitted_calibrated_and_measured_never_meet(learnt, ratings, kind
         assert expected["pearson"] > 0.5, "it has not learnt"
 
 
+@pytest.mark.parametrize("n, shown", [(2, 4), (12, 6)])
+def test_the_most_negative_and_most_positive_held_out_texts_are_shown(learnt, ratings, n, shown):
+    """Three of each, in order; fewer where there are fewer samples."""
+    parts, titles = ratings["passages"], []
+    report = [row for row in parts["report"] if not row[2]] + parts["reward"][-n:]
+    assert all(is_sample for *_, is_sample in report[-n:])
+    reward.fit_judge(SimpleNamespace(length=LENGTH, device="cpu"), learnt["pretrained"],
+                     {"passages": {**parts, "report": report}},
+                     SimpleNamespace(show=lambda title, text: titles.append(title)))
+    assert len(titles) == shown and (n == 2 or titles == sorted(titles)), titles
+
+
 @pytest.mark.parametrize("kind", ["head", "bag", "judge"])
 def test_a_checkpoint_alone_rebuilds_the_model(learnt, ratings, tmp_path, kind):
     """Words, weights, scale and bias come back, frozen; the trunk is the GPT's first block."""

@@ -440,6 +440,7 @@ def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, com
     *[(f"--seed {x}", f"invalid int from 0 to 2147483648 value: '{x}'") for x in (-1, 1.5)],
     *[(f"--length {n}", "--length must be from 8 to 79") for n in (80, 7)],
     ("--task continue --length 60", "--length must be from 8 to 48"),
+    ("--adaptive-kl-target 3 --adaptive-kl-horizon 31", "--adaptive-kl-horizon must be --batch"),
     *[(f"--group {n}", "--batch must be a multiple of --group, 2 or more") for n in (5, 1)],
     ("--n-head 3", "must be an even multiple of"),
     ("--vocab-size 60000", "Give more text or a smaller --vocab-size"),
