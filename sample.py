@@ -258,20 +258,19 @@ def report(out):
         first, *_ = stages[name]["report"].values()
         metrics = {f"val_{key}": x for key, x in first.items()}
         summary[name] = {**metrics, **rho["scales"][name]["positive"]}
-    lines = {out / "pretrain.pt": ""}
+    first = {}                          # the first sample of each checkpoint, as lines
+    for path in [out / "pretrain.pt", *(run["path"] for run in runs)]:
+        texts = [SAMPLE.format_map(row) for row in draw(path, 20)]
+        data.write_file(out / f"samples/{path.stem}.txt", "\n".join(texts))
+        first[path] = texts[0].split("\n")
+    before = ["before", *first[out / "pretrain.pt"]]
     results = samples = ""
     for run in runs:
         template = UNKNOWN if run["fraction_of_optimum"] is None else KNOWN
-        row, lines[run["path"]] = template.format_map(run).split("\n")
+        row, line = template.format_map(run).split("\n")
         results += row + "\n"
-    for path, line in lines.items():
-        texts = [SAMPLE.format_map(row) for row in draw(path, 20)]
-        data.write_file(out / f"samples/{path.stem}.txt", "\n".join(texts))
-        after = texts[0].split("\n")
-        if not line:
-            before = after
-            continue
-        for pair in itertools.zip_longest(["before", *before], ["after", *after], fillvalue=""):
+        after = ["after", *first[run["path"]]]
+        for pair in itertools.zip_longest(before, after, fillvalue=""):
             samples += "{:52.52}  {}\n".format(*pair)
         samples += line + "\n\n"
     print(samples, end="")
