@@ -103,7 +103,7 @@ def read_text(path, what):
 
 
 def write_file(path, content):
-    """Write bytes or text. Whenever a kill comes, path holds its old content or all of the new."""
+    """The first process writes bytes or text; a kill leaves the old content or all of the new."""
     if is_first_process():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".half-written")
@@ -121,7 +121,7 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, *kinds):
     """The state that save_checkpoint wrote, of one of these kinds (none given: of any)."""
     try:
-        # Read at once: torch answers some damaged files with an OSError, too.
+        # Read first: torch raises OSError for some damaged files, too.
         content = io.BytesIO(Path(path).read_bytes())
         # weights_only: a file that would run code is refused.
         state = dict(torch.load(content, map_location="cpu", weights_only=True))
@@ -156,7 +156,7 @@ def digest(text):
 
 
 def fold(text, folds):
-    """A number from 0 to folds - 1 by the words of a text: however spaced, it is in one split."""
+    """The fold of a text, 0 to folds - 1: a hash of its words, so spacing does not matter."""
     return int(digest(" ".join(text.split())), 16) % folds
 
 
@@ -303,7 +303,7 @@ def choose_prompts(openings, n):
 def read_labels(path):
     """The rated passages of a CSV file: (text, rating from -2 to 2, the play it is from).
 
-    Lines are 1-based and inclusive. The play is None if a model wrote the text, "" if not named.
+    Lines: 1-based, inclusive. No play column: "" if drawn_from is plays, else None (by a model).
     """
     rows = csv.DictReader(io.StringIO(read_text(path, "labels")), restval="")
     passages = []

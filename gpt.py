@@ -7,8 +7,8 @@ zero, and a start near the bigrams of the text. Two things differ from nanoGPT b
 them:
 
 - forward() returns logits at *every* position: sampling looks at the last one, scoring at all;
-- stream() can stop after some blocks: the reward model's classifier head reads the first, and PPO
-  computes the output of the blocks that it does not train once.
+- stream() gives the hidden states after any block: the reward model's classifier head reads them,
+  and PPO computes those of its frozen blocks once per batch.
 
 On a first reading skip "several processes": a single process works on all rows and sends nothing.
 
@@ -37,7 +37,7 @@ import torch.nn.functional as F
 import data
 from data import PAD
 
-# A score this low has weight 0 after a softmax: normalised q and k keep all scores near 0.
+# Added to an attention score, it gives weight 0: |q . k| / sqrt(head) <= sqrt(head).
 BLOCKED = -1e4
 
 
@@ -62,7 +62,7 @@ class Linear(nn.Linear):
 
 
 def norm(x):
-    """Layer norm over features without weights (Ba 2016), computed in float32, in x's dtype.
+    """Layer norm over features (Ba 2016) without weights, in x's dtype, float32 inside.
 
     torch has a fused CPU kernel for it, and none for the RMS norm of most newer models.
     """
@@ -85,8 +85,7 @@ def attention_bias(start, end, device, pad=None):
 
     The T queries are positions start to end, the S keys all positions before end. Future keys are
     blocked, and padding: pad (B,P) is True at padding among the first P keys. A softmax gives
-    blocked keys weight 0; a padded query, whose keys are all blocked, gets an output that means
-    nothing and is never used.
+    blocked keys weight 0. The output at a padded query means nothing and is never used.
     """
     everywhere = torch.full((end - start, end), BLOCKED, device=device)
     bias = everywhere.triu(start + 1)
@@ -172,9 +171,9 @@ class GPT(nn.Module):
     def stream(self, x, start=0, cache=None, pad=None, blocks=slice(None)):
         """The residual stream (B,T,C), in the compute dtype, after these blocks.
 
-        x: tokens (B,T), or the stream (B,T,C) before blocks. cache: a dict, empty at first, where
-        each block keeps its keys and values (2,B,S,head), so that x continues, at position start,
-        the texts that it read. pad: as in attention_bias.
+        x: tokens (B,T), or the stream (B,T,C) before blocks, from position start on. cache: a dict,
+        empty at first, where each block keeps keys and values (2,B,S,head) of all tokens read, for
+        x to continue. pad: as in attention_bias.
         """
         end = start + x.size(1)
         assert end <= self.config.block_size, f"{end} tokens do not fit the context"
@@ -215,8 +214,8 @@ def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
     # one for each token of the vocabulary. Each probability is off by at most 2e-7.
     probs = logits.softmax(-1)
     cdf = probs.cumsum(-1)                                              # (B,V)
-    # Draw the first token whose cdf exceeds u; a token of probability 0 is never the first. With
-    # NaN logits there is none, and clamp keeps the index valid until the NaN is reported.
+    # Draw the first token whose cdf exceeds the threshold, never one of probability 0. For NaN
+    # logits there is none, and clamp keeps the index valid until the NaN is reported.
     threshold = uniform * cdf[:, -1:]
     drawn = torch.searchsorted(cdf, threshold, right=True)
     last = cdf.size(-1) - 1
@@ -231,11 +230,11 @@ def padding(tokens):
 
 @torch.no_grad()
 def extend(model, prompt, uniform, temperature=1.0, top_k=None, frozen=0):
-    """Sample a token after prompt (B,T0), padded left, for each column of uniform (B,T): a dict.
+    """Sample T tokens after prompts (B,T0), padded left, by uniform numbers (B,T): a dict.
 
-    Its tokens (B,T0+T) begin with the prompt. Its lower (B,T0+T-1,C) is the stream after the first
-    frozen blocks at every token but the last, which PPO reads instead of computing it again; at
-    padding it means nothing. A key-value cache lets the model read each token only once.
+    tokens (B,T0+T) begin with the prompt. lower (B,T0+T-1,C), for PPO to reuse, is the stream after
+    the first frozen blocks at every token but the last; at padding it means nothing. A key-value
+    cache lets the model read each token only once.
     """
     # A copy in its compute dtype; otherwise every weight would be cast again for each token.
     model = copy.deepcopy(model).to(model.dtype)
@@ -261,17 +260,14 @@ def extend(model, prompt, uniform, temperature=1.0, top_k=None, frozen=0):
 def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None):
     """Continue prompts (B,T0), padded left with PAD, by length tokens: (B,T0+length).
 
-    generator: a torch.Generator of the CPU, where random numbers are drawn for every device; None
-    is the global one.
+    generator: a torch.Generator of the CPU, whatever the device; None is the global one.
     """
     uniform = torch.rand(len(prompt), length, generator=generator)
     return extend(model, prompt, uniform, temperature, top_k)["tokens"]
 
 
 def cut_after(tokens, end):
-    """Replace everything after the first end token of completions tokens (B,T) by PAD.
-
-    If end is None, completions have no end token and stay unchanged.
+    """Replace all after the first end token in tokens (B,T) by PAD; unchanged if end is None.
 
     >>> cut_after(torch.tensor([[5, 0, 7, 0], [5, 6, 7, 8]]), 0)
     tensor([[ 5,  0, -1, -1],
@@ -330,9 +326,9 @@ def token_logprobs(logits, tokens):
 
 @torch.no_grad()
 def in_chunks(function, *tensors, size=64):
-    """Apply function to the rows of tensors, size rows at a time to save memory.
+    """Apply function to rows of tensors, size at a time to save memory, without gradient.
 
-    function returns a tensor or a dict of tensors; so does this, for all rows.
+    Returns for all rows what function does: a tensor or dict.
     """
     n = len(tensors[0])
     mine = [x[share(n)].split(size) for x in tensors]
@@ -378,7 +374,7 @@ def windows(tokens, starts, length):
 def draw_starts(n, openings, batch):
     """Random first positions of a batch of windows, from 0 to n - 1: (batch,).
 
-    Half are at openings, because unconditional samples begin there without earlier context.
+    Half are openings, positions of boundaries, because unconditional samples begin there.
     """
     anywhere = torch.randint(n, (batch // 2,))
     chosen = torch.randint(len(openings), (batch // 2,))
@@ -399,9 +395,9 @@ def learning_rate(i, steps, n_embd):
 def bigram_start(model, tokens, smooth=20.0):
     """Initialise embedding and output layer so that the model nearly predicts bigrams of tokens.
 
-    tokens (N,). Their smoothed log-frequencies (V,V) of the next token are factorised to rank
-    n_embd by an SVD, as Levy 2014 do for word vectors. The blocks start as the identity, so the
-    untrained model predicts from the last token alone; this saves many steps (results/README.md).
+    tokens (N,). An SVD factorises smoothed log-frequencies (V,V) of each token's successors to rank
+    n_embd (Levy 2014, for word vectors). The blocks start as the identity, so the untrained model
+    predicts from the last token alone; this saves many steps (results/README.md).
     """
     V, C = model.embed.weight.shape
     tokens = tokens.long()
@@ -416,7 +412,7 @@ def bigram_start(model, tokens, smooth=20.0):
     logits = logits - logits.mean(1, keepdim=True)
     u, s, v = torch.svd_lowrank(logits, C)
     embed = u * s.sqrt()
-    scale = embed.std(1).mean()                         # the model divides each row by its own
+    scale = embed.std(1).mean()                         # norm divides each row by its own std
     output = v * s.sqrt()
     model.embed.weight.copy_(embed / scale)
     model.lm_head.weight.copy_(output * scale)
@@ -430,7 +426,7 @@ def next_token_nats(model, rows):
 
 @torch.no_grad()
 def bits_per_byte(model, tokens, vocabulary):
-    """-log2 P(tokens (N,)) divided by their number of bytes, in windows of block_size tokens.
+    """-log2 P of tokens (N,) per byte, in full windows of block_size tokens.
 
     vocabulary: the bytes of each token. Bits per byte, unlike bits per token, can be compared
     between tokenizers.
@@ -584,8 +580,7 @@ def compute_dtype(device):
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         capable = torch.cpu.get_capabilities()
-        # AVX-512 bfloat16 instructions have half the speed of float32 on Intel, twice on AMD.
-        # Intel's AMX instructions are fast.
+        # AVX-512 bfloat16 runs at half float32's speed on Intel, at twice it on AMD; AMX is fast.
         intel = "Intel" in capable.get("cpu_name", "")
         fast = capable.get("amx_bf16") or (capable.get("avx512_bf16") and not intel)
     return torch.bfloat16 if fast else torch.float32

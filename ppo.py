@@ -52,7 +52,7 @@ KEPT = (1, 2, 4, 8, 16, 32)     # a run keeps copies of the policy after so many
 # ---- the mathematics: pure functions on plain tensors -------------------------------------
 
 def _masked(x, mask):
-    """x as float32 (float64 stays) with masked positions set to 0, and the mask as bool."""
+    """x as float32 (float64 stays), 0 where masked (mask is 0), and the mask as bool."""
     x = x if x.dtype == torch.float64 else x.float()
     if mask is None:
         mask = torch.ones_like(x, dtype=torch.bool)
@@ -67,10 +67,10 @@ def masked_mean(x, mask=None):
 
 
 def kl_penalised_rewards(scores, logprobs, ref_logprobs, beta, mask=None):
-    """Per-token rewards (B,T): -beta (log pi_old - log rho), plus the score on the last token.
+    """Rewards (B,T): per token -beta k1, k1 = log pi_old - log rho; on the last also the score.
 
     scores (B,); logprobs and ref_logprobs (B,T) of the sampled tokens, in nats. Each row sums to
-    score - beta * sum of k1 (Ziegler 2019, equation 2). No gradient flows through the rewards.
+    score - beta * sum of k1 (Ziegler 2019, equation 2). No gradient flows through them.
 
     >>> logprobs, ref_logprobs = torch.tensor([[-1., -2.]]), torch.tensor([[-2., -2.]])
     >>> kl_penalised_rewards(torch.tensor([1.]), logprobs, ref_logprobs, beta=0.5)
@@ -119,10 +119,10 @@ def rewards_to_go(rewards, mask=None):
 def fit_values(so_far, returns, mask):
     """Values (B,T): a forecast of returns (B,T) from so_far (B,T), the score before each token.
 
-    A quadratic polynomial in the position t, from 0 to 1, and the score so far k is fitted by least
-    squares. Its six weights are solved for at once; a network would need a learning rate and many
-    steps. They are fitted to the batch they are used on: a bias that shrinks with its size. The
-    polynomial knows no words, so a lambda below 1 has a bias too.
+    A quadratic polynomial in t, the position from 0 to 1, and k, the score so far, is fitted by
+    least squares. Its six weights are solved for at once, without a network's learning rate and
+    many steps. They are fitted to the batch they are used on: a bias, smaller in larger batches.
+    The polynomial knows no words, so a lambda below 1 has a bias too.
     """
     T = so_far.size(1)
     k = so_far.double().cpu()
@@ -131,8 +131,7 @@ def fit_values(so_far, returns, mask):
     terms = torch.stack((one, t, t * t, k, k * t, k * k), dim=-1)       # (B,T,6)
     mask = mask.cpu()
     y = returns.double().cpu()[mask]
-    # This driver answers weights that the data do not determine with the smallest, not with an
-    # error. It needs the CPU.
+    # gelsd, on the CPU only, gives the smallest weights where the data do not determine them.
     weights = torch.linalg.lstsq(terms[mask], y[:, None], driver="gelsd").solution
     values = (terms @ weights).squeeze(-1)
     return values.to(returns)
@@ -141,9 +140,8 @@ def fit_values(so_far, returns, mask):
 def leave_one_out(returns, group):
     """Leave-one-out advantages: returns (B,T) minus the mean of the group's others, per position.
 
-    Ahmadian 2024 (RLOO) do so with returns of whole completions. Each group of consecutive rows
-    completes one prompt. The others' returns do not depend on this completion's tokens, so this
-    baseline does not bias the gradient.
+    Ahmadian 2024 (RLOO) do so with returns of whole completions. A group is consecutive rows of one
+    prompt. The others' returns do not depend on this completion, so they do not bias the gradient.
     """
     assert group > 1, "a completion alone has no others to be compared with"
     grouped = returns.view(-1, group, returns.size(1))
@@ -156,11 +154,10 @@ def whiten_groups(returns, group):
     """GRPO's advantages (Shao 2024, DeepSeekMath): each score whitened within its group, (B,T).
 
     returns (B,T) are the score at every token, because GRPO keeps the penalty out of the rewards
-    and adds beta * mean of k3 to the loss. Its optimum differs from J's: averaged over tokens drawn
-    from pi, the gradient of k3 is that of the next token's KL(rho to pi), the other direction, at
-    the prefixes pi visits; and dividing scores by the group's deviation multiplies beta by it.
-    (E_pi[grad k3] = E_pi[(1 - rho/pi) grad log pi] = -sum of rho grad log pi, as E_pi[grad log pi]
-    is 0; tests/test_loop.py finds the fixed point.)
+    and adds beta * mean of k3 (kl_estimates) to the loss. Its optimum (see test_loop.py) differs
+    from J's. E_pi[grad k3] = E_pi[(1 - rho/pi) grad log pi] = -sum of rho grad log pi, because
+    E_pi[grad log pi] is 0. That is the gradient of the next token's KL(rho to pi), the other
+    direction, at pi's prefixes. And dividing scores by the group's deviation multiplies beta by it.
     """
     scores = returns[:, 0].view(-1, group)
     mean = scores.mean(1, keepdim=True)
@@ -200,7 +197,7 @@ def policy_loss(logprobs, old_logprobs, advantages, clip=0.2, mask=None):
     surrogate = torch.min(ratio * advantages, clipped * advantages)
     with torch.no_grad():
         outside = (ratio - 1).abs() > clip
-        # The tokens were drawn from pi_old, so its log-probability comes first.
+        # Tokens come from pi_old, so k1 is log pi_old - log pi = -log_ratio.
         _, _, k3 = kl_estimates(-log_ratio, 0.0)
         info = {"approx_kl": masked_mean(k3, mask),
                 "clipfrac": masked_mean(outside.float(), mask),
@@ -245,10 +242,9 @@ def explained_variance(values, returns, mask=None):
 
 
 class AdaptiveKL:
-    """The KL controller of Ziegler 2019, section 2.2: adapts beta to keep ref_kl at its target.
+    """The KL controller of Ziegler 2019, section 2.2: adapts .beta to keep ref_kl at its target.
 
-    ref_kl and target are in nats per completion, n and horizon in completions; .beta is the
-    current coefficient.
+    ref_kl, a batch's KL(pi to rho), and target: nats per completion; n, horizon: completions.
     """
 
     def __init__(self, beta, target, horizon):
@@ -376,11 +372,10 @@ def learning_rate(i, config):
 class PPO:
     """A PPO run: step(i) does iteration i and returns its metrics; parts holds its saved state.
 
-    ref: the GPT rho, copied and frozen. score_fn: completions tokens (B,T), without their prompt ->
-    scores (B,), or (B,T+1), the score of every prefix, the empty one first, which gives the values
-    the score so far. prompts (P,T0); one row for unconditional samples. config: a PPOConfig, or the
-    options of train.py. end: the token that ends a completion, or None. Random numbers come from
-    torch's global generator.
+    ref: the GPT rho, copied and frozen. score_fn: completions (B,T) without prompts -> scores (B,),
+    or (B,T+1) of all prefixes, the empty one first, for the values. prompts (P,T0); one row for
+    unconditional samples. config: a PPOConfig, or train.py's options. end: the token that ends a
+    completion, or None. Random numbers come from torch's global generator.
     """
 
     def __init__(self, ref, score_fn, prompts, config, end=None):
@@ -489,7 +484,7 @@ class PPO:
         return whiten(advantages, mask)
 
     def update(self, batch, advantages, lr, kl_in_loss=0.0):
-        """Step 6: epochs of minibatches over the batch. Returns metrics, averaged over minibatches.
+        """Step 6: epochs of minibatches over the batch. Returns metrics, means over steps taken.
 
         Stops early, before the step, at a minibatch whose approx_kl exceeds max_update_kl.
         kl_in_loss: GRPO's beta.
@@ -584,10 +579,10 @@ def pool(rho, pi):
 
 
 def compare(rho, pi, beta):
-    """J(pi) and the optimum from samples as in pool(): a dict of floats.
+    """J(pi) and the optimum from samples as in pool(): a dict.
 
-    objective = J(pi); reference_objective = J(rho); optimum as of optimum(); fraction_of_optimum =
-    (J(pi) - J(rho)) / (J* - J(rho)); kl_to_optimum = KL(pi to pi*) = (J* - J(pi)) / beta.
+    objective = J(pi); reference_objective = J(rho); optimum: optimum()'s dict; fraction_of_optimum
+    = (J(pi) - J(rho)) / (J* - J(rho)); kl_to_optimum = KL(pi to pi*) = (J* - J(pi)) / beta.
     """
     both, log_weights = pool(rho, pi)
     best = optimum(both[0], beta, log_weights)
@@ -602,10 +597,7 @@ def compare(rho, pi, beta):
 
 
 def fraction_of_optimum(rho, pi, beta):
-    """compare(rho, pi, beta) with standard errors, names in _se.
-
-    What needs J* is None if the effective sample size is below MIN_ESS.
-    """
+    """compare() with standard errors, keys *_se; what needs J* is None if ess is below MIN_ESS."""
     def estimates(rho, pi):
         again = compare(rho, pi, beta)
         return again["objective"], again["optimum"]["objective"], again["fraction_of_optimum"]
@@ -622,10 +614,10 @@ def fraction_of_optimum(rho, pi, beta):
 
 
 def frontier(samples, log_weights):
-    """Rows [KL, score, judge] of the optimum at each beta with an ESS of at least MIN_ESS.
+    """Rows [KL, score, judge] of the optimum at each beta where its ess is at least MIN_ESS.
 
-    samples (3,P,N): row 2 holds the scores of the judge, which nobody optimises. Their mean under
-    the optimum's weights shows what selection alone does to the judge.
+    samples (3,P,N), log_weights: as of pool(), row 2 the judge's scores, whose mean under the
+    optimum's weights shows what selection alone does to the judge.
     """
     rows = []
     for beta in torch.logspace(2, -2, 81).tolist():
@@ -730,10 +722,7 @@ def log_ratios(policy, ref, prompts, tokens):
 
 
 def evaluate(options, run, judge_fn, rho):
-    """The results of a finished run: a dict of plain numbers and lists.
-
-    They are measured on fresh samples of pi and on rho's samples, both for the test prompts.
-    """
+    """A finished run's results, a dict, on fresh samples of pi and rho's, of the test prompts."""
     def read(prompts, tokens):
         scores = run.score_fn(tokens)[:, -1]
         ratios = log_ratios(run.policy, run.ref, prompts, tokens)
@@ -814,7 +803,7 @@ def main():
 
 
 def my_reward(text):
-    """Replace this: a number for a text, asked for of every prefix too, the empty text first.
+    """Replace this: a number for a text, which may be any prefix, even the empty one.
 
     Here: how many lines end with an exclamation mark.
     """

@@ -34,8 +34,8 @@ LETTERS = 7             # words are cut to 7 letters, so kindness and kindnesses
 class Bag(nn.Module):
     """A bag of words: log-odds of positive are bias + scale * the sum of tokens' contributions.
 
-    A word contributes its number where it first occurs. vocabulary: the bytes of each token.
-    words: {first LETTERS letters: rating from -2 to 2; after Bag.fit() the fitted number}.
+    A token contributes the number of the word so far, once per text. vocabulary: each
+    token's bytes. words: {first LETTERS letters: rating, -2 to 2; after Bag.fit() the number}.
     """
 
     def __init__(self, vocabulary, words):
@@ -61,10 +61,10 @@ class Bag(nn.Module):
         return self.prefixes(tokens.gather(1, order))[:, -1]
 
     def find_words(self, tokens):
-        """Yield, at each of tokens (B,T), row by row, the word so far, cut to LETTERS letters.
+        """Yield the word so far, cut to LETTERS letters, at each of tokens (B,T), row by row.
 
-        "My", " gra", "cious", " lord" give "my", "gra", "graciou", "lord". A word said before in
-        the row gives "", because only its first occurrence counts; so does padding.
+        "My", " gra", "cious", " lord" give "my", "gra", "graciou", "lord". Padding gives "", as
+        does a word already yielded in the row: only its first occurrence counts.
         """
         for ids in tokens.tolist():
             word = ""
@@ -80,20 +80,20 @@ class Bag(nn.Module):
                 seen.add(name)
 
     def contributions(self, tokens):
-        """The number in words of the word so far at each of tokens (B,T), default 0: (B,T)."""
+        """Each token's contribution, words[the word so far] or 0: tokens (B,T) -> (B,T)."""
         numbers = [self.words.get(word, 0) for word in self.find_words(tokens)]
         return torch.tensor(numbers, device=tokens.device).view_as(tokens)
 
     def fit(self, tokens, targets, weights, loss):
-        """Fit to passages tokens (N,T) with soft targets (N,) and weights (N,), but for the bias.
+        """Fit the words' numbers to passages (N,T) with soft targets (N,) and weights (N,).
 
-        The number of a word becomes a weight of its own plus strength * its rating.
+        A word's number becomes its own weight plus a common strength * its rating.
         """
         names = sorted({"", *self.words, *self.find_words(tokens)})
         ratings = targets.new_tensor([self.words.get(name, 0.0) for name in names])
-        # weight[0] is the strength, which leaves "" without a weight; rating -1 cancels it to 0.
+        # weight[0], in the place of "", is the strength; rating -1 makes the number of "" 0.
         ratings[0] = -1
-        # For now a word's number is its column.
+        # For now a number is an index in names.
         self.words = {name: i for i, name in enumerate(names)}
         columns = self.contributions(tokens)                                # (N,T)
 
@@ -135,7 +135,7 @@ class RewardModel(Bag):
     def fit(self, tokens, targets, weights, loss):
         """Fit the head alone: fine-tuning the trunk predicts no better (results/README.md)."""
         x = in_chunks(lambda rows: self.features(rows).sum(1), tokens)      # (N,2C+2)
-        # Of ridges from 100 to 300,000, 3,000 and 10,000 predict the ratings of "choose" best.
+        # Ridges of 3,000 and 10,000 predict "choose" best (tried: 100 to 300,000).
         self.head.data, _ = regress(x.mv, len(self.head), targets, weights, 10_000.0, loss)
 
 
@@ -147,7 +147,7 @@ def soft_loss(log_odds, targets):
 
 
 def comparison_loss(log_odds, targets, rounds=8):
-    """Bradley-Terry, the usual loss of RLHF: -log sigmoid(r(better) - r(worse)), nats (N,).
+    """Bradley-Terry, RLHF's usual loss: -log sigmoid(better - worse log-odds), nats (N,).
 
     Each round compares every passage with a random other one; ties are left out (Ziegler 2019).
     """
@@ -161,9 +161,9 @@ def comparison_loss(log_odds, targets, rounds=8):
 
 
 def regress(linear, size, targets, weights=1.0, ridge=0.0, loss=soft_loss):
-    """Ridge logistic regression: weight (size,) and bias (1,) of log-odds linear(weight) + bias.
+    """Ridge logistic regression: weight (size,), bias (1,) of log-odds linear(weight) + bias (N,).
 
-    targets, weights (N,): soft targets, and how much each passage counts.
+    targets (N,) are soft; weights (N,): how much each passage counts.
     """
     weight = targets.new_zeros(size, requires_grad=True)
     bias = targets.new_zeros(1, requires_grad=True)
@@ -183,7 +183,7 @@ def regress(linear, size, targets, weights=1.0, ridge=0.0, loss=soft_loss):
 
 def calibrate(model, tokens, targets):
     """Set a fitted model's scale and bias (Platt 1999) on passages that it was not trained on."""
-    # No fit learns the bias: comparisons leave the zero of the log-odds undetermined.
+    # fit() leaves the bias out: comparisons do not determine it.
     log_odds = in_chunks(model, tokens)
     model.scale, model.bias = regress(log_odds.mul, 1, targets)
 

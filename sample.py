@@ -188,7 +188,7 @@ def drift_axis(axis, ylabel):
 def draw_frontier(runs):
     """Score and judge against KL: PPO's paths, best of n, and the optimum."""
     figure = Figure(figsize=(13, 5), layout="constrained")
-    figure.suptitle("black: the optimum, whose score no policy can exceed; grey: best of n")
+    figure.suptitle("black: the optimum, the highest score at each KL; grey: best of n")
     axes = figure.subplots(1, 2, sharey=True)
     for run in runs:
         for axis, key, column in zip(axes, ("score", "judge"), (1, 2)):

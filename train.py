@@ -29,9 +29,9 @@ import sample
 from data import number
 
 # tiny is a smoke run, small is for a laptop's CPU, base for a GPU of 80 GB. An option belongs to
-# the stages named; changing it repeats these stages and all that depend on them. The columns are
-# two spaces apart: stages, name, value (of tiny, small and base, or of all), why one would change
-# it. Of words the first is the default.
+# the stages named; changing it repeats these stages and all that depend on them. The columns, two
+# spaces apart: stages, name, value (of tiny, small and base; or one for all; or choices, the first
+# the default), reason to change it.
 SIZES = ("tiny", "small", "base")
 TABLE = """
 data      vocab_size      512 2048 4096  more make texts shorter, but each token rarer
@@ -47,13 +47,13 @@ rho       task            speeches|continue  sample without a prompt, or continu
 rho       prompts         8              openings to continue in PPO, and as many for testing
 rho       rho_samples     2048 3072 16384  more samples of rho estimate J* more precisely
 ppo       toward          positive|negative  rewards log P(positive) or log P(negative)
-ppo       algorithm       ppo|simple|rloo|grpo  how PPO.advantages estimates them
+ppo       algorithm       ppo|simple|rloo|grpo  the estimator in PPO.advantages
 ppo       iterations      8 50 50        more come closer to the optimum
 ppo       batch           128 512 2048   completions per iteration: more mean less noise
 ppo       group           4              completions per prompt within a batch (one prompt: all)
 ppo       minibatch       16 32 128      completions per optimizer step
 ppo       unfrozen        1 1 4          last blocks that PPO trains: more fit more, noise included
-ppo       epochs          1              passes over each batch: more use it better, but off policy
+ppo       epochs          1              passes over each batch: more reuse it, but pi has moved
 ppo       lr              1.2e-3 1.2e-3 6e-4  PPO's learning rate; if too high, KL is spent on noise
 ppo       clip            0.2            PPO's clip range; lower limits each update more
 ppo       lam             0.8            GAE's lambda: lower trusts the value function more
@@ -88,7 +88,7 @@ def parse(argv=None):
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser = data.Parser(description="The whole study, from text to plots.")
     add = parser.add_argument
-    add("--size", choices=SIZES, help="of three values below the first is tiny's, the last base's "
+    add("--size", choices=SIZES, help="three values below are for tiny, small and base "
         "(default: base on CUDA, small on a CPU)")
     add("--beta", type=number(float, 1e-3, 10), nargs="+", default=[0.2],
         help="KL coefficients: smaller lets the policy drift farther for reward (default 0.2)")
@@ -134,7 +134,7 @@ def source(file):
     """Fingerprint of a script's syntax tree, without comments, blank lines and docstrings."""
     tree = ast.parse((data.HERE / file).read_bytes())
     for node in ast.walk(tree):
-        # The script's own command, and the reader's reward: no stage calls them.
+        # No stage calls a script's own command or the reward that users replace.
         if getattr(node, "name", "") in ("main", "my_reward"):
             node.body = []
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -161,7 +161,7 @@ class Stage:
         self.history, self.began = [], time.monotonic()
 
     def reuse(self, path):
-        """The checkpoint at path if its inputs are these, else None, saying what has changed."""
+        """The checkpoint at path, or None if there is none or an input changed (printed)."""
         if path.exists():
             state = data.load_checkpoint(path)
             changed = dict(self.about["inputs"].items() - state["inputs"].items())
@@ -170,7 +170,7 @@ class Stage:
             print(f"{path.name}: {', '.join(sorted(changed))} changed, so this stage is done again")
 
     def keep(self, *mark, **state):
-        """Write the stage's checkpoint, or of a mark one beside it: a dict, returned."""
+        """Write and return the stage's checkpoint, a dict (*mark: name suffixes)."""
         state = {**self.about, "history": self.history,
                  "seconds": time.monotonic() - self.began, **state}
         name = "_".join([self.path.stem, *mark])
@@ -178,9 +178,9 @@ class Stage:
         return state
 
     def steps(self, n, **parts):
-        """Yield the numbers of the steps of n that are still to do.
+        """Yield the steps of n still to do, writing partial checkpoints.
 
-        parts: all that the loop changes, each with state_dict() and load_state_dict().
+        parts: all that the loop changes, with state_dict() and load_state_dict().
         """
         self.n, start, partial = n, 0, self.reuse(self.partial)
         if partial and partial["parts"].keys() == parts.keys():
@@ -200,7 +200,7 @@ class Stage:
                 saved = time.monotonic()
 
     def log(self, shown=None, **metrics):
-        """Keep a step's metrics; print those shown (all), with the time left."""
+        """Keep a step's metrics; print those shown or all, and the time left."""
         done = self.step + 1
         self.history.append({"step": done, **metrics})
         # The whole file each time: so no step stands in it twice after a kill.
@@ -217,8 +217,8 @@ class Stage:
 def run(args, name, function, *earlier, **options):
     """The state of a stage: its checkpoint if it still holds, else the results of function, saved.
 
-    earlier: the states of earlier stages, and files of the user's, by content. The function gets
-    the stage's own options and no others, so any change of an input changes this key and all later.
+    earlier: states of earlier stages, and the corpus or ratings read from files. function gets the
+    stage's own options and no others, so any change of an input changes this key and all later.
     """
     kind = name.split("_")[0]
     for option in OPTIONS:
