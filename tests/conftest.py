@@ -86,8 +86,6 @@ def trained():
     return model.requires_grad_(False)
 
 
-# ---- a whole study of a made-up text ------------------------------------------------------
-
 # Stands in the place of size tiny, which the tests cannot wait for.
 TOY = {"vocab_size": 300, "block_size": 80, "n_layer": 2, "n_head": 2, "n_embd": 32,
        "pretrain_steps": 30, "length": 16, "prompts": 16, "rho_samples": 512, "iterations": 3,

@@ -37,7 +37,6 @@ def made_up_plays(monkeypatch):
     monkeypatch.setattr(data, "load_plays", lambda: PLAYS)
 
 
-# ---- corpus -------------------------------------------------------------------------------
 def test_markdown_becomes_plain_text():
     """Speakers in capitals with a full stop, headings gone, marks and spaces off."""
     for line, expected in [
@@ -241,7 +240,6 @@ def test_folds_are_of_equal_size_and_depend_on_the_words_alone():
     assert chi_square_p(folds, torch.full((10,), 0.1)) > 1e-4, "some folds are larger than others"
 
 
-# ---- files, and how scripts end -----------------------------------------------------------
 class RunsCode:             # as an attacker would pickle it
     def __reduce__(self):
         return exec, ("import os; os.environ['CODE_RAN'] = '1'",)

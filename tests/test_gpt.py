@@ -42,7 +42,6 @@ def logprobs_of(logits, tokens):
     return logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
 
 
-# ---- the model ------------------------------------------------------------------------------
 @pytest.mark.parametrize("T, S", [(7, 7), (2, 7), (1, 1)])
 @pytest.mark.parametrize("pads", [None, (0, 2)], ids=["full", "padded"])
 def test_attention_is_scaled_dot_product_attention_over_the_past(T, S, pads):
@@ -182,7 +181,6 @@ def test_cpu_and_gpu_log_probabilities_agree(trained):
                          "CPU and GPU disagree", atol=1e-3, rtol=0)
 
 
-# ---- sampling and scoring ----------------------------------------------------------------------
 @pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.5, 5), (1.0, 1), (1.0, 25)])
 def test_samples_match_the_softmax_of_the_k_likeliest_tokens(temperature, top_k):
     """p_i / (sum of the k largest p), p = softmax(logits / temperature); 4 tokens never come."""
@@ -309,7 +307,6 @@ def test_log_probabilities_of_the_sampler_equal_teacher_forced_ones(trained, mon
     assert k1.mean().abs() <= 4 * k1.std() / 32, "ref_kl is not 0 before the first update"
 
 
-# ---- the optimizer and pretraining -------------------------------------------------------------
 def test_a_gradient_that_is_not_finite_changes_no_weight():
     """It stops the run before the step; a finite one is clipped, and takes the rate it is given."""
     model = torch.nn.Linear(1, 1, bias=False)
@@ -352,7 +349,10 @@ def test_pretraining_learns_a_verse_and_says_how_it_goes(monkeypatch):
     rates, step = [], gpt.optimizer_step
     monkeypatch.setattr(gpt, "optimizer_step", lambda loss, optimizer, lr, **options: (
         step(loss, optimizer, lr, **options), rates.append(optimizer.param_groups[0]["lr"])))
+    seen, draw = [], gpt.draw_starts
+    monkeypatch.setattr(gpt, "draw_starts", lambda *x: seen.append(x[1]) or draw(*x))
     state, shown, rows = pretrain()
+    assert torch.equal(seen[0], (TEXTS["train"][:-64] == 0).nonzero()[:, 0]), "not the boundaries"
     for i, (at, title, text) in enumerate(shown):
         assert at == 50 * i and f"{at} steps" in title, "when it shows a text"
     assert i == 2 and text != shown[0][2] and text.startswith("\n\nword")
@@ -366,6 +366,10 @@ def test_pretraining_learns_a_verse_and_says_how_it_goes(monkeypatch):
     bits = gpt.bits_per_byte(model, TEXTS["held_out"], TEXTS["vocabulary"])
     assert_close(state["val_bits_per_byte"], bits, "bits per byte of what is returned")
     assert rates == [gpt.learning_rate(i, 105, 16) for i in range(105)], "learning rates"
+    held_out, read = torch.arange(11_000) % 24, []
+    monkeypatch.setattr(gpt, "bits_per_byte", lambda model, x, vocabulary: read.append(x) or 0.0)
+    pretrain({**TEXTS, "held_out": held_out}, steps=100)
+    assert_close(read, [held_out[:10_000], held_out], "bits per byte of another text")
 
 
 def test_pretraining_moves_every_weight_once_a_step_at_the_rate_of_the_schedule(monkeypatch):

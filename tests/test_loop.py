@@ -153,7 +153,6 @@ def spy_on(monkeypatch):
     return spy_on
 
 
-# ---- where it starts ----------------------------------------------------------------------------
 def test_a_batch_has_each_prompt_once_in_its_group_and_nothing_after_the_end():
     """None of 9 prompts comes a second time before all did, and every batch has its own order."""
     run, orders = new_run(prompts=torch.cartesian_prod(torch.arange(3), torch.arange(3)), end=END,
@@ -198,7 +197,6 @@ def test_training_leaves_the_reference_alone():
     assert not same(weights(run.policy), weights(rho())), "training should change the policy"
 
 
-# ---- one update ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("algorithm", ["simple", "rloo", "grpo", "ppo"])
 def test_the_first_step_is_the_policy_gradient_of_each_completion_by_itself(algorithm, monkeypatch):
     """grad of mean(beta k3 in GRPO - A log pi), each completion read by itself, unpadded."""
@@ -370,7 +368,6 @@ def test_what_has_another_shape_or_type_is_refused_in_a_sentence(scores):
         new_run(algorithm="reinforce").step(0)
 
 
-# ---- stopping and going on ----------------------------------------------------------------------
 def test_scores_gradients_and_weights_that_are_not_finite_stop_the_run():
     """It says what and when, and the policy is left as it was."""
     run = new_run()
@@ -439,7 +436,6 @@ def test_clip_and_unfrozen_are_those_of_the_settings(trained, spy_on):
             assert_close(batch[name], token_logprobs(logits, batch["tokens"]), f"{name} are others")
 
 
-# ---- where the loop ends ------------------------------------------------------------------------
 @pytest.mark.parametrize("algorithm, beta, limit", [("simple", 1.0, 0.04), ("rloo", 2.5, 0.015),
                                                     ("ppo", 1.0, 0.08)])
 def test_the_loop_reaches_the_optimum(algorithm, beta, limit):
@@ -505,7 +501,6 @@ def test_grpo_reaches_a_fixed_point_of_its_own_which_is_not_the_optimum():
     assert kl(p, target) > 0.08, f"only {kl(p, target):.4f} nats from pi*"
 
 
-# ---- what it says of itself ---------------------------------------------------------------------
 def test_metrics_are_per_completion_and_of_the_rollout():
     """Means over completions of sums over real tokens, of the policy that sampled them."""
     run = new_run(beta=0.5, prompts=PROMPTS, end=END)
@@ -532,7 +527,6 @@ def test_metrics_are_per_completion_and_of_the_rollout():
     assert metrics["ref_kl"] != 0, "after an update the policy should differ from rho"
 
 
-# ---- a reward of one's own: python ppo.py -------------------------------------------------------
 def test_the_demo_finds_the_optimum_of_a_toy_language_and_nears_it(monkeypatch, tmp_path, capsys):
     """32 tokens of 4 bytes alike: J* by recursion, samples and rewards; no model: one line."""
     monkeypatch.setattr(sys, "argv", ["", "--out", str(tmp_path), "--beta=2", "--iterations=5"])
@@ -560,5 +554,6 @@ def test_the_demo_finds_the_optimum_of_a_toy_language_and_nears_it(monkeypatch, 
     shown = re.findall(r"----- (.+), reward (\S+)\n([^-]*)\n(?=\n-----|\Z)", out)
     assert [name for name, _, _ in shown] == ["before"] * 2 + ["after"] * 2 + ["at the optimum"] * 2
     assert shown[0][2] != shown[2][2], "the sample after is that before"
+    assert float(shown[4][1]) + float(shown[5][1]) < 10, "these are the best, not pi*'s"
     for name, reward, text in shown:
         assert float(reward) == ppo.my_reward(text), f"the reward {name} is not that of {text!r}"

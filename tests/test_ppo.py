@@ -41,7 +41,6 @@ def mean(numbers):
     return torch.tensor(sum(numbers) / len(numbers), dtype=torch.float64)
 
 
-# ---- log-probabilities and KL ---------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_token_logprobs_are_log_softmax_at_the_token_in_float32(dtype):
     """logit_{y_t} - log sum_v exp(logit_v); a logit 1e4 above the others overflows nothing."""
@@ -111,7 +110,6 @@ def test_entropy_and_exact_kl_are_sums_over_the_vocabulary():
                  "huge logits overflow")
 
 
-# ---- rewards and advantages -------------------------------------------------------------------
 @masks
 def test_reward_is_minus_beta_k1_plus_the_score_on_the_last_real_token(mask):
     """r_t = -beta (log pi_old - log rho)_t + [t last] score (Ziegler 2019), without gradient."""
@@ -180,7 +178,6 @@ def test_whitening_uses_all_unmasked_tokens_of_the_batch(mask):
     assert not whiten(torch.full((B, T), 7.0), mask).any(), "nothing stands out of equals"
 
 
-# ---- the loss ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("advantage, ratio, loss, gradient, outside", [
     (1, 1.21, -1.2, 0, 1), (-1, 0.79, 0.8, 0, 1),           # clipped: no more is to be gained
     (1, 1.19, -1.19, -1.19, 0), (-1, 0.81, 0.81, 0.81, 0), (2, 1.0, -2, -2, 0),         # inside
@@ -218,7 +215,6 @@ def test_policy_loss_is_minus_the_mean_clipped_surrogate_of_real_tokens(mask, cl
                      atol=1e-6, rtol=0)
 
 
-# ---- masks, types and shapes, for every function that takes (B,T) -----------------------------
 SCORES = torch.tensor([0.5, -1.0, 2.0, -0.3])
 FUNCTIONS = {
     "kl_penalised_rewards":
@@ -275,7 +271,6 @@ def test_what_lies_under_the_mask_never_leaks(function, mask, garbage):
             assert clean, f"{garbage} under the mask leaked into the gradient"
 
 
-# ---- diagnostics and the controller -----------------------------------------------------------
 @pytest.mark.parametrize("values, returns, expected", [
     ([1, 2, 3, 4], [1, 2, 3, 4], 1.0), ([5, 5, 5, 5], [1, 2, 3, 4], 0.0),
     ([1, 2, 3, 4], [7, 7, 7, 7], 0.0), ([1, 1, 3, 3], [0, 2, 2, 4], 0.5)])
@@ -299,7 +294,6 @@ def test_the_controller_raises_beta_when_kl_is_above_target(ref_kl, error):
     assert controller.beta == controller.update(6.0, n=256), "the new beta is kept as .beta"
 
 
-# ---- the exact optimum ------------------------------------------------------------------------
 pytestmark = pytest.mark.filterwarnings("ignore:the optimum at beta")   # 81 samples are few
 
 
@@ -375,7 +369,6 @@ def test_a_bootstrap_error_is_the_deviation_of_repeated_studies():
     assert [row[0] for row in best_of_n_rows(z[:, :20])] == [1, 4, 16], "n above N"
 
 
-# ---- samples of several policies ----------------------------------------------------------------
 def test_mixture_weights_are_rho_over_the_mixture():
     """rho / sum_i (n_i / N) p_i (balance heuristic, Veach 1995), on average 1; pool() of two."""
     p = torch.stack([probabilities(spell(tables(s))) for s in (3, 4, 5)])           # (policy,y)
@@ -408,11 +401,13 @@ def test_the_fraction_of_the_optimum_comes_with_an_honest_error(prompts=2, beta=
     J = (pi * scores - beta * pi * (pi / rho).log()).sum(1).mean().item()
     most = torch.stack([x[3] for x in worlds]).mean().item() + (prompts - 1)
     start = (rho * scores).sum(1).mean().item()
-    exact = {"objective": J, "fraction": (J - start) / (most - start)}
+    exact = {"objective": J, "optimum": most, "fraction": (J - start) / (most - start)}
     inside = dict.fromkeys(exact, 0)
     for seed in range(200):
         found = fraction_of_optimum(*study(rho, scores, pi, beta, seed))
         found["fraction"] = found["fraction_of_optimum"]
+        best = found["optimum"]
+        found |= {"optimum": best["objective"], "optimum_se": best["objective_se"]}
         for name in inside:
             inside[name] += abs(found[name] - exact[name]) < 1.96 * found[f"{name}_se"]
     large = fraction_of_optimum(*study(rho, scores, pi, beta, 0, M=200_000, N=100_000))
@@ -450,7 +445,6 @@ def test_the_frontier_is_that_of_enumeration_at_every_beta_the_samples_tell():
                  atol=1e-6, rtol=0)
 
 
-# ---- best of n ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("n", range(1, 8))
 def test_best_of_n_is_the_mean_of_the_maximum_over_all_subsets(n):
     """E[max of n] over the C(7, n) subsets, one by one; unsorted, with ties and negatives."""

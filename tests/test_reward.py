@@ -274,6 +274,17 @@ def test_every_passage_of_a_play_and_every_text_is_on_one_side(ratings):
         assert held_out == {part == "report"}, "has the GPT read it?"
 
 
+def test_words_cut_alike_share_their_mean_and_texts_of_plays_are_no_samples(monkeypatch):
+    """Of all the files of labels/."""
+    words, seen = [("gracious", 2.0, None), ("graciously", 1.0, None), ("grace", -1.0, None)], []
+    monkeypatch.setattr(data, "read_labels", lambda path: seen.append(path.stem) or (
+        words if path.stem == "words" else [(f"text {i}", 1.0, "") for i in range(200)]))
+    found = reward.read_ratings()
+    assert seen == ["passages", "more_passages", "samples", "words"]
+    assert found["words"] == {"graciou": 1.5, "grace": -1.0}
+    assert not any(x for rows in found["passages"].values() for *_, x in rows), "samples"
+
+
 def test_a_rating_counts_by_the_share_that_is_read_and_samples_twice(ratings):
     """Targets (rating + 2) / 4; texts cut at 16 tokens weigh 16 of their length."""
     for rows in ratings["passages"].values():
@@ -333,14 +344,23 @@ def test_what_is_fitted_calibrated_and_measured_never_meet(learnt, ratings, kind
 
 
 @pytest.mark.parametrize("n, shown", [(2, 4), (12, 6)])
-def test_the_most_negative_and_most_positive_held_out_texts_are_shown(learnt, ratings, n, shown):
+def test_the_most_negative_and_most_positive_held_out_texts_are_shown(
+        learnt, ratings, monkeypatch, n, shown):
     """Three of each, in order; fewer where there are fewer samples."""
-    parts, titles = ratings["passages"], []
+    parts, shows = ratings["passages"], []
     report = [row for row in parts["report"] if not row[2]] + parts["reward"][-n:]
     assert all(is_sample for *_, is_sample in report[-n:])
-    reward.fit_judge(SimpleNamespace(length=LENGTH, device="cpu"), learnt["pretrained"],
-                     {"passages": {**parts, "report": report}},
-                     SimpleNamespace(show=lambda title, text: titles.append(title)))
+    seen = []       # samples to calibrate on are too few here
+    monkeypatch.setattr(reward, "calibrate", lambda model, tokens, targets: seen.extend(
+        data.decode(BYTES, row) for row in tokens) or calibrate(model, tokens, targets))
+    state = reward.fit_judge(SimpleNamespace(length=LENGTH, device="cpu"), learnt["pretrained"],
+                             {"passages": {**parts, "report": report}},
+                             SimpleNamespace(show=lambda *x: shows.append(x)))
+    model, titles = reward.load_reward(state), [title for title, _ in shows]
+    for title, text in shows:
+        p = model(data.pad([list(text.encode())], LENGTH)).sigmoid().item()
+        assert title == f"P(positive) {p:.2f}", "beside another text"
+    assert seen == [text for text, *_ in parts["choose"]], "calibrated on others"
     assert len(titles) == shown and (n == 2 or titles == sorted(titles)), titles
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -183,11 +184,11 @@ def session(study, tmp_path, monkeypatch):
 
 def test_samples_are_rated_blind_and_each_answer_stands_beside_its_text(session, study, tmp_path):
     """Each sample once, shuffled, nothing said of whose it is; its file is one of labels."""
-    code, out = session({})
+    code, out = session({}, "--seed", 5)
     assert code == 0 and not re.search("pretrain|ppo|beta|Positive", out), out
     rows, names = rows_of(tmp_path / "mine.csv"), ["pretrain", "ppo_beta2"]
     drawn = [(row["text"], name) for name in names
-             for row in sample.draw(study / f"{name}.pt", 3, 0)]
+             for row in sample.draw(study / f"{name}.pt", 3, 5)]
     order = [drawn.index((text, name)) for text, _, _, name in rows]
     assert sorted(order) == list(range(6)), "not the samples of these models"
     assert order not in ([0, 1, 2, 3, 4, 5], [3, 4, 5, 0, 1, 2]), "whose it is can be told"
@@ -267,6 +268,11 @@ def reported(study, texts, tmp_path_factory):
     assert run_script(train, *argv(texts, out, "--toward", "negative", "--beta", 0.02,
                                    "--iterations", 2, "--until", "ppo")) == 0
     run = load(out, "ppo_beta2")
+    for name in ("reward", "judge"):            # as of labels with both: these are reported
+        state = load(out, name)
+        first = {key: x + 0.1 for key, x in state["report"]["samples"].items()}
+        data.save_checkpoint(out / f"{name}.pt", {**state, "report": {
+            "passages": first, **state["report"]}})
     data.save_checkpoint(out / "ppo_beta7.pt", {**run, "inputs": {**run["inputs"], "rho": "other"}})
     printed = io.TextIOWrapper(io.BytesIO(), write_through=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -331,7 +337,8 @@ def test_the_tables_show_the_checkpoints_numbers(reported):
     assert "ppo_beta7" not in report and "| 7 |" not in report, "a run of another rho"
     for name in ("reward", "judge"):
         x = next(iter(load(out, name)["report"].values()))
-        assert f"| {name} | {x['pearson']:.3f} | {x['auc']:.3f} | {x['slope']:.2f} |" in report
+        assert (f"| {name} | {x['pearson']:.3f} | {x['auc']:.3f} | {x['slope']:.2f} | "
+                f"{x['log_loss']:.3f} |") in report
 
 
 def test_the_figures_draw_the_runs_and_samples_are_kept(reported, study):
@@ -344,17 +351,23 @@ def test_the_figures_draw_the_runs_and_samples_are_kept(reported, study):
                       if 0 < text.get_window_extent().y0 < figure.bbox.y1]
         assert (study / f"figures/{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert f"(figures/{name}.png)" in (out / "report.md").read_text()
-    for key, name in RUNS.items():
+    left, right = ([(to_rgba(x.get_color()), x.get_xydata().tolist()) for x in axis.lines]
+                   for axis in figures["frontier"].axes)
+    levels = [x.tolist() for y in figures["ppo"].axes[0].collections for x in y.get_segments()]
+    for i, (key, name) in enumerate(RUNS.items()):
         samples = [sample.SAMPLE.format(**row) for row in sample.draw(out / f"{name}.pt", 20)]
         assert "\n".join(samples) == (out / f"samples/{name}.txt").read_bytes().decode()
         history, x = load(out, name)["history"], load(out, name)["result"]
-        assert [[row["ref_kl"], row["score"]] for row in history] in drawn["frontier"]
-        assert [[x["ref_kl"], x["score"]]] in drawn["frontier"]
-        assert [[row["ref_kl"], row["judge"]] for row in history] in drawn["frontier"]
-        assert [[x["ref_kl"], x["judge"]]] in drawn["frontier"]
-        assert [[row["step"], row["objective"]] for row in history] in drawn["ppo"]
-        for i in (1, 2):                    # the optimum's score, and the judge's
-            assert [[row[0], row[i]] for row in x["frontier"]] in drawn["frontier"]
+        for lines, measure, column in ((left, "score", 1), (right, "judge", 2)):
+            assert (to_rgba(f"C{i}"), [[row["ref_kl"], row[measure]] for row in history]) in lines
+            assert (to_rgba(f"C{i}"), [[x["ref_kl"], x[measure]]]) in lines
+            assert (to_rgba("k"), [[row[0], row[column]] for row in x["frontier"]]) in lines
+        assert (to_rgba("C7"), [[row[3], row[1]] for row in x["best_of_n"]]) in left
+        for axis in figures["ppo"].axes:
+            path = [[row["step"], row[axis.get_title()]] for row in history]
+            assert path in [y.get_xydata().tolist() for y in axis.lines], axis.get_title()
+        J = x["optimum"]["objective"]
+        assert J is None or [[1, J], [x["iterations"], J]] in levels, "J*"
         star = [[x["optimum"]["ref_kl"], x["optimum"]["score"]]]
         assert (star in drawn["frontier"]) == (key != "negative_0.02")
         for name, texts in seen.items():

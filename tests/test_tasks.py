@@ -30,7 +30,6 @@ FUNCTIONS = [(data, "prepare"), (gpt, "pretrain"), (reward, "fit_reward"), (rewa
              (ppo, "sample_reference"), (ppo, "tune")]
 
 
-# ---- prompts ------------------------------------------------------------------------------
 class ReadOptions:
     """The options of a stage; notes which are read."""
 
@@ -225,10 +224,16 @@ def test_the_reward_model_is_the_kind_asked_for_and_learns_from_the_feedback(tex
     assert all(len(x.unique()) > 1 for x in weights), "all passages count alike"
 
 
-def test_an_adaptive_beta_is_the_one_that_the_run_is_measured_at(texts, again):
+def test_an_adaptive_beta_is_the_one_that_the_run_is_measured_at(texts, again, capsys, monkeypatch):
     """beta after the last update, by its target and horizon in completions (32 an iteration)."""
-    assert run_script(train, *argv(texts, again, "--until", "ppo", "--adaptive-kl-target", 0.01,
-                                   "--adaptive-kl-horizon", 100, "--lr", 0.01)) == 0
+    runs, step = [], ppo.PPO.step
+    monkeypatch.setattr(ppo.PPO, "step", lambda self, i: runs.append(self) or step(self, i))
+    options = "--until ppo --adaptive-kl-target 0.01 --adaptive-kl-horizon 100 --lr 0.01"
+    assert run_script(train, *argv(texts, again, *options.split(), "--iterations", 5)) == 0
+    said = capsys.readouterr().out
+    for row, x in zip(runs[-1].batch["tokens"][:2], runs[-1].batch["scores"], strict=False):
+        text = data.decode(load(again, "data")["vocabulary"], row).strip()
+        assert f"--- score {x:.2f}\n{text}\n" in said, "another text's score is shown"
     state, controller = load(again, "ppo_beta0.5"), ppo.AdaptiveKL(0.5, 0.01, 100)
     for row in state["history"]:
         assert row["beta"] == controller.beta
@@ -245,7 +250,6 @@ def test_too_few_speeches_are_explained(tmp_path, command):
     explains(command(train, *few), "only 0 openings of speeches to continue")
 
 
-# ---- several processes --------------------------------------------------------------------
 def work(rank, processes, port, arguments, log, die_at):
     """One of the processes that torchrun would start; it kills itself at PPO's step die_at."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank),

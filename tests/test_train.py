@@ -33,7 +33,6 @@ AFTER = {"ppo": PPO, "rho": {"rho", *PPO}, "judge": {"judge", "rho", *PPO},
 ALL = AFTER["data"]
 
 
-# ---- the loop that remembers --------------------------------------------------------------
 STEPS = 6
 
 
@@ -102,9 +101,23 @@ def test_a_stage_cut_off_at_any_step_resumes_to_the_same_bits(tmp_path, whole, i
 def test_a_loop_of_other_parts_begins_again(tmp_path):
     """Under --keep, which reuses a partial checkpoint of older code."""
     stage = train.Stage(tmp_path / "fake.pt", {"inputs": {}})
-    stage.keep("partial", kind="partial", parts={}, step=3, rng=torch.get_rng_state())
+    stage.keep("partial", kind="partial", parts={}, step=3, rng=torch.get_rng_state(),
+               seconds=1000.0)
     assert (list(stage.steps(5, model=torch.nn.Linear(1, 1))), list(stage.steps(5))) == (
         [0, 1, 2, 3, 4], [3, 4])
+    assert stage.keep()["seconds"] > 1000, "those before it was cut off count"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_first_process_fetches_the_plays_and_reports(texts, again, monkeypatch, first):
+    """The others wait until it has fetched them, and report nothing."""
+    calls = []
+    monkeypatch.setattr(data, "is_first_process", lambda: first)
+    for module, name in ((gpt, "barrier"), (data, "load_corpus"), (train.sample, "report")):
+        monkeypatch.setattr(module, name, lambda x, name=name, real=getattr(module, name): (
+            calls.append(name) or (real(x) if name == "load_corpus" else None)))
+    assert run_script(train, *argv(texts, again)) == 0
+    assert calls == (["load_corpus", "barrier", "report"] if first else ["barrier", "load_corpus"])
 
 
 @pytest.mark.parametrize("inputs", [{"lr": 0.2}, {"lr": 0.2, "seed": 4}])
@@ -130,7 +143,6 @@ def test_the_seed_of_a_stage_decides_its_result(tmp_path, whole):
     assert not torch.equal(other["model"]["weight"], whole["model"]["weight"]), "one for all seeds"
 
 
-# ---- keys ---------------------------------------------------------------------------------
 FUNCTIONS = [(data, "prepare"), (gpt, "pretrain"), (reward, "fit_reward"), (reward, "fit_judge"),
              (ppo, "sample_reference"), (ppo, "tune")]
 
@@ -261,7 +273,6 @@ def test_every_stage_beta_and_seed_has_random_numbers_of_its_own(redone):
     assert len(set(seeds)) == len(seeds) == 4 * len(ALL)
 
 
-# ---- options ------------------------------------------------------------------------------
 def test_the_defaults_of_ppo_are_those_of_size_small():
     """PPOConfig() is what --size small runs; every setting has an option."""
     small = {option.name: option.small for option in train.OPTIONS}
@@ -303,7 +314,6 @@ def test_help_tells_the_reason_for_every_option_and_its_values(capsys):
         assert option.why in text and option.why.endswith(")"), option.name
 
 
-# ---- the whole ----------------------------------------------------------------------------
 @pytest.mark.parametrize("name", sorted(ALL))
 def test_a_checkpoint_holds_its_metrics_and_can_stand_alone(study, name):
     """metrics.jsonl is the history, a line an iteration; weights and vocabulary are in it."""
@@ -335,7 +345,6 @@ def test_a_run_ends_after_the_stage_asked_for(redone, again, last, files):
     assert name.read_bytes() == tokenizer
 
 
-# ---- kills, Ctrl-C, NaN -------------------------------------------------------------------
 def train_and_die(arguments, log, name, moment):
     """train.py in a process of its own, killed at the moment-th instant of writing a file name.
 
@@ -431,7 +440,6 @@ def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, com
     assert content(again / "ppo_beta2.pt") == content(study / "ppo_beta2.pt"), "another policy"
 
 
-# ---- bad input: exit code 2, one line, no traceback ---------------------------------------
 @pytest.mark.parametrize("options, says", [
     ("--nonsense", "unrecognized arguments: --nonsense"),
     *[(f"--beta {x}", f"argument --beta: invalid float from 0.001 to 10 value: '{x}'")
