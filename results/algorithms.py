@@ -161,11 +161,12 @@ def draw(ends, result, path):
     axis.annotate(f"best of 1 to {n[-1]}", (kl[-1], scores[-1]), (4, 4),
                   textcoords="offset points", color="C7")
     points = [(*means(runs, "score", "ref_kl"), algorithm) for algorithm, runs in ends.items()]
-    height = best["score"]              # of the name before; names stand below their points
+    right = 1.15 * max(x for _, (x, _), _ in points)        # names stand in one column
+    height = best["score"]                                  # of the name before
     for i, ((y, dy), (x, dx), algorithm) in enumerate(sorted(points, reverse=True)):
         height = min(y, height) - 0.06 * best["score"]
         axis.errorbar(x, y, dy, dx, f"C{i}o", ms=5, capsize=3)
-        axis.annotate(algorithm, (x, y), (1.15 * x, height), color=f"C{i}",
+        axis.annotate(algorithm, (x, y), (right, height), color=f"C{i}",
                       arrowprops={"arrowstyle": "-", "color": f"C{i}"})
     axis.set(xlim=(0, 1.5 * max(best["ref_kl"], *kl)), ylim=(-0.1, None))
     figure.savefig(path)
