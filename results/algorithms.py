@@ -1,7 +1,7 @@
 """Policy gradients, GRPO, DPO and best-of-n beside the exact optimum, on a finished study.
 
     python train.py                                     the study; its run at beta 0.2 gives J*
-    OMP_NUM_THREADS=1 python results/algorithms.py      29 runs, 1.5 hours
+    OMP_NUM_THREADS=1 python results/algorithms.py      26 runs, 1.2 hours
     python results/algorithms.py --table                table and figure of the runs kept
 
 simple, rloo, grpo, ppo (train.py --algorithm) and dpo (results/dpo.py) run at the defaults of
