@@ -255,9 +255,9 @@ def report(out):
                "pretrain": measured, "ppo": [run["result"] for run in runs]}
     for name in ("reward", "judge"):
         # The metrics on passages, or on samples if the labels have no passages.
-        first, *_ = stages[name]["report"].values()
-        metrics = {f"val_{key}": x for key, x in first.items()}
-        summary[name] = {**metrics, **rho["scales"][name]["positive"]}
+        metrics, *_ = stages[name]["report"].values()
+        summary[name] = {f"val_{key}": x for key, x in metrics.items()}
+        summary[name] |= rho["scales"][name]["positive"]
     first = {}                          # the first sample of each checkpoint, as lines
     for path in [out / "pretrain.pt", *(run["path"] for run in runs)]:
         texts = [SAMPLE.format_map(row) for row in draw(path, 20)]
