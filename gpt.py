@@ -1,10 +1,9 @@
 """The transformer: a small GPT, sampling from it, scoring with it, and its pretraining.
 
 Read this file first. The model follows nanoGPT (Karpathy) with the changes that help most at this
-size: rotary positions (Su 2021), layer norm without weights, normalised queries and keys, one key
-and value for all heads (Shazeer 2019), squared ReLU (So 2021), output projections that start at
-zero, and a start near the bigrams of the text. Two things differ from nanoGPT because PPO needs
-them:
+size: positions by a bias on attention (Press 2021), layer norm without weights, one key and value
+for all heads (Shazeer 2019), squared ReLU (So 2021), output projections that start at zero, and a
+start near the bigrams of the text. Two things differ from nanoGPT because PPO needs them:
 
 - forward() returns logits at *every* position: sampling looks at the last one, scoring at all;
 - stream() gives the hidden states after any block: the reward model's classifier head reads them,
@@ -12,13 +11,10 @@ them:
 
 On a first reading skip "several processes": a single process works on all rows and sends nothing.
 
-Precision: weights are float32. Each model has one compute dtype, bfloat16 where the machine is
-fast at it, for the residual stream, matrix products and attention. Norms are computed in float32
-internally. Logits are computed in the compute dtype and cast to float32; everything after them
-(softmax, log-probabilities, losses) is float32.
-
-Code that depends on the device: compute_dtype() chooses bfloat16 or float32; join_processes() gives
-each process its own GPU.
+Weights are float32. Each model has one compute dtype, bfloat16 where the machine is fast at it, for
+the residual stream, matrix products and attention. Logits are cast to float32, and all that is
+computed from them is float32. The device matters in two functions: compute_dtype() chooses the
+dtype; join_processes() gives each process its own GPU.
 
 Tests: `pytest tests/test_gpt.py`.
 """
@@ -28,6 +24,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -37,8 +34,7 @@ import torch.nn.functional as F
 import data
 from data import PAD
 
-# Added to an attention score, it gives weight 0: |q . k| / sqrt(head) <= sqrt(head).
-BLOCKED = -1e4
+BLOCKED = -1e4      # added to an attention score, it gives weight 0
 
 
 @dataclass
@@ -69,45 +65,38 @@ def norm(x):
     return F.layer_norm(x, (x.size(-1),))
 
 
-def rotate(x, cos, sin):
-    """Rotary position embedding (Su 2021): rotate feature pairs (x1, x2) of x (B,H,T,head).
+def attention_bias(start, end, heads, device, pad=None):
+    """What is added to attention scores: (T,H,S), or (B,T,H,S) with pad.
 
-    The angle is proportional to the position, so q . k depends on positions by distance alone.
+    The T queries are positions start to end, the S keys all positions before end. For each token
+    that a key is farther back it loses 1, 1/2, 1/4 ... in heads 0, 1, 2 ... (ALiBi, Press 2021):
+    the model's only sense of position. Later keys are blocked, and padding: pad (B,P) is True at
+    padding among the first P keys. The output at a padded query means nothing and is never used.
     """
-    x1, x2 = x.chunk(2, dim=-1)
-    y1 = x1 * cos - x2 * sin
-    y2 = x1 * sin + x2 * cos
-    return torch.cat((y1, y2), dim=-1)
-
-
-def attention_bias(start, end, device, pad=None):
-    """Added to attention scores: 0 where query t may see key s, -1e4 where not: (T,S) or (B,1,T,S).
-
-    The T queries are positions start to end, the S keys all positions before end. Future keys are
-    blocked, and padding: pad (B,P) is True at padding among the first P keys. A softmax gives
-    blocked keys weight 0. The output at a padded query means nothing and is never used.
-    """
-    everywhere = torch.full((end - start, end), BLOCKED, device=device)
-    bias = everywhere.triu(start + 1)
+    query = torch.arange(start, end, device=device)[:, None, None]
+    distance = query - torch.arange(end, device=device)                 # (T,1,S)
+    slopes = 0.5 ** torch.arange(heads, device=device)
+    bias = -distance * slopes[:, None]                                  # (T,H,S)
+    bias = bias.masked_fill(distance < 0, BLOCKED)
     if pad is None:
         return bias
     padding = F.pad(pad * BLOCKED, (0, end - pad.size(1)))              # (B,S)
-    return bias + padding[:, None, None, :]
+    return bias + padding[:, None, None]
 
 
 def attention(q, k, v, bias):
-    """softmax(q k' / sqrt(head) + bias) v: q (B,H,T,head), k and v (B,S,head) -> as q.
+    """softmax(q k' / sqrt(head) + bias) v for each head: q (B,T,C), k and v (B,S,head) -> (B,T,C).
 
     All heads share one k and v, so the queries of all heads are the rows of one matrix. At 64
     tokens in bfloat16 these products are faster on a CPU than torch's fused kernel.
     """
-    B, H, T, head = q.shape
-    q = q.flatten(1, 2) / math.sqrt(head)
-    scores = q @ k.mT                                                   # (B,H*T,S)
-    scores = scores.view(B, H, T, k.size(1)) + bias
+    B, S, head = k.shape
+    rows = q.reshape(B, -1, head) / math.sqrt(head)                     # (B,T*H,head)
+    scores = rows @ k.mT                                                # (B,T*H,S)
+    scores = scores.view(B, q.size(1), -1, S) + bias                    # (B,T,H,S)
     weights = scores.softmax(-1)
-    y = weights.flatten(1, 2) @ v                                       # (B,H*T,head)
-    return y.view(B, H, T, head)
+    y = weights.flatten(1, 2) @ v                                       # (B,T*H,head)
+    return y.view(q.shape)
 
 
 class Block(nn.Module):
@@ -116,35 +105,24 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        std = C ** -0.5
-        self.head = C // config.n_head
+        head = C // config.n_head
         # A query for each head, but one key and one value for all of them (multi-query attention,
         # Shazeer 2019): with a pair for each head, sampling takes 1.7 times as long.
-        self.qkv = Linear(C, C + 2 * self.head, std)
+        self.sizes = (C, 2 * head)
+        self.qkv = Linear(C, sum(self.sizes), C ** -0.5)
         self.proj = Linear(C, C)                        # zeros: a block starts as the identity
-        self.fc = Linear(C, 4 * C, std)
+        self.fc = Linear(C, 4 * C, C ** -0.5)
         self.out = Linear(4 * C, C)
 
-    def forward(self, x, cos, sin, bias, cache=None):
-        B, T, C = x.shape
-        qkv = self.qkv(norm(x))
-        qkv = qkv.view(B, T, C // self.head + 2, self.head)
-        qkv = qkv.transpose(1, 2)                                       # (B,H+2,T,head)
-        # Normalising q and k bounds the attention scores: high learning rates stay stable.
-        qk = rotate(norm(qkv[:, :-1]), cos, sin)
-        q = qk[:, :-1]                                                  # (B,H,T,head)
-        k = qk[:, -1]
-        v = qkv[:, -1]
-        kv = torch.stack((k, v))                                        # (2,B,T,head)
+    def forward(self, x, bias, cache=None):
+        q, kv = self.qkv(norm(x)).split(self.sizes, dim=-1)
         if cache is not None:
             if self in cache:
-                kv = torch.cat((cache[self], kv), dim=2)                # (2,B,S,head)
+                kv = torch.cat((cache[self], kv), dim=1)                # (B,S,2*head)
             cache[self] = kv
-        k, v = kv
+        k, v = kv.chunk(2, dim=-1)                                      # (B,S,head)
         # Attention mixes positions.
-        y = attention(q, k, v, bias)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        x = x + self.proj(y)
+        x = x + self.proj(attention(q, k, v, bias))
         # The MLP works on each position alone. relu(y)^2 learns faster than GELU here.
         y = F.relu(self.fc(norm(x)))
         return x + self.out(y * y)
@@ -160,32 +138,21 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.vocab_size)         # zeros: uniform predictions
-        # Each feature pair of a head has its own frequency: 1 to about 1/10,000 radians a token.
-        half = config.n_embd // config.n_head // 2
-        position = torch.arange(config.block_size)[:, None]
-        frequency = 10_000.0 ** (-torch.arange(half) / half)
-        angle = position * frequency
-        self.register_buffer("cos", angle.cos(), persistent=False)      # (block_size, head/2)
-        self.register_buffer("sin", angle.sin(), persistent=False)
 
     def stream(self, x, start=0, cache=None, pad=None, blocks=slice(None)):
         """The residual stream (B,T,C), in the compute dtype, after these blocks.
 
         x: tokens (B,T), or the stream (B,T,C) before blocks, from position start on. cache: a dict,
-        empty at first, where each block keeps keys and values (2,B,S,head) of all tokens read, for
-        x to continue. pad: as in attention_bias.
+        empty at first, where each block keeps the keys and values (B,S,2*head) of all tokens read,
+        for x to continue. pad: as in attention_bias.
         """
-        end = start + x.size(1)
-        assert end <= self.config.block_size, f"{end} tokens do not fit the context"
-        bias = attention_bias(start, end, x.device, pad)
-        bias = bias.to(self.dtype)
-        cos = self.cos[start:end].to(self.dtype)
-        sin = self.sin[start:end].to(self.dtype)
         if not x.is_floating_point():
             # PAD has no embedding and gets that of token 0; its output is never used.
             x = norm(self.embed(x.clamp(min=0)).to(self.dtype))
+        bias = attention_bias(start, start + x.size(1), self.config.n_head, x.device, pad)
+        bias = bias.to(self.dtype)
         for block in self.blocks[blocks]:
-            x = block(x, cos, sin, bias, cache)
+            x = block(x, bias, cache)
         return x
 
     def logits(self, x):
@@ -230,7 +197,7 @@ def padding(tokens):
 
 @torch.no_grad()
 def extend(model, prompt, uniform, temperature=1.0, top_k=None, frozen=0):
-    """Sample T tokens after prompts (B,T0), padded left, by uniform numbers (B,T): a dict.
+    """Sample T tokens after prompts (B,T0), padded left, by uniform numbers (B,T): tokens, lower.
 
     tokens (B,T0+T) begin with the prompt. lower (B,T0+T-1,C), for PPO to reuse, is the stream after
     the first frozen blocks at every token but the last; at padding it means nothing. A key-value
@@ -238,23 +205,20 @@ def extend(model, prompt, uniform, temperature=1.0, top_k=None, frozen=0):
     """
     # A copy in its compute dtype; otherwise every weight would be cast again for each token.
     model = copy.deepcopy(model).to(model.dtype)
-    uniform = uniform.to(prompt.device)
     cache = {}
     pad = padding(prompt)
     # The first pass reads the prompt, each later one the token just drawn.
     new = tokens = prompt
     lower = []
-    for t in range(uniform.size(1)):
+    for column in uniform.to(prompt.device).split(1, dim=1):                # (B,1)
         start = tokens.size(1) - new.size(1)
         x = model.stream(new, start, cache, pad, slice(frozen))
         lower.append(x)
         x = model.stream(x, start, cache, pad, slice(frozen, None))
         logits = model.logits(x[:, -1])                                     # (B,V)
-        column = uniform[:, t:t + 1]
-        drawn = sample_tokens(logits, column, temperature, top_k)           # (B,)
-        new = drawn[:, None]
+        new = sample_tokens(logits, column, temperature, top_k)[:, None]
         tokens = torch.cat((tokens, new), dim=1)
-    return {"tokens": tokens, "lower": torch.cat(lower, dim=1)}
+    return tokens, torch.cat(lower, dim=1)
 
 
 def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None):
@@ -263,7 +227,8 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None)
     generator: a torch.Generator of the CPU, whatever the device; None is the global one.
     """
     uniform = torch.rand(len(prompt), length, generator=generator)
-    return extend(model, prompt, uniform, temperature, top_k)["tokens"]
+    tokens, _ = extend(model, prompt, uniform, temperature, top_k)
+    return tokens
 
 
 def cut_after(tokens, end):
@@ -288,9 +253,9 @@ def sample_completions(model, prompts, length, end=None, frozen=0):
     """
     # Random numbers for all rows, so that samples do not depend on the number of processes.
     uniform = torch.rand(len(prompts), length)
-    drawn = in_chunks(lambda *rows: extend(model, *rows, frozen=frozen), prompts, uniform, size=512)
-    tokens = drawn["tokens"][:, prompts.size(1):]
-    return cut_after(tokens, end), drawn["lower"]
+    draw = partial(extend, model, frozen=frozen)
+    tokens, lower = in_chunks(draw, prompts, uniform, size=512)
+    return cut_after(tokens[:, prompts.size(1):], end), lower
 
 
 # ---- scoring ------------------------------------------------------------------------------
@@ -328,18 +293,14 @@ def token_logprobs(logits, tokens):
 def in_chunks(function, *tensors, size=64):
     """Apply function to rows of tensors, size at a time to save memory, without gradient.
 
-    Returns for all rows what function does: a tensor or dict.
+    Returns for all rows what function does: a tensor or several.
     """
     n = len(tensors[0])
     mine = [x[share(n)].split(size) for x in tensors]
     parts = [function(*chunk) for chunk in zip(*mine)]
     if torch.is_tensor(parts[0]):
         return gather(torch.cat(parts), n)
-    whole = {}
-    for key in parts[0]:
-        rows = torch.cat([part[key] for part in parts])
-        whole[key] = gather(rows, n)
-    return whole
+    return [gather(torch.cat(column), n) for column in zip(*parts)]
 
 
 # ---- gradient steps -----------------------------------------------------------------------
@@ -371,16 +332,6 @@ def windows(tokens, starts, length):
     return tokens[rows].long()
 
 
-def draw_starts(n, openings, batch):
-    """Random first positions of a batch of windows, from 0 to n - 1: (batch,).
-
-    Half are openings, positions of boundaries, because unconditional samples begin there.
-    """
-    anywhere = torch.randint(n, (batch // 2,))
-    chosen = torch.randint(len(openings), (batch // 2,))
-    return torch.cat((openings[chosen], anywhere))
-
-
 def learning_rate(i, steps, n_embd):
     """The learning rate of step i: up for 40 steps, level, down to 0 in the last 60 %."""
     up = (i + 1) / 40
@@ -404,11 +355,10 @@ def bigram_start(model, tokens, smooth=20.0):
     pairs = tokens[:-1] * V + tokens[1:]
     counts = torch.bincount(pairs, minlength=V * V)
     counts = counts.view(V, V).float()                  # (this, next)
-    seen = counts.sum(1, keepdim=True)
     often = counts.sum(0) + 1
-    share = often / often.sum()
-    smoothed = (counts + smooth * share) / (seen + smooth)
-    logits = smoothed.log()
+    counts = counts + smooth * often / often.sum()
+    logits = counts.log()
+    # A softmax does not depend on the mean, so counts need not be divided by their sum.
     logits = logits - logits.mean(1, keepdim=True)
     u, s, v = torch.svd_lowrank(logits, C)
     embed = u * s.sqrt()
@@ -433,7 +383,7 @@ def bits_per_byte(model, tokens, vocabulary):
     """
     T = model.config.block_size
     starts = torch.arange(0, len(tokens) - T, T)
-    rows = windows(tokens, starts, T + 1).to(model.cos.device)
+    rows = windows(tokens, starts, T + 1).to(model.embed.weight.device)
     nats = in_chunks(lambda rows: next_token_nats(model, rows), rows)
     total = nats.sum(dtype=torch.float64).item()
     bits = total / math.log(2)
@@ -471,19 +421,13 @@ def pretrain(options, texts, loop):
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95), eps=1e-10,
                                   weight_decay=0.0, fused=True)
     start = torch.full((1, 1), texts["start"], device=options.device)
-    # Positions of the boundary before a speech; a text without any begins anywhere.
     n = len(train) - T
-    is_start = train[:n] == texts["start"]
-    openings = is_start.nonzero().squeeze(1)
-    if not len(openings):
-        openings = torch.arange(n)
 
     for i in loop.steps(steps, model=model, optimizer=optimizer):
         if i % 100 == 0 or i == 50:                 # with the same random numbers each time
-            length = min(48, T - 1)
-            tokens = generate(model, start, length, generator=torch.Generator())
+            tokens = generate(model, start, 48, generator=torch.Generator())
             loop.show(f"after {i} steps the model writes:", data.decode(vocabulary, tokens[0]))
-        starts = draw_starts(n, openings, batch)[rows]
+        starts = torch.randint(n, (batch,))[rows]
         tokens = windows(train, starts, T + 1).to(options.device)
         loss = next_token_nats(model, tokens).mean()
         lr = learning_rate(i, steps, config.n_embd)

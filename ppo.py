@@ -412,7 +412,7 @@ class PPO:
         return completion_logits(model, prompts, tokens, self.tuned, lower)
 
     def read(self, prompts, tokens, lower):
-        """Step 2: scores (B,), logprobs, ref_logprobs, so_far (B,T) of completions (B,T).
+        """Step 2: scores (B,), so_far, logprobs, ref_logprobs (B,T) of completions (B,T).
 
         so_far at token t is the score of the tokens before t, from which fit_values forecasts.
         """
@@ -424,10 +424,8 @@ class PPO:
             f"score_fn must give floats ({B},) or ({B},{T + 1}), not {tuple(scores.shape)}"
         if scores.dim() == 1:           # only whole completions have a score: let so_far be 0
             scores = F.pad(scores[:, None], (T, 0))
-        return {"scores": scores[:, -1],
-                "so_far": scores[:, :-1],       # of 0 to T-1 tokens
-                "logprobs": token_logprobs(logits, tokens),
-                "ref_logprobs": token_logprobs(ref_logits, tokens)}
+        return (scores[:, -1], scores[:, :-1],
+                token_logprobs(logits, tokens), token_logprobs(ref_logits, tokens))
 
     def rollout(self):
         """Steps 1 and 2: sample a batch of completions and read them: a dict of tensors."""
@@ -438,7 +436,8 @@ class PPO:
         prompts = self.prompts[torch.randperm(P)[groups % P]]
         tokens, lower = sample_completions(self.policy, prompts, config.length, self.end,
                                            self.frozen)
-        batch = in_chunks(self.read, prompts, tokens, lower, size=config.minibatch)
+        columns = in_chunks(self.read, prompts, tokens, lower, size=config.minibatch)
+        batch = dict(zip(("scores", "so_far", "logprobs", "ref_logprobs"), columns))
         for name, x in batch.items():
             check_finite(name, x)
         return {**batch, "prompts": prompts, "tokens": tokens, "lower": lower,
