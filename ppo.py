@@ -6,19 +6,11 @@ The policy pi starts as a copy of the reference rho and is trained to maximise
 
     J(pi) = E[score(y)] - beta * KL(pi to rho)          (Ziegler 2019)
 
-One iteration, numbered as in PPO.step and in the README:
-
-    1. sample completions from the policy
-    2. read them: log-probabilities under policy and reference, scores
-    3. rewards: the KL penalty on every token, plus the score on the last
-    4. values: a forecast of the rewards still to come
-    5. advantages
-    6. update the policy on minibatches (clipped ratio)
-
-Two departures from the textbook. The value function takes the reward model's score of each prefix
-as input (Stiennon 2020 initialise their critic from the reward model) and is fitted by least
-squares instead of training a network, so step 4 costs next to nothing. Each batch is used for one
-epoch, not four: the time is better spent on fresh samples.
+The six steps of an iteration have the same numbers in PPO.step and in the README. Two departures
+from the textbook: the value function takes the reward model's score of each prefix as input
+(Stiennon 2020 initialise their critic from the reward model) and is fitted by least squares instead
+of training a network, and each batch is used for one epoch, because the time is better spent on
+fresh samples.
 
 A completion is T token ids. If it ends early, PAD (-1) fills the rest, and mask (B,T), 1 for real
 tokens, keeps padding out of every sum. Prompts are padded on the left. Unconditional sampling uses
@@ -54,9 +46,7 @@ KEPT = (1, 2, 4, 8, 16, 32)     # a run keeps copies of the policy after so many
 def _masked(x, mask):
     """x as float32 (float64 stays), 0 where masked (mask is 0), and the mask as bool."""
     x = x if x.dtype == torch.float64 else x.float()
-    if mask is None:
-        mask = torch.ones_like(x, dtype=torch.bool)
-    mask = mask.bool()
+    mask = torch.ones_like(x).bool() if mask is None else mask.bool()
     return x.masked_fill(~mask, 0.0), mask
 
 
@@ -78,11 +68,9 @@ def kl_penalised_rewards(scores, logprobs, ref_logprobs, beta, mask=None):
     """
     k1, mask = _masked((logprobs - ref_logprobs).detach(), mask)
     rewards = -beta * k1
-    T = k1.size(1)
-    position = torch.arange(1, T + 1, device=mask.device)
-    last = (mask * position).argmax(1, keepdim=True)                    # (B,1): last real token
-    scores = scores.detach().to(k1.dtype)[:, None]
-    rewards = rewards.scatter_add(1, last, scores)
+    # The last real token is the first at which all real tokens are counted: (B,1).
+    last = mask.cumsum(1).argmax(1, keepdim=True)
+    rewards = rewards.scatter_add(1, last, scores.detach()[:, None].to(k1))
     return rewards.masked_fill(~mask, 0.0)
 
 
@@ -120,9 +108,9 @@ def fit_values(so_far, returns, mask):
     """Values (B,T): a forecast of returns (B,T) from so_far (B,T), the score before each token.
 
     A quadratic polynomial in t, the position from 0 to 1, and k, the score so far, is fitted by
-    least squares. Its six weights are solved for at once, without a network's learning rate and
-    many steps. They are fitted to the batch they are used on: a bias, smaller in larger batches.
-    The polynomial knows no words, so a lambda below 1 has a bias too.
+    least squares: six weights, without a learning rate and many steps. Fitted to the batch they are
+    used on, they have a bias, smaller in larger batches; as they know no words, so has a lambda
+    below 1.
     """
     T = so_far.size(1)
     k = so_far.double().cpu()
@@ -156,8 +144,8 @@ def whiten_groups(returns, group):
     returns (B,T) are the score at every token, because GRPO keeps the penalty out of the rewards
     and adds beta * mean of k3 (kl_estimates) to the loss. Its optimum (see test_loop.py) differs
     from J's. E_pi[grad k3] = E_pi[(1 - rho/pi) grad log pi] = -sum of rho grad log pi, because
-    E_pi[grad log pi] is 0. That is the gradient of the next token's KL(rho to pi), the other
-    direction, at pi's prefixes. And dividing scores by the group's deviation multiplies beta by it.
+    E_pi[grad log pi] is 0: the gradient of the next token's KL(rho to pi), the other direction. And
+    dividing scores by the group's deviation multiplies beta by it.
     """
     scores = returns[:, 0].view(-1, group)
     mean = scores.mean(1, keepdim=True)
@@ -197,8 +185,7 @@ def policy_loss(logprobs, old_logprobs, advantages, clip=0.2, mask=None):
     surrogate = torch.min(ratio * advantages, clipped * advantages)
     with torch.no_grad():
         outside = (ratio - 1).abs() > clip
-        # Tokens come from pi_old, so k1 is log pi_old - log pi = -log_ratio.
-        _, _, k3 = kl_estimates(-log_ratio, 0.0)
+        _, _, k3 = kl_estimates(old_logprobs, logprobs)                 # of tokens from pi_old
         info = {"approx_kl": masked_mean(k3, mask),
                 "clipfrac": masked_mean(outside.float(), mask),
                 "ratio": masked_mean(ratio, mask)}
@@ -235,28 +222,24 @@ def explained_variance(values, returns, mask=None):
     """1 - Var(returns - values) / Var(returns) over unmasked tokens; 0 if returns do not vary."""
     returns, mask = _masked(returns, mask)
     variance = returns[mask].var(correction=0)
-    if variance == 0:
-        return 0.0
     unexplained = (returns - values)[mask].var(correction=0)
-    return (1 - unexplained / variance).item()
+    return 1 - (unexplained / variance).item() if variance else 0.0
 
 
+@dataclass
 class AdaptiveKL:
     """The KL controller of Ziegler 2019, section 2.2: adapts .beta to keep ref_kl at its target.
 
     ref_kl, a batch's KL(pi to rho), and target: nats per completion; n, horizon: completions.
     """
-
-    def __init__(self, beta, target, horizon):
-        self.beta = beta
-        self.target = target
-        self.horizon = horizon
+    beta: float
+    target: float
+    horizon: float
 
     def update(self, ref_kl, n):
         """beta *= 1 + clip(ref_kl / target - 1, -0.2, 0.2) * n / horizon; returns the new beta."""
         # The clip keeps one noisy batch from changing beta much.
-        error = ref_kl / self.target - 1
-        error = min(max(error, -0.2), 0.2)
+        error = min(max(ref_kl / self.target - 1, -0.2), 0.2)
         self.beta *= 1 + error * n / self.horizon
         return self.beta
 
@@ -294,10 +277,8 @@ def optimum(scores, beta, log_weights=None):
     if ess.min() < MIN_ESS:
         warnings.warn(f"the optimum at beta {beta:g} rests on an effective sample size below "
                       f"{MIN_ESS}: do not quote it", stacklevel=2)
-    return {"objective": objective.mean().item(),
-            "score": score.mean().item(),
-            "ref_kl": (score - objective).mean().item() / beta,
-            "ess": ess.min().item()}
+    return {"objective": objective.mean().item(), "score": score.mean().item(),
+            "ref_kl": (score - objective).mean().item() / beta, "ess": ess.min().item()}
 
 
 def mixture_log_weights(logprobs, counts):
@@ -316,23 +297,19 @@ def mixture_log_weights(logprobs, counts):
 def best_of_n(scores, n):
     """(expected best score of n samples, upper bound on KL(best-of-n to rho) in nats).
 
-    The expectation is the mean over all C(N, n) subsets of scores (N,), of which C(i, n) lie within
-    the i smallest scores; scores (P,N) give the mean over prompts. The bound is log n - (n-1)/n.
+    The expectation is the mean over all subsets of n of scores (N,): the i-th smallest score, from
+    0, is the best of C(i, n-1) of them. scores (P,N) give the mean over prompts. The bound is
+    log n - (n-1)/n.
     """
-    scores = torch.as_tensor(scores, dtype=torch.float64).cpu()
-    scores = scores.sort(-1).values
+    scores = torch.as_tensor(scores, dtype=torch.float64).cpu().sort(-1).values
     N = scores.size(-1)
     if not 1 <= n <= N:
         raise ValueError(f"n must be from 1 to the number of scores, {N}, not {n}")
-    i = torch.arange(N + 1, dtype=torch.float64)
-    # log C(i, n) up to a constant; for i < n lgamma is infinite and this is -inf, the log of 0.
-    log_ways = torch.lgamma(i + 1) - torch.lgamma(i + 1 - n)
-    # P(all n are among the i smallest); its differences are P(the i-th smallest is the best).
-    all_below = (log_ways - log_ways[-1]).exp()
-    is_best = all_below.diff()
-    best = (is_best * scores).sum(-1)
-    kl = math.log(n) - (n - 1) / n
-    return best.mean().item(), kl
+    i = torch.arange(N, dtype=torch.float64)
+    # log C(i, n-1) up to a constant; for i < n - 1 lgamma is infinite and this is the log of 0.
+    log_ways = torch.lgamma(i + 1) - torch.lgamma(i + 2 - n)
+    best = (log_ways.softmax(0) * scores).sum(-1)
+    return best.mean().item(), math.log(n) - (n - 1) / n
 
 
 # ---- the loop -----------------------------------------------------------------------------
@@ -357,11 +334,12 @@ class PPOConfig:
     adaptive_kl_horizon: float = 10_000.0       # completions
 
 
-def check_finite(name, x):
-    """Raise FloatingPointError unless all numbers of x, read from completions, are finite."""
-    if not torch.isfinite(x).all():
-        raise FloatingPointError(f"{name} of the completions are not finite. Try --fp32 or a lower "
-                                 "--lr.")
+def check_finite(**tensors):
+    """Raise FloatingPointError unless all numbers read from completions are finite."""
+    for name, x in tensors.items():
+        if not torch.isfinite(x).all():
+            raise FloatingPointError(f"{name} of the completions are not finite. Try --fp32 or a "
+                                     "lower --lr.")
 
 
 def learning_rate(i, config):
@@ -393,31 +371,29 @@ class PPO:
         # and less to compute, for policy and reference share the output of the frozen blocks.
         self.frozen = max(ref.config.n_layer - config.unfrozen, 0)
         self.tuned = slice(self.frozen, None)
-        self.policy.lm_head.requires_grad_(True)
-        self.policy.blocks[self.tuned].requires_grad_(True)
-        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        trained = torch.nn.ModuleList([*self.policy.blocks[self.tuned], self.policy.lm_head])
+        trained.requires_grad_(True)
         # Adam divides by the gradient's size, so every weight moves about equally far, even if its
         # small gradient is mostly noise. This large epsilon brings Adam close to momentum SGD; its
         # learning rates are not comparable with published ones.
-        self.optimizer = torch.optim.AdamW(trained, eps=1e-3, betas=(0.9, 0.95), weight_decay=0.0,
-                                           fused=True)
+        self.optimizer = torch.optim.AdamW(trained.parameters(), eps=1e-3, betas=(0.9, 0.95),
+                                           weight_decay=0.0, fused=True)
         self.controller = AdaptiveKL(config.beta, config.adaptive_kl_target,
                                      config.adaptive_kl_horizon)
-        self.parts = {"policy": self.policy,
-                      "optimizer": self.optimizer,
+        self.parts = {"policy": self.policy, "optimizer": self.optimizer,
                       "controller": self.controller}
 
-    def logits(self, model, prompts, tokens, lower):
-        """Logits (B,T,V) of policy or reference from lower, the output of the frozen blocks."""
-        return completion_logits(model, prompts, tokens, self.tuned, lower)
+    def logits(self, model, batch):
+        """Logits (B,T,V) of policy or reference from the output of the frozen blocks."""
+        return completion_logits(model, batch["prompts"], batch["tokens"], self.tuned,
+                                 batch["lower"])
 
     def read(self, prompts, tokens, lower):
         """Step 2: scores (B,), so_far, logprobs, ref_logprobs (B,T) of completions (B,T).
 
         so_far at token t is the score of the tokens before t, from which fit_values forecasts.
         """
-        logits = self.logits(self.policy, prompts, tokens, lower)
-        ref_logits = self.logits(self.ref, prompts, tokens, lower)
+        batch = {"prompts": prompts, "tokens": tokens, "lower": lower}
         scores = self.score_fn(tokens)
         B, T = tokens.shape
         assert scores.shape in ((B,), (B, T + 1)) and scores.is_floating_point(), \
@@ -425,7 +401,8 @@ class PPO:
         if scores.dim() == 1:           # only whole completions have a score: let so_far be 0
             scores = F.pad(scores[:, None], (T, 0))
         return (scores[:, -1], scores[:, :-1],
-                token_logprobs(logits, tokens), token_logprobs(ref_logits, tokens))
+                token_logprobs(self.logits(self.policy, batch), tokens),
+                token_logprobs(self.logits(self.ref, batch), tokens))
 
     def rollout(self):
         """Steps 1 and 2: sample a batch of completions and read them: a dict of tensors."""
@@ -436,12 +413,10 @@ class PPO:
         prompts = self.prompts[torch.randperm(P)[groups % P]]
         tokens, lower = sample_completions(self.policy, prompts, config.length, self.end,
                                            self.frozen)
-        columns = in_chunks(self.read, prompts, tokens, lower, size=config.minibatch)
-        batch = dict(zip(("scores", "so_far", "logprobs", "ref_logprobs"), columns))
-        for name, x in batch.items():
-            check_finite(name, x)
-        return {**batch, "prompts": prompts, "tokens": tokens, "lower": lower,
-                "mask": tokens != PAD}
+        read = in_chunks(self.read, prompts, tokens, lower, size=config.minibatch)
+        batch = dict(zip(("scores", "so_far", "logprobs", "ref_logprobs"), read))
+        check_finite(**batch)
+        return batch | {"prompts": prompts, "tokens": tokens, "lower": lower, "mask": tokens != PAD}
 
     def step(self, i):
         """One iteration: steps 1 to 6. Returns its metrics, a dict of floats."""
@@ -458,19 +433,18 @@ class PPO:
         returns = rewards_to_go(rewards, mask)
         values = fit_values(batch["so_far"], returns, mask)
         # 5. advantages
-        advantages = self.advantages(rewards, values, mask)
+        batch["advantages"] = self.advantages(rewards, returns, values, mask)
         metrics = self.describe(batch)                  # of the policy that sampled
         metrics["explained_variance"] = explained_variance(values, returns, mask)
         # 6. update the policy
-        metrics |= self.update(batch, advantages, learning_rate(i, config), in_loss)
+        metrics |= self.update(batch, learning_rate(i, config), in_loss)
         if config.adaptive_kl_target:
             self.controller.update(metrics["ref_kl"], config.batch)
         return metrics
 
-    def advantages(self, rewards, values, mask):
+    def advantages(self, rewards, returns, values, mask):
         """Step 5: the advantage of each token, how much better it was than expected: (B,T)."""
         algorithm = self.config.algorithm
-        returns = rewards_to_go(rewards, mask)
         if algorithm == "grpo":
             return whiten_groups(returns, self.group)
         if algorithm == "ppo":
@@ -482,32 +456,27 @@ class PPO:
             advantages = returns
         return whiten(advantages, mask)
 
-    def update(self, batch, advantages, lr, kl_in_loss=0.0):
+    def update(self, batch, lr, kl_in_loss=0.0):
         """Step 6: epochs of minibatches over the batch. Returns metrics, means over steps taken.
 
         Stops early, before the step, at a minibatch whose approx_kl exceeds max_update_kl.
         kl_in_loss: GRPO's beta.
         """
         config = self.config
-        minibatches = []
-        infos = []
+        minibatches, infos = [], []
         for _ in range(config.epochs):
-            minibatches += torch.randperm(len(advantages)).split(config.minibatch)
+            minibatches += torch.randperm(config.batch).split(config.minibatch)
         for everyones in minibatches:
             rows = everyones[share(len(everyones))]
-            mask = batch["mask"][rows]
+            part = {name: x[rows] for name, x in batch.items()}
+            mask = part["mask"]
             # This process's share of the minibatch's tokens; 1 for a single process.
             weight = mask.sum() / batch["mask"][everyones].sum()
-            prompts = batch["prompts"][rows]
-            tokens = batch["tokens"][rows]
-            lower = batch["lower"][rows]
-            logits = self.logits(self.policy, prompts, tokens, lower)
-            logprobs = token_logprobs(logits, tokens)
-            loss, info = policy_loss(logprobs, batch["logprobs"][rows], advantages[rows],
-                                     config.clip, mask)
+            logprobs = token_logprobs(self.logits(self.policy, part), part["tokens"])
+            loss, info = policy_loss(logprobs, part["logprobs"], part["advantages"], config.clip,
+                                     mask)
             if kl_in_loss:
-                k1, _ = _masked(logprobs - batch["ref_logprobs"][rows], mask)
-                _, _, k3 = kl_estimates(k1, 0.0)
+                _, _, k3 = kl_estimates(logprobs, part["ref_logprobs"])
                 loss = loss + kl_in_loss * masked_mean(k3, mask)
             info["policy_loss"] = loss.detach().clone()
             average(info.values(), weight)
@@ -527,36 +496,32 @@ class PPO:
 
         exact_kl and entropy need logits (B,T,V), so they use only the first 32 completions.
         """
-        beta = self.controller.beta
-        scores = batch["scores"]
+        beta, scores = self.controller.beta, batch["scores"]
         k1, mask = _masked(batch["logprobs"] - batch["ref_logprobs"], batch["mask"])
         ref_kl = k1.sum(1)                                              # (B,): nats per completion
-        error = ref_kl.std() / len(ref_kl) ** 0.5
-        first = [batch[name][:whole] for name in ("prompts", "tokens", "lower")]
-        logprobs = self.logits(self.policy, *first).log_softmax(-1)
-        ref_logprobs = self.logits(self.ref, *first).log_softmax(-1)
-        kl, mask = _masked(exact_kl(logprobs, ref_logprobs), mask[:whole])
-        means = {"score": scores.mean(),
-                 "ref_kl": ref_kl.mean(),
-                 "ref_kl_se": error,
-                 "exact_kl": kl.sum(1).mean(),
-                 "objective": (scores - beta * ref_kl).mean(),
-                 "entropy": masked_mean(entropy(logprobs), mask),
-                 "tokens": batch["mask"].sum(1).float().mean()}
-        metrics = {name: x.item() for name, x in means.items()}
-        return {**metrics, "beta": beta}
+        first = {name: x[:whole] for name, x in batch.items()}
+        logprobs = self.logits(self.policy, first).log_softmax(-1)
+        ref_logprobs = self.logits(self.ref, first).log_softmax(-1)
+        kl, first_mask = _masked(exact_kl(logprobs, ref_logprobs), first["mask"])
+        metrics = {"score": scores.mean(), "ref_kl": ref_kl.mean(),
+                   "ref_kl_se": ref_kl.std() / len(ref_kl) ** 0.5,
+                   "exact_kl": kl.sum(1).mean(),
+                   "objective": (scores - beta * ref_kl).mean(),
+                   "entropy": masked_mean(entropy(logprobs), first_mask),
+                   "tokens": mask.sum(1).float().mean(), "beta": beta}
+        return {name: float(x) for name, x in metrics.items()}
 
 
 # ---- what a run reached -------------------------------------------------------------------
 
-def bootstrap(function, *samples, times=100):
+def bootstrap(function, *samples):
     """Bootstrap standard errors (Efron 1979) of function(*samples), K numbers: a list of K.
 
     samples (...,P,N): their N columns, completions of each prompt, are resampled with replacement.
     The prompts stay fixed, so only the variation between completions of a prompt counts.
     """
     again = []
-    for _ in range(times):
+    for _ in range(100):
         drawn = [x[..., torch.randint(x.size(-1), x.shape[-1:])] for x in samples]
         again.append(function(*drawn))
     return torch.tensor(again).std(0).tolist()
@@ -588,9 +553,7 @@ def compare(rho, pi, beta):
     # The sampled log ratio, not exact_kl: near pi*, score - beta * log ratio has little variance.
     objective = (pi[0] - beta * pi[1]).mean().item()
     start = rho[0].mean().item()
-    return {"objective": objective,
-            "reference_objective": start,
-            "optimum": best,
+    return {"objective": objective, "reference_objective": start, "optimum": best,
             "fraction_of_optimum": (objective - start) / (best["objective"] - start),
             "kl_to_optimum": (best["objective"] - objective) / beta}
 
@@ -634,7 +597,7 @@ def best_of_n_rows(scores):
     for n in (1, 4, 16, 64, 256):
         if n <= scores.size(-1):
             best, kl = best_of_n(scores, n)
-            error, _ = bootstrap(lambda x: best_of_n(x, n), scores, times=50)
+            error, _ = bootstrap(lambda x: best_of_n(x, n), scores)
             rows.append([n, best, error, kl])
     return rows
 
@@ -666,11 +629,8 @@ def sample_reference(options, texts, pretrained, rewarded, judged, loop):
     for state in (rewarded, judged):
         model = reward.load_reward(state, options.device, options.dtype)
         scales[state["kind"]] = reward.score_constants(in_chunks(model, tokens))
-    return {"prompts": prompts,
-            "test_prompts": test_prompts,
-            "end": end,
-            "tokens": tokens.int().cpu(),
-            "scales": scales}
+    return {"prompts": prompts, "test_prompts": test_prompts, "end": end,
+            "tokens": tokens.int().cpu(), "scales": scales}
 
 
 def load_scorer(options, state, rho):
@@ -687,10 +647,7 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
     judge_fn = load_scorer(options, judged, rho)
     prompts = rho["prompts"].to(options.device)
     run = PPO(ref, score_fn, prompts, options, rho["end"])
-    about = {"config": pretrained["config"],
-             "vocabulary": pretrained["vocabulary"],
-             "test_prompts": rho["test_prompts"],
-             "end": rho["end"]}
+    about = {"config": pretrained["config"], "vocabulary": pretrained["vocabulary"]}
     shown = ["score", "judge", "ref_kl", "objective", "clipfrac", "explained_variance"]
 
     for i in loop.steps(options.iterations, **run.parts):
@@ -699,7 +656,7 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
         metrics = run.step(i)
         tokens = run.batch["tokens"]
         judged_scores = in_chunks(judge_fn, tokens)[:, -1]
-        check_finite("the judge's scores", judged_scores)
+        check_finite(judge=judged_scores)
         metrics["judge"] = judged_scores.mean().item()
         loop.log(shown=shown, **metrics)
         if (i + 1) % 5 == 0:
@@ -716,28 +673,24 @@ def log_ratios(policy, ref, prompts, tokens):
     logits = completion_logits(policy, prompts, tokens)
     ref_logits = completion_logits(ref, prompts, tokens)
     log_ratio = token_logprobs(logits, tokens) - token_logprobs(ref_logits, tokens)
-    k1, _ = _masked(log_ratio, tokens != PAD)
-    return k1.sum(1)
+    return log_ratio.masked_fill(tokens == PAD, 0.0).sum(1)
 
 
 def evaluate(options, run, judge_fn, rho):
     """A finished run's results, a dict, on fresh samples of pi and rho's, of the test prompts."""
     def read(prompts, tokens):
-        scores = run.score_fn(tokens)[:, -1]
-        ratios = log_ratios(run.policy, run.ref, prompts, tokens)
-        judged_scores = judge_fn(tokens)[:, -1]
-        return torch.stack((scores, ratios, judged_scores), dim=1)
+        log_ratio = log_ratios(run.policy, run.ref, prompts, tokens)
+        return run.score_fn(tokens)[:, -1], log_ratio, judge_fn(tokens)[:, -1]
 
     test_prompts = rho["test_prompts"].to(options.device)
     prompts = repeat(test_prompts, options.fresh_samples)
     fresh, _ = sample_completions(run.policy, prompts, options.length, run.end)
     samples = []
-    old = rho["tokens"].long().to(options.device)
-    for tokens in (old, fresh):
+    for tokens in (rho["tokens"].long().to(options.device), fresh):
         prompts = repeat(test_prompts, len(tokens))
-        rows = in_chunks(read, prompts, tokens).cpu()                   # (N,3)
-        check_finite("scores or log-ratios", rows)
-        samples.append(rows.T.reshape(3, len(test_prompts), -1))        # (3,P,samples a prompt)
+        rows = torch.stack(in_chunks(read, prompts, tokens)).cpu()
+        check_finite(results=rows)
+        samples.append(rows.view(3, len(test_prompts), -1))             # (3,P,samples a prompt)
     old, new = samples
     beta = run.controller.beta
     score, ref_kl, judged_score = new.mean((1, 2)).tolist()
@@ -746,15 +699,10 @@ def evaluate(options, run, judge_fn, rho):
     with warnings.catch_warnings(action="ignore"):      # fraction_of_optimum checks the ESS
         known = fraction_of_optimum(old, new, beta)
         rows = frontier(*pool(old, new))
-    return {"beta": beta,
-            "iterations": options.iterations,
-            "score": score,
+    return {"beta": beta, "iterations": options.iterations, "score": score,
             "positive": p if options.toward == "positive" else 1 - p,
-            "judge": judged_score,
-            "ref_kl": ref_kl,
-            **known,
-            "frontier": rows,
-            "best_of_n": best_of_n_rows(old[0])}
+            "judge": judged_score, "ref_kl": ref_kl, **known,
+            "frontier": rows, "best_of_n": best_of_n_rows(old[0])}
 
 
 # ---- a reward of your own: python ppo.py --------------------------------------------------
