@@ -223,7 +223,9 @@ def explained_variance(values, returns, mask=None):
     returns, mask = _masked(returns, mask)
     variance = returns[mask].var(correction=0)
     unexplained = (returns - values)[mask].var(correction=0)
-    return 1 - (unexplained / variance).item() if variance else 0.0
+    if variance == 0:
+        return 0.0
+    return 1 - (unexplained / variance).item()
 
 
 @dataclass
@@ -465,7 +467,7 @@ class PPO:
         config = self.config
         minibatches, infos = [], []
         for _ in range(config.epochs):
-            minibatches += torch.randperm(config.batch).split(config.minibatch)
+            minibatches += torch.randperm(len(batch["tokens"])).split(config.minibatch)
         for everyones in minibatches:
             rows = everyones[share(len(everyones))]
             part = {name: x[rows] for name, x in batch.items()}

@@ -24,7 +24,7 @@ import data  # noqa: E402
 import ppo  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from gpt import completion_inputs, load_gpt, norm, padding  # noqa: E402
+from gpt import completion_inputs, in_chunks, load_gpt, norm, padding  # noqa: E402
 from tables import mean_se, table  # noqa: E402
 
 COLUMNS = ["change", "beta", "seed", "iterations", "batch", "study", "machine", "code", "score",
@@ -40,24 +40,23 @@ class HiddenValues(ppo.PPO):
 
     weight = None
 
-    def read(self, prompts, tokens, lower):
+    def states(self, prompts, tokens):
         inputs = completion_inputs(prompts, tokens)
-        hidden = norm(self.ref.stream(inputs, pad=padding(inputs)))[:, prompts.size(1) - 1:]
-        return {**super().read(prompts, tokens, lower), "hidden": hidden}
+        return norm(self.ref.stream(inputs, pad=padding(inputs)))[:, prompts.size(1) - 1:]
 
-    def advantages(self, rewards, values, mask):
-        hidden = self.batch["hidden"].double()
+    def advantages(self, rewards, returns, values, mask):
+        hidden = in_chunks(self.states, self.batch["prompts"], self.batch["tokens"]).double()
         t = torch.linspace(0, 1, hidden.size(1)).to(hidden)[:, None].expand(*hidden.shape[:2], 1)
         x = torch.cat((torch.ones_like(t), t, t * t, hidden), dim=-1)           # (B,T,C+3)
         values = torch.zeros_like(rewards) if self.weight is None else (x @ self.weight).float()
-        known, returns = x[mask], ppo.rewards_to_go(rewards, mask)[mask].double()
+        known, decided = x[mask], returns[mask].double()
         ridge = torch.eye(known.size(1)).to(known)
-        self.weight = torch.linalg.solve(known.T @ known + ridge, known.T @ returns)
-        return super().advantages(rewards, values, mask)
+        self.weight = torch.linalg.solve(known.T @ known + ridge, known.T @ decided)
+        return super().advantages(rewards, returns, values, mask)
 
 
 class Unwhitened(ppo.PPO):
-    def advantages(self, rewards, values, mask):
+    def advantages(self, rewards, returns, values, mask):
         advantages, _ = ppo.gae(rewards, values, lam=self.config.lam, mask=mask)
         return advantages
 
@@ -65,7 +64,7 @@ class Unwhitened(ppo.PPO):
 class OwnPenalty(ppo.PPO):
     """A bug: every token is charged its own log-ratio alone, not those of the tokens after it."""
 
-    def advantages(self, rewards, values, mask):
+    def advantages(self, rewards, returns, values, mask):
         k1 = self.batch["logprobs"] - self.batch["ref_logprobs"]
         penalty = self.controller.beta * k1.masked_fill(~mask, 0.0)
         returns = ppo.rewards_to_go(rewards + penalty, mask)        # the score, at every token
@@ -77,13 +76,14 @@ class OwnPenalty(ppo.PPO):
 class BatchScale(ppo.PPO):
     """A bug: scores are whitened in every batch, so beta has no fixed meaning."""
 
-    def advantages(self, rewards, values, mask):
+    def advantages(self, rewards, returns, values, mask):
         batch, scores = self.batch, self.batch["scores"]
         scores = (scores - scores.mean()) / (scores.std() + 1e-8)
         rewards = ppo.kl_penalised_rewards(scores, batch["logprobs"], batch["ref_logprobs"],
                                            self.controller.beta, mask)
-        values = ppo.fit_values(batch["so_far"], ppo.rewards_to_go(rewards, mask), mask)
-        return super().advantages(rewards, values, mask)
+        returns = ppo.rewards_to_go(rewards, mask)
+        values = ppo.fit_values(batch["so_far"], returns, mask)
+        return super().advantages(rewards, returns, values, mask)
 
 
 # Each change: what differs (batch, minibatch, lr: times so much), and the class. reading: values
