@@ -155,10 +155,7 @@ def whiten_groups(returns, group):
 
 
 def whiten(x, mask=None, shift_mean=True):
-    """Rescale x (B,T) to mean 0 and population deviation 1 over all unmasked positions.
-
-    shift_mean=False keeps the mean. Masked positions come out 0.
-    """
+    """Rescale x (B,T) to mean 0 (unless shift_mean is False) and population deviation 1."""
     x, mask = _masked(x, mask)
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
@@ -205,10 +202,7 @@ def kl_estimates(logprobs, ref_logprobs):
 
 
 def exact_kl(logprobs, ref_logprobs):
-    """KL(pi to rho) of the next token, from log-probabilities of the vocabulary (B,T,V): (B,T).
-
-    In nats. Its sum over tokens estimates the same KL as the sum of k1.
-    """
+    """KL(pi to rho) of the next token, from log-probabilities (B,T,V): (B,T), nats."""
     log_ratio = logprobs - ref_logprobs
     return (logprobs.exp() * log_ratio).sum(-1)
 
@@ -284,10 +278,10 @@ def optimum(scores, beta, log_weights=None):
 
 
 def mixture_log_weights(logprobs, counts):
-    """log(rho/q) of pooled samples; q is the policies' mixture (balance heuristic, Veach 1995).
+    """log(rho/q) (N,) of pooled samples; q: the policies' mixture (balance heuristic, Veach 1995).
 
     logprobs (K,N): row i holds policy i's log-probability of every sample, row 0 rho's; counts
-    (K,): how many of the N samples each policy drew. Returns (N,).
+    (K,): how many of the N samples each policy drew.
     """
     counts = torch.as_tensor(counts, dtype=torch.float64)
     logprobs = logprobs.double()
@@ -299,9 +293,8 @@ def mixture_log_weights(logprobs, counts):
 def best_of_n(scores, n):
     """(expected best score of n samples, upper bound on KL(best-of-n to rho) in nats).
 
-    The expectation is the mean over all subsets of n of scores (N,): the i-th smallest score, from
-    0, is the best of C(i, n-1) of them. scores (P,N) give the mean over prompts. The bound is
-    log n - (n-1)/n.
+    The expectation is over all subsets of n of scores (N,): the i-th smallest, counted from 0, is
+    the best of C(i, n-1) of them. scores (P,N) give the mean over prompts.
     """
     scores = torch.as_tensor(scores, dtype=torch.float64).cpu().sort(-1).values
     N = scores.size(-1)
@@ -519,8 +512,7 @@ class PPO:
 def bootstrap(function, *samples):
     """Bootstrap standard errors (Efron 1979) of function(*samples), K numbers: a list of K.
 
-    samples (...,P,N): their N columns, completions of each prompt, are resampled with replacement.
-    The prompts stay fixed, so only the variation between completions of a prompt counts.
+    The last dimension of samples (...,P,N), completions of P fixed prompts, is drawn anew.
     """
     again = []
     for _ in range(100):
@@ -530,10 +522,10 @@ def bootstrap(function, *samples):
 
 
 def pool(rho, pi):
-    """Pool samples of rho (K,P,M) and pi (K,P,N) to (K,P,M+N), with their log(rho/q) (P,M+N).
+    """Pool samples of rho (K,P,M) and pi (K,P,N): (K,P,M+N), and their log(rho/q) (P,M+N).
 
-    Row 0 holds scores, row 1 log pi - log rho; q is the mixture of rho and pi. The policy's samples
-    let optimum() reach smaller betas than rho's alone.
+    Row 0 holds scores, row 1 log pi - log rho; q is the mixture of rho and pi. With pi's samples
+    optimum() reaches smaller betas.
     """
     both = torch.cat((rho, pi), dim=-1)
     log_ratio = both[1].flatten()
@@ -580,8 +572,8 @@ def fraction_of_optimum(rho, pi, beta):
 def frontier(samples, log_weights):
     """Rows [KL, score, judge] of the optimum at each beta where its ess is at least MIN_ESS.
 
-    samples (3,P,N), log_weights: as of pool(), row 2 the judge's scores, whose mean under the
-    optimum's weights shows what selection alone does to the judge.
+    samples (3,P,N), log_weights: of pool(). Row 2 holds the judge's scores, whose mean under the
+    optimum's weights is what selection alone does to the judge.
     """
     rows = []
     for beta in torch.logspace(2, -2, 81).tolist():
