@@ -58,10 +58,8 @@ class Linear(nn.Linear):
 
 
 def norm(x):
-    """Layer norm over features (Ba 2016) without weights, in x's dtype, float32 inside.
-
-    torch has a fused CPU kernel for it, and none for the RMS norm of most newer models.
-    """
+    """Layer norm over features (Ba 2016) without weights, in x's dtype, float32 inside."""
+    # torch has a fused CPU kernel for it, and none for the RMS norm of most newer models.
     return F.layer_norm(x, (x.size(-1),))
 
 
@@ -222,10 +220,8 @@ def extend(model, prompt, uniform, temperature=1.0, top_k=None, frozen=0):
 
 
 def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None):
-    """Continue prompts (B,T0), padded left with PAD, by length tokens: (B,T0+length).
-
-    generator: a torch.Generator of the CPU, whatever the device; None is the global one.
-    """
+    """Continue prompts (B,T0), padded left with PAD, by length tokens: (B,T0+length)."""
+    # Drawn on the CPU: the same numbers whatever the device.
     uniform = torch.rand(len(prompt), length, generator=generator)
     tokens, _ = extend(model, prompt, uniform, temperature, top_k)
     return tokens
@@ -248,8 +244,8 @@ def cut_after(tokens, end):
 def sample_completions(model, prompts, length, end=None, frozen=0):
     """Sample a completion of T = length tokens for each prompt (N,T0): tokens (N,T), and lower.
 
-    Sampled from the whole softmax at temperature 1, the distribution that scoring assumes. tokens
-    come without the prompt and are PAD after end. lower (N,T0+T-1,C): as in extend.
+    From the whole softmax at temperature 1, the distribution that scoring assumes. tokens come
+    without the prompt and are PAD after end. lower: as in extend.
     """
     # Random numbers for all rows, so that samples do not depend on the number of processes.
     uniform = torch.rand(len(prompts), length)
@@ -260,29 +256,23 @@ def sample_completions(model, prompts, length, end=None, frozen=0):
 
 # ---- scoring ------------------------------------------------------------------------------
 
-def completion_inputs(prompts, tokens):
-    """What a model reads to predict completions tokens (B,T) of prompts (B,T0): (B,T0+T-1)."""
-    return torch.cat((prompts, tokens), dim=1)[:, :-1]
-
-
 def completion_logits(model, prompts, tokens, blocks=slice(None), lower=None):
     """Logits (B,T,V) that predict completions tokens (B,T) of prompts (B,T0).
 
-    The state that predicts a token is at the position before it. lower: the stream before blocks,
-    as in GPT.stream, where it is known.
+    lower: the stream before blocks, as in GPT.stream, where it is known.
     """
-    inputs = completion_inputs(prompts, tokens)
+    inputs = torch.cat((prompts, tokens), dim=1)[:, :-1]                # (B,T0+T-1)
     pad = padding(inputs)
     x = inputs if lower is None else lower
     x = model.stream(x, pad=pad, blocks=blocks)
+    # The state that predicts a token is at the position before it.
     return model.logits(x[:, prompts.size(1) - 1:])
 
 
 def token_logprobs(logits, tokens):
     """Gather each token's log-probability: logits (B,T,V), tokens (B,T) -> (B,T) float32, nats.
 
-    logits[:, t] must predict tokens[:, t]: they are the model's output one position earlier.
-    Values at PAD are meaningless and must be masked.
+    logits[:, t] must predict tokens[:, t]. Values at PAD are meaningless and must be masked.
     """
     index = tokens.clamp(min=0)[..., None]
     logprobs = logits.float().log_softmax(-1)
@@ -291,10 +281,7 @@ def token_logprobs(logits, tokens):
 
 @torch.no_grad()
 def in_chunks(function, *tensors, size=64):
-    """Apply function to rows of tensors, size at a time to save memory, without gradient.
-
-    Returns for all rows what function does: a tensor or several.
-    """
+    """Apply function to rows of tensors, size at a time to save memory: a tensor or several."""
     n = len(tensors[0])
     mine = [x[share(n)].split(size) for x in tensors]
     parts = [function(*chunk) for chunk in zip(*mine)]
@@ -334,12 +321,10 @@ def windows(tokens, starts, length):
 
 def learning_rate(i, steps, n_embd):
     """The learning rate of step i: up for 40 steps, level, down to 0 in the last 60 %."""
-    up = (i + 1) / 40
-    down = (1 - i / steps) / 0.6
     # The best rate of Adam for matrices is inversely proportional to the width (Yang 2022). The
     # embedding, whose best rate depends less on it, gets the same.
     peak = 1 / n_embd
-    return peak * min(1.0, up, down)
+    return peak * min(1.0, (i + 1) / 40, (1 - i / steps) / 0.6)
 
 
 @torch.no_grad()
@@ -398,17 +383,12 @@ def pretrain(options, texts, loop):
     options: those of this stage (train.OPTIONS); texts: the result of data.prepare; loop: a
     train.Stage, which counts the steps and resumes after a kill.
     """
-    train = texts["train"]
-    held_out = texts["held_out"]
-    vocabulary = texts["vocabulary"]
-    T = options.block_size
-    steps = options.pretrain_steps
-    batch = 16
+    train, held_out, vocabulary = texts["train"], texts["held_out"], texts["vocabulary"]
+    T, steps, batch = options.block_size, options.pretrain_steps, 16
     if len(held_out) <= T:
         raise data.UserError(f"the held-out text has no {T + 1} tokens. Give a longer --corpus, or "
                              "a smaller --block-size.")
-    config = GPTConfig(len(vocabulary), T,
-                       options.n_layer, options.n_head, options.n_embd)
+    config = GPTConfig(len(vocabulary), T, options.n_layer, options.n_head, options.n_embd)
     model = GPT(config, options.dtype)
     if config.n_embd < config.vocab_size:
         bigram_start(model, train)
@@ -509,10 +489,7 @@ def gather(rows, n):
 
 
 def average(tensors, weight):
-    """Average each tensor over processes, in place; the weights of the processes sum to 1.
-
-    If weight is None, every process has the same tensors already.
-    """
+    """Average each tensor over processes, in place, by weights of sum 1 (None: they are equal)."""
     if dist.is_initialized() and weight is not None:
         for x in tensors:
             all_reduce(x.mul_(weight))

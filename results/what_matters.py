@@ -24,7 +24,7 @@ import data  # noqa: E402
 import ppo  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
-from gpt import completion_inputs, in_chunks, load_gpt, norm, padding  # noqa: E402
+from gpt import in_chunks, load_gpt, norm, padding  # noqa: E402
 from tables import mean_se, table  # noqa: E402
 
 COLUMNS = ["change", "beta", "seed", "iterations", "batch", "study", "machine", "code", "score",
@@ -41,7 +41,7 @@ class HiddenValues(ppo.PPO):
     weight = None
 
     def states(self, prompts, tokens):
-        inputs = completion_inputs(prompts, tokens)
+        inputs = torch.cat((prompts, tokens), dim=1)[:, :-1]
         return norm(self.ref.stream(inputs, pad=padding(inputs)))[:, prompts.size(1) - 1:]
 
     def advantages(self, rewards, returns, values, mask):

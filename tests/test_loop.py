@@ -23,7 +23,7 @@ import data
 import ppo
 from conftest import assert_close, randn
 from data import PAD
-from gpt import GPT, GPTConfig, completion_inputs, completion_logits, cut_after, norm, padding
+from gpt import GPT, GPTConfig, completion_logits, cut_after, norm, padding
 from ppo import (PPO, PPOConfig, exact_kl, fit_values, gae, kl_penalised_rewards, leave_one_out,
                  policy_loss, token_logprobs, whiten_groups)
 
@@ -66,7 +66,7 @@ def rho():
     prefix = torch.stack([torch.arange(27) // 3 ** (3 - t) + (3 ** t - 1) // 2 for t in range(4)],
                          dim=1)
     targets = torch.cat((prefix, prefix + 40)).flatten()                # 0 to 39, 40 to 79
-    inputs = completion_inputs(PROMPTS.repeat_interleave(27, 0), firsts.repeat(2, 1))
+    inputs = torch.cat((PROMPTS.repeat_interleave(27, 0), firsts.repeat(2, 1)), dim=1)[:, :-1]
     optimizer = torch.optim.Adam([*model.parameters(), *guess.parameters()], lr=5e-3)
     for _ in range(200):
         hidden = norm(model.stream(inputs, pad=padding(inputs)))[:, 2:]
@@ -130,7 +130,8 @@ def same(a, b):
 def all_once(run, scale=1.0):
     """A rollout that holds each of the 81 completions once, with random advantages."""
     prompts = PROMPT.expand(81, -1)
-    lower = run.ref.stream(completion_inputs(prompts, SEQUENCES), blocks=slice(run.frozen))
+    inputs = torch.cat((prompts, SEQUENCES), dim=1)[:, :-1]
+    lower = run.ref.stream(inputs, blocks=slice(run.frozen))
     with torch.no_grad():
         scores, so_far, logprobs, ref_logprobs = run.read(prompts, SEQUENCES, lower)
     return {"prompts": prompts, "tokens": SEQUENCES, "mask": torch.ones(81, 4, dtype=torch.bool),
