@@ -1,57 +1,43 @@
-"""Look at the results: samples, blind ratings, figures and the report.
+"""Look at the results: samples, blind ratings, figures and the report. It holds no RLHF.
 
-Skip this file on a first reading: it holds no RLHF. Positive Prob is P(positive) by the reward
-model in the checkpoint's folder. ref_kl is log pi - log rho of the completion, in nats; its mean is
-KL(pi to rho), unless --temperature or --top-k changes the sampling.
+Positive Prob is P(positive) by the reward model, ref_kl log pi - log rho, in nats a completion.
 
-    python sample.py                                            the pretrained model's samples
-    python sample.py --checkpoint out/ppo_beta0.2.pt --num 20   a tuned model's, with Positive Prob
-    python sample.py --rate out/pretrain.pt out/ppo_beta0.2.pt --ratings mine.csv     rate blind
-    python sample.py --rate out/pretrain.pt --ratings mine.csv  label samples; or: --rate plays
+    python sample.py --checkpoint out/ppo_beta0.2.pt --num 20   samples with Positive Prob
+    python sample.py --rate out/pretrain.pt out/ppo_beta0.2.pt  rate blind; to label: one, or plays
     python sample.py --report out                               figures, report.md, summary.json
 """
 
 import csv
 import io
-import itertools
 import json
 import random
 import re
+from itertools import zip_longest
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure        # unlike pyplot, needs no display
 
 import data
-import ppo
-import reward
-from gpt import cut_after, generate, load_gpt
+from data import UserError, number
+from gpt import load_gpt, sample_completions
+from ppo import log_ratios
+from reward import load_reward
 
 SAMPLE = "-----\n{text}\n\nPositive Prob: {positive:.1%}   log pi - log rho: {ref_kl:.1f} nats\n"
 HEADER = "text,rating,sense,drawn_from\n"       # first line of a ratings file
-REPORT = """# Size {size}: {pretrain[val_bits_per_byte]:.3f} bits per byte on held-out text
-
+REPORT = """# Size {size}: {pretrain[val_bits_per_byte]:.3f} bits per byte on held-out text\n
 | beta | score | judge | P(positive) | KL | J | J* | ESS | fraction | KL to pi* |
-|---|---|---|---|---|---|---|---|---|---|
-| rho | 0 | 0 | | 0 | 0 | | | | |
+|---|---|---|---|---|---|---|---|---|---|\n| rho | 0 | 0 | | 0 | 0 | | | | |
 {results}
 ± a standard error; KL in nats; J* takes an effective sample size (ESS) of 100; fraction: of the \
-way from rho to J*; judge: the score by a model never optimised.
-
-| model | Pearson | AUC | calibration slope | log loss |
-|---|---|---|---|---|
+way from rho to J*; judge: the score by a model never optimised.\n
+| model | Pearson | AUC | calibration slope | log loss |\n|---|---|---|---|---|
 | reward | {reward[val_pearson]:.3f} | {reward[val_auc]:.3f} | {reward[val_slope]:.2f} | \
 {reward[val_log_loss]:.3f} |
 | judge | {judge[val_pearson]:.3f} | {judge[val_auc]:.3f} | {judge[val_slope]:.2f} | \
-{judge[val_log_loss]:.3f} |
-
-![](figures/frontier.png)
-
-![](figures/ppo.png)
-
-```
-{samples}```
+{judge[val_log_loss]:.3f} |\n
+![](figures/frontier.png)\n\n![](figures/ppo.png)\n\n```\n{samples}```
 """
 # A run's row and line; where the effective sample size is too small, J* is not known.
 KNOWN = """| {label} | {score:.2f} | {judge:.2f} | {positive:.2f} | {ref_kl:.2f} | \
@@ -63,46 +49,36 @@ UNKNOWN = """| {label} | {score:.2f} | {judge:.2f} | {positive:.2f} | {ref_kl:.2
 {objective:.2f} ± {objective_se:.2f} | not known | {optimum[ess]:.0f} | | |
 beta {label}: score {score:.2f}, KL {ref_kl:.2f} nats, J {objective:.2f}; \
 J* is not known from these samples"""
-# The panels of figures/ppo.png.
 METRICS = """objective score judge ref_kl policy_loss clipfrac
-             explained_variance entropy exact_kl""".split()
+             explained_variance entropy exact_kl""".split()     # the panels of figures/ppo.png
 
-
-# ---- samples ------------------------------------------------------------------------------
 
 def load_beside(path, state, kind):
     """The checkpoint kind.pt in path's folder. Raises UserError if state was not made from it."""
-    beside = data.load_checkpoint(path.parent / f"{kind}.pt", kind)
+    beside = data.load_checkpoint(path.parent / f"{kind}.pt")
     if beside["key"] != state["inputs"][kind]:
-        raise data.UserError(f"{kind}.pt beside {path} is of another study. Run train.py again.")
+        raise UserError(f"{kind}.pt beside {path} is of another study. Run train.py again.")
     return beside
 
 
 @torch.no_grad()
-def draw(path, num, seed=0, prompt="", temperature=1.0, top_k=None):
-    """Draw num samples of a checkpoint's policy: a list of dicts of text, positive and ref_kl."""
-    state = study = data.load_checkpoint(path, "pretrain", "ppo")
-    if state["kind"] == "pretrain":
-        # rho gets the same prompts as the policies tuned from it.
-        study = data.load_checkpoint(path.parent / "rho.pt", "rho")
+def draw(path, num, seed=0, prompt=""):
+    """Yield num samples of a checkpoint's policy: dicts of text, positive and ref_kl."""
+    state = data.load_checkpoint(path, "pretrain", "ppo")
+    # rho gets the same prompts as the policies tuned from it.
+    study = state if state["kind"] == "ppo" else data.load_checkpoint(path.parent / "rho.pt")
     policy, ref = load_gpt(state), load_gpt(load_beside(path, study, "pretrain"))
     rewarded = load_beside(path, study, "reward")
-    length, prompts = rewarded["length"], study["test_prompts"]
-    if prompt:
-        ids = data.make_tokenizer(state["vocabulary"]).encode_ordinary(prompt)
-        # Only the end of a long prompt is read, so that the sample fits the context.
-        prompts = torch.tensor([ids[length - policy.config.block_size:]])
+    encode = data.make_tokenizer(state["vocabulary"]).encode_ordinary
+    prompts = torch.tensor([encode(prompt)]) if prompt else study["test_prompts"]
     torch.manual_seed(seed)
     prompts = prompts[torch.randint(len(prompts), (num,))]
-    tokens = generate(policy, prompts, length, temperature, top_k)
-    completions = cut_after(tokens[:, prompts.size(1):], study["end"])
-    positive = reward.load_reward(rewarded)(completions).sigmoid().tolist()
-    ref_kl = ppo.log_ratios(policy, ref, prompts, completions).tolist()
-    samples = []
-    for row, p, kl in zip(torch.cat((prompts, completions), dim=1), positive, ref_kl):
+    tokens, _ = sample_completions(policy, prompts, rewarded["length"], study["end"])
+    positive = load_reward(rewarded)(tokens).sigmoid().tolist()
+    ref_kl = log_ratios(policy, ref, prompts, tokens).tolist()
+    for row, p, kl in zip(torch.cat((prompts, tokens), dim=1), positive, ref_kl):
         text = data.decode(state["vocabulary"], row).removeprefix(data.BOUNDARY)
-        samples.append({"text": text, "positive": p, "ref_kl": kl})
-    return samples
+        yield {"text": text, "positive": p, "ref_kl": kl}
 
 
 # ---- ratings ------------------------------------------------------------------------------
@@ -111,57 +87,44 @@ def read_ratings(path):
     """The rows of a ratings file: dicts of text, rating, sense and drawn_from."""
     text = data.read_text(path, "ratings")
     if not text.startswith(HEADER):
-        raise data.UserError(f"{path} does not begin with {HEADER.strip()}. Give another file.")
+        raise UserError(f"{path} does not begin with {HEADER.strip()}. Give another file.")
     return csv.DictReader(io.StringIO(text))
-
-
-def passages_to_rate(args):
-    """The texts to rate, shuffled by --seed: (text, name of its checkpoint or "plays") each."""
-    random.seed(args.seed)
-    passages = []
-    for path in args.rate:
-        if path.name == "plays":
-            speeches = data.load_corpus()[0].split(data.BOUNDARY)
-            # Choose speeches about as long as samples.
-            texts = [speech for speech in speeches if 100 < len(speech) < 400]
-            random.shuffle(texts)
-        else:
-            texts = [row["text"] for row in draw(path, args.num, args.seed)]
-        for text in texts[:args.num]:
-            # A model can write any byte; a CSV file does not preserve these two.
-            passages.append((re.sub("[\0\r]", " ", text), path.stem))
-    random.shuffle(passages)
-    return passages
-
-
-def ask(question, low, high):
-    """Ask the reader for a number from low to high until the answer is one."""
-    while True:
-        try:
-            return data.number(float, low, high)(input(question))
-        except ValueError:
-            print(f"The answer must be a number from {low} to {high}.")
 
 
 def rate(args):
     """Ask a reader to rate texts, resuming after those rated; ask sense only to compare sources."""
+    def ask(question, low, high):
+        while True:
+            try:
+                return number(float, low, high)(input(question))
+            except ValueError:
+                print(f"The answer must be a number from {low} to {high}.")
+
     if len({path.stem for path in args.rate}) < len(args.rate):
-        raise data.UserError("--rate tells checkpoints apart by their file names. Rename a copy.")
-    passages = passages_to_rate(args)
+        raise UserError("--rate tells checkpoints apart by their file names. Rename a copy.")
+    random.seed(args.seed)
+    passages = []                       # (text, name of its checkpoint or "plays") each
+    for path in args.rate:
+        if path.name == "plays":
+            # Choose speeches about as long as samples.
+            texts = [x for x in data.load_corpus()[0].split(data.BOUNDARY) if 100 < len(x) < 400]
+            random.shuffle(texts)
+        else:
+            texts = [row["text"] for row in draw(path, args.num, args.seed)]
+        # A model can write any byte; a CSV file does not preserve these two.
+        passages += [(re.sub("[\0\r]", " ", text), path.stem) for text in texts[:args.num]]
+    random.shuffle(passages)
     if not args.ratings.exists():
         data.write_file(args.ratings, HEADER)
     rated = [(row["text"], row["drawn_from"]) for row in read_ratings(args.ratings)]
     todo = passages[len(rated):]
     if rated + todo != passages:
-        raise data.UserError(f"{args.ratings} was begun with other --rate, --num or --seed. "
-                             "Give those, or another file.")
+        raise UserError(f"{args.ratings} was begun with other --rate, --num or --seed. Give those.")
     print(f"{len(rated)} rated, {len(todo)} to go. Ctrl-C ends; the same command goes on.")
     for i, (text, name) in enumerate(todo):
         print(f"\n----- {len(todo) - i} to go\n{text}\n")
         feeling = ask("feeling, -2 very negative to 2 very positive: ", -2, 2)
-        sense = ""
-        if len(args.rate) > 1:
-            sense = ask("sense, 1 (none) to 5 (all of it makes sense): ", 1, 5)
+        sense = ask("sense, 1 (none) to 5 (all makes sense): ", 1, 5) if len(args.rate) > 1 else ""
         # Append each row at once, so that no crash loses it.
         with open(args.ratings, "a", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerow([text, feeling, sense, name])
@@ -169,63 +132,52 @@ def rate(args):
     print(f"\nAll are rated. In numbers: python results/readers.py {args.ratings}")
 
 
-# ---- figures ------------------------------------------------------------------------------
-
-def plot(axis, rows, x, y, style, **options):
-    """Plot column y of rows against column x. matplotlib leaves out what is None."""
-    axis.plot([row[x] for row in rows], [row[y] for row in rows], style, **options)
-
+# ---- the report ---------------------------------------------------------------------------
 
 def drift_axis(axis, ylabel):
     """Prepare an axis for what is drawn against KL(pi to rho)."""
     # Scores at first grow linearly with the square root of the KL (Gao 2022).
-    axis.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
+    axis.set_xscale("function", functions=(lambda kl: kl.clip(0) ** 0.5, lambda root: root ** 2))
     # A margin would reach below 0, which has no root.
-    axis.set(xmargin=0, ylabel=ylabel,
-             xlabel="KL(pi to rho), nats per completion (square-root scale)")
+    axis.set(xmargin=0, ylabel=ylabel, xlabel="KL(pi to rho), nats per completion (root scale)")
 
 
-def draw_frontier(runs):
-    """Score and judge against KL: PPO's paths, best of n, and the optimum."""
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    figure.suptitle("black: the optimum, the highest score at each KL; grey: best of n")
-    axes = figure.subplots(1, 2, sharey=True)
-    for run in runs:
-        for axis, key, column in zip(axes, ("score", "judge"), (1, 2)):
+def draw_figures(runs, folder):
+    """frontier.png: score and judge against KL. ppo.png: PPO's metrics by iteration."""
+    # Plot column y of rows against column x. matplotlib leaves out what is None.
+    def plot(axis, rows, x, y, style, **options):
+        axis.plot([row[x] for row in rows], [row[y] for row in rows], style, **options)
+
+    frontier, panels = [Figure(figsize=(13, y), layout="constrained") for y in (5, 9)]
+    left, right = frontier.subplots(1, 2, sharey=True)
+    axes = panels.subplots(3, 3).flatten()
+    for i, run in enumerate(runs):
+        color = f"C{i}"
+        for axis, key, column in ((left, "score", 1), (right, "judge", 2)):
             drift_axis(axis, f"{key}, standard deviations of rho's")
-            plot(axis, run["history"], "ref_kl", key, run["color"], lw=1)
-            plot(axis, [run], "ref_kl", key, run["color"] + "o", label=run["label"])
+            # The path ends in a dot, the finished policy.
+            plot(axis, [*run["history"], run], "ref_kl", key, color + "o-", markevery=[-1],
+                 label=run["label"])
             plot(axis, run["frontier"], 0, column, "k")
-        plot(axes[0], run["best_of_n"], 3, 1, "C7.-")
-        star = run["color"] + "*"               # not drawn if J* is not known
-        plot(axes[0], [run["optimum"]], "ref_kl", "score", star, ms=14, mec="k", zorder=3)
-    axes[0].legend(title="PPO, beta")
-    return figure
-
-
-def draw_ppo(runs):
-    """PPO's metrics by iteration; faint: the run of this name and size in results/runs."""
-    figure = Figure(figsize=(13, 9), layout="constrained")
-    figure.suptitle("PPO's metrics by iteration; dotted: J*; faint: results/runs")
-    axes = figure.subplots(3, 3).flatten()
-    for run in runs:
-        log = data.HERE / f"results/runs/{run['size']}_{run['path'].stem}.metrics.jsonl"
-        logged = list(map(json.loads, log.read_text().splitlines())) if log.exists() else []
+        plot(left, run["best_of_n"], 3, 1, "C7.-")
+        log = f"results/runs/{run['size']}_{run['path'].stem}.metrics.jsonl"
+        logged = [json.loads(line) for path in data.HERE.glob(log) for line in path.open()]
         for axis, key in zip(axes, METRICS):
             axis.set_title(key)
-            plot(axis, run["history"], "step", key, run["color"], label=run["label"])
-            plot(axis, logged, "step", key, run["color"], alpha=0.3)
-        # No line is drawn if J* is not known.
-        axes[0].hlines(run["optimum"]["objective"], 1, run["iterations"], run["color"], "dotted")
-    axes[5].legend(title="beta")
-    return figure
+            plot(axis, run["history"], "step", key, color, label=run["label"])
+            plot(axis, logged, "step", key, color, alpha=0.3)
+        # Star and dotted line are not drawn if J* is not known.
+        plot(left, [run["optimum"]], "ref_kl", "score", color + "*", ms=14, zorder=3)
+        axes[0].hlines(run["optimum"]["objective"], 1, run["iterations"], color, "dotted")
+    left.legend(title="black: the optimum\ngrey: best of n\nPPO, beta:")
+    axes[5].legend(title="dotted: J*\nfaint: results/runs\nbeta:")
+    folder.mkdir(exist_ok=True)
+    frontier.savefig(folder / "frontier.png")
+    panels.savefig(folder / "ppo.png")
 
-
-# ---- the report ---------------------------------------------------------------------------
 
 def load_runs(out, rho):
-    """The finished PPO runs of a folder that were made with its rho.pt, with their results."""
-    runs = []
+    """Yield a folder's finished PPO runs that were made with its rho.pt, with their results."""
     for path in sorted(out.glob("ppo_*.pt")):
         run = data.load_checkpoint(path)
         result = run.get("result")          # an intermediate policy has none
@@ -233,67 +185,58 @@ def load_runs(out, rho):
             result["seconds_per_iteration"] = run["seconds"] / result["iterations"]
             # The algorithm is told only where it is not PPO.
             label = re.sub("ppo_|beta|, ppo", "", f"{path.stem}, {run['inputs']['algorithm']}")
-            runs.append({**run, **result,
-                         "path": path, "label": label, "color": f"C{len(runs)}"})
-    if not runs:
-        raise data.UserError(f"{out} has no finished PPO run. Run train.py --out {out} first.")
-    return runs
+            yield {**run, **result, "path": path, "label": label}
 
 
 def report(out):
     """Write a study's figures/*.png, samples/*.txt, summary.json, report.md; print samples."""
-    rho = data.load_checkpoint(out / "rho.pt", "rho")
-    runs = load_runs(out, rho)
-    stages = {"rho": rho}
-    for name in ("data", "pretrain", "reward", "judge"):
-        stages[name] = load_beside(out / "rho.pt", rho, name)
-    seconds = {name: state["seconds"] for name, state in stages.items()}
-    seconds["total"] = sum(state["seconds"] for state in [*stages.values(), *runs])
-    seconds["ppo"] = {run["label"]: run["seconds"] for run in runs}
-    measured = {key: stages["pretrain"][key] for key in ("parameters", "val_bits_per_byte")}
-    summary = {"size": rho["size"], "device": rho["inputs"]["device"], "seconds": seconds,
-               "pretrain": measured, "ppo": [run["result"] for run in runs]}
-    for name in ("reward", "judge"):
-        # The metrics on passages, or on samples if the labels have no passages.
-        metrics, *_ = stages[name]["report"].values()
-        summary[name] = {f"val_{key}": x for key, x in metrics.items()}
-        summary[name] |= rho["scales"][name]["positive"]
-    first = {}                          # the first sample of each checkpoint, as lines
-    for path in [out / "pretrain.pt", *(run["path"] for run in runs)]:
+    # Keep 20 samples of a checkpoint; show the first, as lines.
+    def first_sample(path):
         texts = [SAMPLE.format_map(row) for row in draw(path, 20)]
         data.write_file(out / f"samples/{path.stem}.txt", "\n".join(texts))
-        first[path] = texts[0].split("\n")
-    before = ["before", *first[out / "pretrain.pt"]]
+        return texts[0].split("\n")
+
+    rho = data.load_checkpoint(out / "rho.pt")
+    runs = list(load_runs(out, rho))
+    if not runs:
+        raise UserError(f"{out} has no finished PPO run. Run train.py --out {out} first.")
+    seconds = {"rho": rho["seconds"]}
+    summary = {"size": rho["size"], "device": rho["inputs"]["device"], "seconds": seconds,
+               "ppo": [run["result"] for run in runs]}
+    for name in ("data", "pretrain", "reward", "judge"):
+        state = load_beside(out / "rho.pt", rho, name)
+        seconds[name] = state["seconds"]
+        if name == "pretrain":
+            summary[name] = {key: state[key] for key in ("parameters", "val_bits_per_byte")}
+        elif name != "data":
+            # The metrics on passages, or on samples if the labels have no passages.
+            metrics, *_ = state["report"].values()
+            metrics = {f"val_{key}": x for key, x in metrics.items()}
+            summary[name] = metrics | rho["scales"][name]["positive"]
+    seconds["total"] = sum(seconds.values()) + sum(run["seconds"] for run in runs)
+    seconds["ppo"] = {run["label"]: run["seconds"] for run in runs}
     results = samples = ""
+    before = ["before", *first_sample(out / "pretrain.pt")]
     for run in runs:
-        template = UNKNOWN if run["fraction_of_optimum"] is None else KNOWN
-        row, line = template.format_map(run).split("\n")
+        row, line = (KNOWN if run["fraction_of_optimum"] else UNKNOWN).format_map(run).split("\n")
         results += row + "\n"
-        after = ["after", *first[run["path"]]]
-        for pair in itertools.zip_longest(before, after, fillvalue=""):
+        for pair in zip_longest(before, ["after", *first_sample(run["path"])], fillvalue=""):
             samples += "{:52.52}  {}\n".format(*pair)
         samples += line + "\n\n"
     print(samples, end="")
-    (out / "figures").mkdir(exist_ok=True)
-    draw_frontier(runs).savefig(out / "figures/frontier.png")
-    draw_ppo(runs).savefig(out / "figures/ppo.png")
+    draw_figures(runs, out / "figures")
     data.write_file(out / "summary.json", json.dumps(summary, indent=1))
-    text = REPORT.format(results=results, samples=samples, **summary)
-    data.write_file(out / "report.md", text)
-    print(f"Figures, tables and samples: {out / 'report.md'}")
+    data.write_file(out / "report.md", REPORT.format(results=results, samples=samples, **summary))
+    print(f"Figures, tables and samples: {out}/report.md")
 
-
-# ---- the command line ---------------------------------------------------------------------
 
 def main():
     parser = data.Parser(description="Samples, blind ratings, figures, the report.")
     add = parser.add_argument
     add("--checkpoint", default="out/pretrain.pt", type=Path, help="pretrain.pt or ppo_*.pt")
-    add("--num", type=data.number(int, 1), default=20, help="samples per checkpoint (default 20)")
+    add("--num", type=number(int, 1), default=20, help="samples per checkpoint (default 20)")
     add("--prompt", default="", help="text to continue (default: the run's test prompts)")
-    add("--temperature", type=data.number(float, 0), default=1.0, help="below 1: likelier tokens")
-    add("--top-k", type=data.number(int, 1), help="only the k likeliest tokens (default: all)")
-    add("--seed", type=data.number(int, 0), default=0, help="seed of samples and rating order")
+    add("--seed", type=number(int, 0), default=0, help="seed of samples and rating order")
     add("--jsonl", action="store_true", help="print one JSON object per line")
     add("--rate", nargs="+", type=Path, metavar="CHECKPOINT",
         help="rate samples: several checkpoints blind; or one, or plays, for train.py --labels")
@@ -301,13 +244,11 @@ def main():
     add("--report", type=Path, metavar="DIR", help="write a study's figures and tables again")
     args = parser.parse_args()
     if args.report:
-        report(args.report)
-    elif args.rate:
-        rate(args)
-    else:
-        for row in draw(args.checkpoint, args.num, args.seed, args.prompt, args.temperature,
-                        args.top_k):
-            print(json.dumps(row, ensure_ascii=False) if args.jsonl else SAMPLE.format_map(row))
+        return report(args.report)
+    if args.rate:
+        return rate(args)
+    for row in draw(args.checkpoint, args.num, args.seed, args.prompt):
+        print(json.dumps(row, ensure_ascii=False) if args.jsonl else SAMPLE.format_map(row))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """The whole study: pretrain a GPT, train a reward model, tune the GPT by PPO, report.
 
-Read study() first, then TABLE, which has every knob on one screen. What lies between is the loop
-that remembers: each stage writes a checkpoint into --out, and is done again only if something it
-depends on has changed. A stage that was cut off, by Ctrl-C or a kill or a crash, resumes from its
-last partial checkpoint, on a CPU (with as many threads and processes) to the same bits.
+Read main() first, then TABLE, which has every knob. Between them is the loop that remembers: each
+stage writes a checkpoint into --out and is done again only if something it depends on has changed.
+A stage that was cut off resumes, on a CPU (with as many threads and processes) to the same bits.
 
     python train.py                             everything at beta 0.2 (README: how long)
     python train.py --beta 0.02 0.1 0.2 0.4     the sweep; stages already done are reused
@@ -26,18 +25,17 @@ import gpt
 import ppo
 import reward
 import sample
-from data import number
 
 # tiny is a smoke run, small is for a laptop's CPU, base for a GPU of 80 GB. An option belongs to
 # the stages named; changing it repeats these stages and all that depend on them. The columns, two
 # spaces apart: stages, name, value (of tiny, small and base; or one for all; or choices, the first
 # the default), reason to change it.
 SIZES = ("tiny", "small", "base")
-TABLE = """
+TABLE = """\
 data      vocab_size      512 2048 4096  more make texts shorter, but each token rarer
-pretrain  block_size      128 128 256    tokens of context, which limit the length
+pretrain  block_size      128 128 256    tokens of a training window
 pretrain  n_layer         2 4 8          depth of the transformer
-pretrain  n_head          2 4 8          attention heads; n_embd must be an even multiple
+pretrain  n_head          2 4 8          attention heads; n_embd must be a multiple
 pretrain  n_embd          64 256 512     width of the transformer
 pretrain  pretrain_steps  150 300 1000   more make a better language model
 reward    reward_model    head|bag       a classifier head on the GPT, or a bag of words to compare
@@ -63,68 +61,47 @@ ppo       adaptive_kl_horizon  1e4       completions in which that beta may chan
 ppo       fresh_samples   512 2048 4096  samples for measuring a run: more are more precise
 """
 Option = namedtuple("Option", "stages name tiny small base choices why")
-
-
-def read_options(table):
-    """The rows of the table as Options; choices is None for numbers."""
-    options = []
-    for line in table.strip().split("\n"):
-        stages, name, values, why = re.split("  +", line)
-        choices = values.split("|") if "|" in values else None
-        defaults = choices[:1] if choices else list(map(ast.literal_eval, values.split()))
-        sizes = (defaults * 3)[:3]                      # of three values or of one
-        options.append(Option(stages, name, *sizes, choices, f"{why} ({values})"))
-    return options
-
-
-OPTIONS = read_options(TABLE)
+OPTIONS = []
+for line in TABLE.splitlines():
+    stages, name, values, why = re.split("  +", line)
+    choices = values.split("|") if "|" in values else None
+    defaults = choices[:1] if choices else list(map(ast.literal_eval, values.split()))
+    # A single value is for all three sizes.
+    OPTIONS.append(Option(stages, name, *(defaults * 3)[:3], choices, f"{why} ({values})"))
 CHECKPOINT_EVERY = 30.0     # seconds of work that a crash or Ctrl-C may cost
 
 
-# ---- options ------------------------------------------------------------------------------
-
 def parse(argv=None):
-    """The options below and those of OPTIONS, filled in by --size, checked against each other."""
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    """The options below and those of OPTIONS, filled in by --size and by the machine, checked."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = data.Parser(description="The whole study, from text to plots.")
     add = parser.add_argument
-    add("--size", choices=SIZES, help="three values below are for tiny, small and base "
-        "(default: base on CUDA, small on a CPU)")
-    add("--beta", type=number(float, 1e-3, 10), nargs="+", default=[0.2],
+    add("--size", choices=SIZES, help="which of three values below (default: small; on CUDA, base)")
+    add("--beta", type=data.number(float, 1e-3, 10), nargs="+", default=[0.2],
         help="KL coefficients: smaller lets the policy drift farther for reward (default 0.2)")
     add("--out", default="out", type=Path, help="checkpoints, figures and report (default out)")
-    add("--until", choices=["pretrain", "reward", "ppo"],
-        help="stop after this stage (default: all, and the report)")
-    add("--seed", type=number(int, 0, 2**31), default=0,
-        help="another seed shows how far results are chance (default 0)")
-    add("--device", choices=devices, default=devices[0], help="default: cuda where there is one")
+    add("--until", choices=["pretrain", "reward", "ppo"], help="stop after this stage")
+    add("--seed", type=data.number(int, 0), default=0, help="another shows what is chance")
+    add("--device", choices={device, "cpu"}, default=device, help="default: cuda if there is one")
     add("--fp32", action="store_true", help="compute in float32 where bfloat16 would be faster")
     add("--keep", action="store_true", help="reuse finished stages although source code changed")
     add("--corpus", metavar="FILE.txt", help="a text of your own, not the plays")
-    add("--labels", metavar="FILE.csv", nargs="+", help="your own ratings, not those of labels/: "
-        "text, rating; or play, first_line, last_line, rating")
-    types = {int: number(int, 1), float: number(float, 0)}
+    add("--labels", metavar="FILE.csv", nargs="+", help="your own ratings: columns text, rating")
+    types = {int: data.number(int, 1), float: data.number(float, 0)}
     for option in OPTIONS:
         add("--" + option.name.replace("_", "-"), type=types.get(type(option.small)),
             choices=option.choices, help=option.why)
     args = parser.parse_args(argv)
-    args.device = torch.device(args.device)
-    args.dtype = torch.float32 if args.fp32 else gpt.compute_dtype(args.device)
-    args.size = args.size or ("base" if args.device.type == "cuda" else "small")
+    args.size = args.size or ("base" if args.device == "cuda" else "small")
     for option in OPTIONS:
         if getattr(args, option.name) is None:
             setattr(args, option.name, getattr(option, args.size))
-    longest = args.block_size - (1 if args.task == "speeches" else data.LONGEST_PROMPT)
-    if not reward.SHORTEST <= args.length <= longest:
-        parser.error(f"--length must be from {reward.SHORTEST} to {longest}")
-    if args.n_embd % (2 * args.n_head):
-        parser.error("--n-embd must be an even multiple of --n-head")
-    if args.group < 2 or args.batch % args.group:
-        parser.error("--batch must be a multiple of --group, 2 or more")
-    if args.rho_samples < 100:
-        parser.error("--rho-samples must be 100 or more")
-    if args.adaptive_kl_target and args.adaptive_kl_horizon < args.batch:
-        parser.error("--adaptive-kl-horizon must be --batch or more")
+    if args.n_embd % args.n_head or args.batch % args.group:
+        parser.error("--n-embd must be a multiple of --n-head, and --batch of --group")
+    if min(args.group, args.rho_samples) < 2 or args.adaptive_kl_horizon < args.batch:
+        parser.error("--adaptive-kl-horizon must be at least --batch, --group and --rho-samples 2")
+    args.device = gpt.join_processes(torch.device(args.device))
+    args.dtype = torch.float32 if args.fp32 else gpt.compute_dtype(args.device)
     return args
 
 
@@ -134,31 +111,26 @@ def source(file):
     """Fingerprint of a script's syntax tree, without comments, blank lines and docstrings."""
     tree = ast.parse((data.HERE / file).read_bytes())
     for node in ast.walk(tree):
-        # No stage calls a script's own command or the reward that users replace.
-        if getattr(node, "name", "") in ("main", "my_reward"):
-            node.body = []
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-            node.value = None           # a docstring
+        match node:
+            # No stage calls a script's own command or the reward that users replace.
+            case ast.FunctionDef(name="main" | "my_reward"):
+                node.body = []
+            case ast.Expr(value=ast.Constant()):        # a docstring
+                node.value = None
     return data.digest(ast.dump(tree))
 
 
-# The script whose function does a stage. What it imports counts through the stages before it.
-FILES = {"data": "data.py", "pretrain": "gpt.py", "reward": "reward.py", "judge": "reward.py",
-         "rho": "ppo.py", "ppo": "ppo.py"}
 # As they are now: edits during a run count from the next run on.
-SOURCES = {file: source(file) for file in FILES.values()}
+SOURCES = {name: source(f"{name}.py") for name in ("data", "gpt", "reward", "ppo")}
 
 
 class Stage:
-    """The loop that remembers: checkpoints and metrics of the stage whose file is path.
+    """A stage's checkpoints and metrics. about: its kind, key and inputs (all it depends on)."""
 
-    about: its kind, its inputs (all that the result depends on), their key and the size.
-    """
-
-    def __init__(self, path, about):
-        self.path, self.about = path, about
-        self.partial = path.with_stem(path.stem + "_partial")
+    def __init__(self, path, **about):
+        self.path, self.partial = path, path.with_stem(path.stem + "_partial")
         self.history, self.began = [], time.monotonic()
+        self.about = {**about, "history": self.history}
 
     def reuse(self, path):
         """The checkpoint at path, or None if there is none or an input changed (printed)."""
@@ -171,24 +143,19 @@ class Stage:
 
     def keep(self, *mark, **state):
         """Write and return the stage's checkpoint, a dict (*mark: name suffixes)."""
-        state = {**self.about, "history": self.history,
-                 "seconds": time.monotonic() - self.began, **state}
-        name = "_".join([self.path.stem, *mark])
-        data.save_checkpoint(self.path.with_stem(name), state)
+        state = {**self.about, "seconds": time.monotonic() - self.began, **state}
+        data.save_checkpoint(self.path.with_stem("_".join([self.path.stem, *mark])), state)
         return state
 
     def steps(self, n, **parts):
-        """Yield the steps of n still to do, writing partial checkpoints.
-
-        parts: all that the loop changes, with state_dict() and load_state_dict().
-        """
+        """Yield the steps of n still to do. parts: all that they change, saved now and then."""
         self.n, start, partial = n, 0, self.reuse(self.partial)
-        if partial and partial["parts"].keys() == parts.keys():
+        if partial:
             for name, part in parts.items():
                 part.load_state_dict(partial["parts"][name])
             torch.set_rng_state(partial["rng"])
-            start, self.history = partial["step"], partial["history"]
-            self.began -= partial["seconds"]
+            self.history += partial["history"]
+            start, self.began = partial["step"], self.began - partial["seconds"]
             print(f"{self.path.name}: resuming after step {start} of {n}")
         saved = time.monotonic()
         for self.step in range(start, n):
@@ -207,7 +174,7 @@ class Stage:
         lines = "\n".join(map(json.dumps, self.history)) + "\n"
         data.write_file(self.path.with_suffix(".metrics.jsonl"), lines)
         left = (time.monotonic() - self.began) / done * (self.n - done)
-        values = [f"{key} {metrics[key]:.3g}" for key in shown or metrics if key in metrics]
+        values = [f"{key} {metrics[key]:.3g}" for key in shown or metrics]
         print(f"{self.path.stem} {done}/{self.n}", *values, f"{left:.0f} s left", sep="  ")
 
     def show(self, title, text):
@@ -215,49 +182,37 @@ class Stage:
 
 
 def run(args, name, function, *earlier, **options):
-    """The state of a stage: its checkpoint if it still holds, else the results of function, saved.
-
-    earlier: states of earlier stages, and the corpus or ratings read from files. function gets the
-    stage's own options and no others, so any change of an input changes this key and all later.
-    """
+    """A stage's state: its checkpoint if it still holds, else the results of function, saved."""
     kind = name.split("_")[0]
-    for option in OPTIONS:
-        if kind in option.stages:
-            options[option.name] = getattr(args, option.name)
+    # function gets the stage's own options and no others, so the key holds all that it depends on.
+    options |= {row.name: getattr(args, row.name) for row in OPTIONS if kind in row.stages}
     inputs = {"seed": args.seed, "device": args.device.type, "dtype": str(args.dtype), **options}
-    for state in earlier:
-        # A key stands for all that an earlier stage read, so keys chain.
-        if "key" in state:
-            inputs[state["kind"]] = state["key"]
-        else:
-            inputs["files"] = data.digest(str(state))
-    if not args.keep:
-        inputs[FILES[kind]] = SOURCES[FILES[kind]]
-    about = {"kind": kind, "key": data.digest(str(inputs)), "inputs": inputs, "size": args.size}
-    stage = Stage(args.out / f"{name}.pt", about)
+    # A key stands for all that an earlier stage read, so keys chain.
+    inputs |= {state["kind"]: state["key"] for state in earlier if "key" in state}
+    inputs["files"] = data.digest(str([texts for texts in earlier if "key" not in texts]))
+    if not args.keep:       # what a script imports counts through the stages before
+        inputs[function.__module__ + ".py"] = SOURCES[function.__module__]
+    stage = Stage(args.out / f"{name}.pt", kind=kind, key=data.digest(str(inputs)), inputs=inputs)
     state = stage.reuse(stage.path)
     if not state:
         # Its own stream of random numbers for every stage, beta and --seed, from torch's global
         # generator, whose state the loop saves. (comparison_loss has pairs of its own.)
         torch.manual_seed(data.fold(f"{args.seed} {name}", 2**31))
         options = SimpleNamespace(**options, device=args.device, dtype=args.dtype)
-        state = stage.keep(**function(options, *earlier, stage))
+        state = stage.keep(size=args.size, **function(options, *earlier, stage))
     if data.is_first_process():         # the others may be here before it has written
         stage.partial.unlink(missing_ok=True)
     return state
 
 
-# ---- the study ----------------------------------------------------------------------------
-
-def study(args):
-    """Every stage in turn, as far as --until."""
-    first = data.is_first_process()
-    if not first:                       # the first process fetches the plays, once for all
-        gpt.barrier(args.device)
+def main():
+    """The study: every stage in turn, as far as --until."""
+    args = parse()
+    if data.is_first_process():         # it fetches the plays, once for all
+        data.load_corpus(args.corpus)
+    gpt.barrier(args.device)
     corpus = data.load_corpus(args.corpus)
     rated = reward.read_ratings(args.labels)
-    if first:
-        gpt.barrier(args.device)
     texts = run(args, "data", data.prepare, corpus)
     data.save_tokenizer(args.out / "tokenizer.tiktoken", texts["vocabulary"])
     pretrained = run(args, "pretrain", gpt.pretrain, texts)
@@ -270,18 +225,10 @@ def study(args):
         return
     rho = run(args, "rho", ppo.sample_reference, texts, pretrained, rewarded, judged)
     for beta in args.beta:
-        twin = "" if args.toward == "positive" else f"{args.toward}_"
-        run(args, f"ppo_{twin}beta{beta:g}", ppo.tune, pretrained, rewarded, judged, rho, beta=beta)
-    if args.until != "ppo" and first:
+        name = f"ppo_{args.toward}_beta{beta:g}".replace("positive_", "")
+        run(args, name, ppo.tune, pretrained, rewarded, judged, rho, beta=beta)
+    if args.until != "ppo" and data.is_first_process():
         sample.report(args.out)
-
-
-def main():
-    args = parse()
-    args.device = gpt.join_processes(args.device)
-    began = time.monotonic()
-    study(args)
-    print(f"{(time.monotonic() - began) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

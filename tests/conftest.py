@@ -75,9 +75,9 @@ def trained():
     generator = seeded()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = GPT(GPTConfig(vocab_size=16, block_size=24, n_layer=3, n_head=2, n_embd=32))
+        model = GPT(GPTConfig(vocab_size=16, block_size=24, n_layer=3, n_head=4, n_embd=32))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(100):
+    for _ in range(200):
         tokens = loops(32, 24, generator)
         loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
         optimizer.zero_grad()

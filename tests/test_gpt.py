@@ -1,8 +1,10 @@
 """The transformer, the sampler and pretraining: what is sampled is exactly what is scored."""
 
 import copy
+import itertools
 import math
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +15,7 @@ import data
 import gpt
 from conftest import assert_close, chi_square_p, loops, randn, seeded
 from gpt import (GPT, PAD, Block, GPTConfig, attention, attention_bias, completion_logits,
-                 compute_dtype, cut_after, generate, in_chunks, load_gpt, norm, rotate,
-                 sample_completions, sample_tokens)
+                 cut_after, generate, in_chunks, load_gpt, norm, sample_completions, sample_tokens)
 
 # A statistical test passes at p > ALPHA: with a fresh seed it would fail once in 10,000 runs.
 ALPHA = 1e-4
@@ -42,47 +43,52 @@ def logprobs_of(logits, tokens):
     return logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
 
 
-@pytest.mark.parametrize("T, S", [(7, 7), (2, 7), (1, 1)])
+@pytest.mark.parametrize("T, S", [(7, 7), (2, 40), (1, 7), (1, 1)])
 @pytest.mark.parametrize("pads", [None, (0, 2)], ids=["full", "padded"])
 def test_attention_is_scaled_dot_product_attention_over_the_past(T, S, pads):
-    """softmax(q k' / sqrt(d)) v (Vaswani 2017); the T queries are the last of S positions."""
-    q, k, v = randn(2, 3, T, 4), randn(2, S, 4, seed=1), randn(2, S, 4, seed=2)
-    first = pads or (0, 0)
-    seen = torch.tensor([[[first[b] <= s <= S - T + t for s in range(S)]
-                          for t in range(T)] for b in range(2)])
+    """softmax(q k' / sqrt(d) - distance / 2^head) v (Press 2021); T queries are the last of S."""
+    q, k, v = randn(2, T, 12), randn(2, S, 4, seed=1), randn(2, S, 4, seed=2)       # 3 heads of 4
+    first, bias = pads or (0, 0), torch.full((2, 3, T, S), -math.inf).double()
+    for b, h, t in itertools.product(range(2), range(3), range(T)):
+        for s in range(first[b], S - T + t + 1):
+            bias[b, h, t, s] = -(S - T + t - s) / (1, 2, 4)[h]
     pad = pads and torch.arange(min(S, 3)) < torch.tensor(pads)[:, None]
-    y = attention(q, k, v, attention_bias(S - T, S, "cpu", pad).to(q))
+    y = attention(q, k, v, attention_bias(S - T, S, 3, "cpu", pad).to(q))
     assert y.isfinite().all(), "a softmax over nothing"
-    real = seen.any(-1)[:, None].expand(2, 3, T)        # what padding itself sees is never used
+    real = bias[:, 0].isfinite().any(-1)                # what padding itself sees is never used
     k, v = k[:, None].expand(2, 3, S, 4), v[:, None].expand(2, 3, S, 4)     # shared by all heads
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None])
-    assert_close(y[real], expected[real], "check the mask, the scale, and softmax over keys")
+    expected = F.scaled_dot_product_attention(q.view(2, T, 3, 4).transpose(1, 2), k, v, bias)
+    assert_close(y[real], expected.transpose(1, 2).flatten(2)[real],
+                 "check the slopes, the mask, the scale, and softmax over keys")
 
 
-def test_rotary_positions_turn_each_pair_by_position_times_frequency():
-    """(x1 + i x2) exp(i t theta_j), theta_j = 10000^(-2j/d) (Su 2021, equation 15)."""
-    model = GPT(GPTConfig(vocab_size=4, block_size=50, n_layer=1, n_head=2, n_embd=16))
-    x = randn(2, 2, 50, 8)                                                  # heads of 8: 4 pairs
-    angle = torch.arange(50).double()[:, None] * 10_000.0 ** (-2 * torch.arange(4).double() / 8)
-    turned = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angle), angle)
-    assert_close(rotate(x, model.cos, model.sin), torch.cat((turned.real, turned.imag), -1),
-                 "rotary positions are not a rotation by t * theta", atol=1e-4, rtol=0)
+def test_distance_alone_counts_so_texts_may_start_later_and_be_longer_than_windows(trained):
+    """A single block knows the order of its past, which without the bias would be a set to it."""
+    tokens = streams(8, 12)
+    for pads, pieces in ((1, [5, 8]), (5, [17]), (40, [44, 1, 1, 6])):
+        moved = padded_left(tokens, pads)
+        logits = read_in_pieces(trained, moved, pieces, moved == PAD)[:, pads:]
+        assert_close(logits, trained(tokens), f"moved by {pads}", atol=1e-4, rtol=1e-4)
+    other = tokens[:, [*range(9), 10, 9, 11]]
+    one, two = trained.stream(torch.cat((tokens, other)), blocks=slice(1))[:, -1].chunk(2)
+    assert torch.equal((two - one).abs().amax(1) > 1e-3, (other != tokens).any(1)), "no order"
+    tokens = streams(256, 72)           # windows have 24; a word and its repetition up to 12
+    nats = -logprobs_of(trained(tokens)[:, :-1], tokens[:, 1:]).mean(0)
+    assert nats[24:].mean() < nats[12:24].mean() + 0.1 < nats[:12].mean(), "worse beyond a window"
 
 
 def test_a_block_adds_attention_and_then_a_squared_relu():
-    """x + proj(attention), then + out(relu(fc)^2) (So 2021), of layer norms (Ba 2016); over one
-    token attention is v."""
+    """x + proj(attention), then + out(relu(fc)^2) (So 2021); over one token attention is v."""
     x = 5 + randn(3, 1, 16)
     centred = x - x.mean(-1, keepdim=True)
     expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    assert_close(norm(x), expected, "not a layer norm without weights")
+    assert_close(norm(x), expected, "not a layer norm without weights (Ba 2016)")
     block = Block(GPTConfig(vocab_size=4, block_size=8, n_layer=1, n_head=2, n_embd=16)).double()
     for seed, layer in enumerate((block.proj, block.out)):
         torch.nn.init.normal_(layer.weight, generator=seeded(seed))        # they start at 0
     value = block.qkv(norm(x))[..., 24:]                # 16 queries, 8 keys, 8 values for 2 heads
     h = x + block.proj(torch.cat((value, value), dim=-1))
-    zero = torch.zeros(1, 4).double()
-    y = block(x, zero + 1, zero, zero[:, :1])
+    y = block(x, torch.zeros(1, 2, 1).double())
     assert_close(y, h + block.out(block.fc(norm(h)).clamp(min=0) ** 2), "not attention, then mlp")
 
 
@@ -90,7 +96,7 @@ def test_a_block_adds_attention_and_then_a_squared_relu():
 def test_the_trunk_is_in_the_compute_dtype_and_logits_in_float32(trained, monkeypatch, dtype):
     """Products, norms and attention, in scoring and in decoding; weights stay float32."""
     model, seen = copy_of(trained, dtype), set()
-    for owner, name in ((F, "linear"), (gpt, "norm"), (gpt, "attention"), (gpt, "rotate")):
+    for owner, name in ((F, "linear"), (gpt, "norm"), (gpt, "attention")):
         def spied(*inputs, function=getattr(owner, name)):
             result = function(*inputs)
             seen.update(x.dtype for x in (*inputs, result) if x.is_floating_point())
@@ -134,7 +140,7 @@ def test_the_compute_dtype_is_bfloat16_where_the_cpu_is_fast_at_it(monkeypatch):
                            (bf16 | {"cpu_name": "Intel Xeon"}, F32),
                            (bf16 | {"amx_bf16": True, "cpu_name": "Intel Xeon"}, BF16)]:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capable)
-        assert compute_dtype(torch.device("cpu")) == dtype, capable
+        assert gpt.compute_dtype(torch.device("cpu")) == dtype, capable
 
 
 def test_changing_token_t_plus_1_leaves_logits_up_to_t_unchanged(trained):
@@ -156,11 +162,11 @@ def read_in_pieces(model, tokens, pieces, pad=None):
     return torch.cat(logits, dim=1)
 
 
-@pytest.mark.parametrize("pieces", [[1] * 20, [5] + [1] * 15, [20], [3, 2, 5, 10]], ids=str)
+@pytest.mark.parametrize("pieces", [[1] * 40, [5] + [1] * 35, [40], [3, 2, 5, 30]], ids=str)
 @pytest.mark.parametrize("pads", [0, 2])
 def test_logits_with_the_cache_equal_logits_of_the_whole_sequence(trained, pieces, pads):
-    """Reading a batch in pieces through the key-value cache is reading it at once."""
-    tokens = streams(8, 20)
+    """In pieces or at once, also past the length of training windows, 24."""
+    tokens = streams(8, 40)
     tokens[:4, :pads] = PAD
     pad, real = tokens == PAD if pads else None, tokens != PAD
     assert_close(read_in_pieces(trained, tokens, pieces, pad)[real], trained(tokens, pad=pad)[real],
@@ -220,28 +226,23 @@ def test_cumulative_sums_in_float32_draw_what_exact_ones_draw_but_for_2e_minus_7
 @pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.7, None), (1.5, 5), (0.0, None)])
 def test_generate_draws_what_a_loop_without_cache_and_padding_draws(trained, temperature, top_k):
     """The oracle reads a row alone, its whole text again for every token; temperature 0 is greedy.
-
-    Prompts of 1 to 4 tokens, in one batch and padded on the left."""
-    longer = load_gpt({"config": {**vars(trained.config), "block_size": 80},
-                       "model": trained.state_dict()})
+    Prompts of 1 to 4 tokens, padded on the left, and 70 more, which exceeds the windows' 24."""
     numbers, state = torch.rand(8, 70, generator=seeded()), torch.get_rng_state()
     prompts = [streams(1, 4, seed=row)[:, row % 4:] for row in range(8)]
     batch = torch.cat([padded_left(prompt, 4 - prompt.size(1)) for prompt in prompts])
-    drawn = generate(longer, batch, 70, temperature, top_k, seeded())
+    drawn = generate(trained, batch, 70, temperature, top_k, seeded())
     assert torch.equal(torch.get_rng_state(), state), "sampling drew from torch's global generator"
     for row, tokens in enumerate(prompts):
         for number in numbers[row].view(70, 1, 1):
-            logits = longer(tokens)[:, -1]
+            logits = trained(tokens)[:, -1]
             new = logits.argmax(-1)
             if temperature > 0:
                 new = sample_tokens(logits, number, temperature, top_k)
             tokens = torch.cat((tokens, new[:, None]), dim=1)
         assert torch.equal(drawn[row, -tokens.size(1):], tokens[0]), f"row {row}: other tokens"
-    with pytest.raises(AssertionError, match="25 tokens do not fit"):
-        generate(trained, batch, 22)
 
 
-@pytest.mark.parametrize("n", [1, 13])
+@pytest.mark.parametrize("n", [1, 520])     # two chunks
 def test_sample_completions_continues_every_prompt_without_it_up_to_its_end(trained, n):
     """They are generate's, cut after the first token that is the end; lower is what frozen blocks
     give for what was read."""
@@ -349,10 +350,7 @@ def test_pretraining_learns_a_verse_and_says_how_it_goes(monkeypatch):
     rates, step = [], gpt.optimizer_step
     monkeypatch.setattr(gpt, "optimizer_step", lambda loss, optimizer, lr, **options: (
         step(loss, optimizer, lr, **options), rates.append(optimizer.param_groups[0]["lr"])))
-    seen, draw = [], gpt.draw_starts
-    monkeypatch.setattr(gpt, "draw_starts", lambda *x: seen.append(x[1]) or draw(*x))
     state, shown, rows = pretrain()
-    assert torch.equal(seen[0], (TEXTS["train"][:-64] == 0).nonzero()[:, 0]), "not the boundaries"
     for i, (at, title, text) in enumerate(shown):
         assert at == 50 * i and f"{at} steps" in title, "when it shows a text"
     assert i == 2 and text != shown[0][2] and text.startswith("\n\nword")
@@ -393,16 +391,16 @@ def test_pretraining_moves_every_weight_once_a_step_at_the_rate_of_the_schedule(
     assert sorted(one) == sorted(set(two)) and all(x.any() for x in moves[2]), "one never moves"
 
 
-def test_pretraining_reads_a_text_without_boundary_in_a_short_context(monkeypatch):
-    """Windows begin anywhere; shown texts are shorter; held-out text changes no weight."""
-    texts = {**TEXTS, "start": 24, "vocabulary": TEXTS["vocabulary"] + [b"\n"]}
-    state, _, rows = pretrain(texts, 3, block_size=16)
+def test_pretraining_reads_a_text_without_boundary_in_short_windows(monkeypatch):
+    """The text shown is longer than a window; held-out text changes no weight."""
+    texts = {**TEXTS, "start": 24, "vocabulary": TEXTS["vocabulary"] + [b"|"]}
+    state, [(_, _, text)], rows = pretrain(texts, 3, block_size=16)
     assert math.isfinite(rows[3]["loss"])
+    assert text[0] == "|" and len(re.findall(r"\n\n|word|\|", text)) == 1 + 48
     other, _, _ = pretrain({**texts, "held_out": texts["held_out"].flip(0)}, 3, block_size=16)
     assert_close(other["model"], state["model"], "it is trained on held-out text", atol=0, rtol=0)
     sizes = []
-    monkeypatch.setattr(gpt, "average", lambda tensors, weight: sizes.append(
-        sum(x.numel() for x in tensors)))
+    monkeypatch.setattr(gpt, "average", lambda xs, _: sizes.append(sum(x.numel() for x in xs)))
     pretrain(texts, 3, block_size=16)
     assert sizes.count(state["parameters"]) == 1 + 3, "first weights and 3 gradients are averaged"
     with pytest.raises(data.UserError, match="Give a longer --corpus, or a smaller --block-size"):
@@ -423,16 +421,18 @@ def test_a_model_starts_with_the_bigrams_of_its_text():
     assert best < loss < best + 0.05, f"{loss:.3f}, by counts {best:.3f}"
 
 
-def test_half_of_the_windows_begin_where_a_speech_does():
-    """Samples have only the boundary before them, so training must begin there often."""
-    openings = torch.tensor([5, 500, 993])
-    starts = torch.stack([gpt.draw_starts(994, openings, 8) for _ in range(1000)])
-    there, elsewhere = starts[:, :4].flatten(), starts[:, 4:].flatten()
-    assert chi_square_p(there, torch.zeros(994).index_fill(0, openings, 1 / 3)) > ALPHA, "half"
-    assert chi_square_p(elsewhere, torch.full((994,), 1 / 994)) > ALPHA, "the others anywhere"
-    rows = gpt.windows(torch.arange(1000, dtype=torch.int32), starts[0], 7)
-    assert rows.dtype == torch.long
-    assert rows.tolist() == [list(range(s, s + 7)) for s in starts[0].tolist()]
+def test_windows_begin_anywhere_each_place_as_likely_as_another(monkeypatch):
+    """In both halves of a batch, independently; boundaries, every 32 tokens, get their share."""
+    train, asked, windows = TEXTS["train"][:64 + 40], [], gpt.windows
+    monkeypatch.setattr(gpt, "windows", lambda tokens, *x: (
+        asked.append(x) if tokens is train else None) or windows(tokens, *x))
+    pretrain({**TEXTS, "train": train}, steps=150)
+    assert [(len(x), length) for x, length in asked] == 150 * [(16, 64 + 1)]
+    one, two = torch.cat([x.view(2, 8) for x, _ in asked], dim=1)
+    for draws in (one, two, (one - two) % 40):
+        assert len(draws.unique()) == 40 and chi_square_p(draws, torch.full((40,), 1 / 40)) > ALPHA
+    rows = windows(torch.arange(1000, dtype=torch.int32), one, 7)
+    assert_close(rows, one[:, None] + torch.arange(7), "7 tokens from each start, in int64")
 
 
 def test_the_learning_rate_rises_and_falls():

@@ -39,8 +39,8 @@ def continued(study, texts, tmp_path_factory):
 def drawn(command, monkeypatch):
     """drawn(checkpoint, options ...) -> the JSON lines that sample.py prints, the tokens drawn."""
     tokens = []
-    monkeypatch.setattr(sample, "generate",
-                        lambda *args: tokens.append(gpt.generate(*args)) or tokens[-1])
+    monkeypatch.setattr(sample, "log_ratios", lambda *args, real=sample.log_ratios:
+                        tokens.append(torch.cat(args[2:], dim=1)) or real(*args))
 
     def draw(checkpoint, *options):
         code, out, err = command(sample, "--checkpoint", checkpoint, "--jsonl", *options)
@@ -88,25 +88,23 @@ def test_rho_and_its_policies_answer_the_same_prompts(continued, drawn):
     assert one == two and set(one) <= prompts and len(set(one)) > 3
 
 
-def test_a_long_prompt_is_continued_from_its_end(study, drawn):
-    """As much of it is read as the context of 80 tokens leaves room for."""
-    prompt = ["--num", 1, "--prompt", "My love " * 100 + "SIR TOBY."]
-    [row], tokens = drawn(study / "ppo_beta2.pt", *prompt)
-    assert tokens.shape == (1, 80) and "My love SIR TOBY." in row["text"]
+def test_a_prompt_longer_than_the_training_windows_is_continued(study, drawn):
+    """All of it is read, and the sample begins with it."""
+    prompt = "My love " * 100 + "SIR TOBY."
+    [row], tokens = drawn(study / "ppo_beta2.pt", "--num", 1, "--prompt", prompt)
+    assert tokens.size(1) > 80 and row["text"].startswith(prompt)
 
 
-def test_the_seed_the_temperature_and_top_k_decide_what_is_drawn(study, drawn):
-    """The same seed the same samples, another others; greedy needs no seed, and is top 1."""
-    one, same, other, greedy, also, top = (
-        drawn(study / "ppo_beta2.pt", "--num", 2, *options.split())[0] for options in (
-            "--seed 3", "--seed 3", "", "--temperature 0 --seed 3", "--temperature 0", "--top-k 1"))
-    assert one == same != other and greedy == also == top and one[0] != one[1]
+def test_the_seed_decides_what_is_drawn(study, drawn):
+    """The same seed the same samples, another others."""
+    one, same, other = (drawn(study / "ppo_beta2.pt", "--num", 2, "--seed", seed)[0]
+                        for seed in (3, 3, 0))
+    assert one == same != other and one[0] != one[1]
 
 
 @pytest.mark.parametrize("options, says", [
     ("--checkpoint reward.pt", "is a reward checkpoint, where one of kind pretrain or ppo"),
-    ("--top-k 0", "--top-k: invalid int from 1 to 1000000000 value: '0'"),
-    ("--temperature nan", "float from 0 "), ("--seed -1", "int from 0 "), ("--num 0", "from 1 "),
+    ("--num 0", "--num: invalid int from 1 to 1000000000 value: '0'"), ("--seed -1", "int from 0 "),
     ("--checkpoint .", "Is a directory"),
     ("--rate a.pt b/a.pt --ratings new.csv", "apart by their file names. Rename a copy")])
 def test_bad_options_are_explained(study, command, monkeypatch, options, says):
@@ -153,7 +151,8 @@ def session(study, tmp_path, monkeypatch):
 
     Question n is answered told[n], others by opinion(); all answers before it must be on the disk.
     """
-    monkeypatch.setattr(sample, "draw", functools.cache(sample.draw))
+    monkeypatch.setattr(sample, "draw", functools.cache(lambda *args, real=sample.draw:
+                                                        list(real(*args))))
 
     def rate(told, *options, path=tmp_path / "mine.csv"):
         screen, questions = io.TextIOWrapper(io.BytesIO(), write_through=True), itertools.count(1)
@@ -359,8 +358,8 @@ def test_the_figures_draw_the_runs_and_samples_are_kept(reported, study):
         assert "\n".join(samples) == (out / f"samples/{name}.txt").read_bytes().decode()
         history, x = load(out, name)["history"], load(out, name)["result"]
         for lines, measure, column in ((left, "score", 1), (right, "judge", 2)):
-            assert (to_rgba(f"C{i}"), [[row["ref_kl"], row[measure]] for row in history]) in lines
-            assert (to_rgba(f"C{i}"), [[x["ref_kl"], x[measure]]]) in lines
+            path = [[row["ref_kl"], row[measure]] for row in (*history, x)]
+            assert (to_rgba(f"C{i}"), path) in lines
             assert (to_rgba("k"), [[row[0], row[column]] for row in x["frontier"]]) in lines
         assert (to_rgba("C7"), [[row[3], row[1]] for row in x["best_of_n"]]) in left
         for axis in figures["ppo"].axes:
