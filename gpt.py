@@ -65,17 +65,15 @@ def norm(x):
 
 def attention_bias(start, end, heads, device, pad=None):
     """What is added to attention scores: (T,H,S), or (B,T,H,S) with pad.
-
     The T queries are positions start to end, the S keys all positions before end. For each token
     that a key is farther back it loses 1, 1/2, 1/4 ... in heads 0, 1, 2 ... (ALiBi, Press 2021):
     the model's only sense of position. Later keys are blocked, and padding: pad (B,P) is True at
-    padding among the first P keys. The output at a padded query means nothing and is never used.
-    """
+    padding among the first P keys. The output at a padded query means nothing and is never used."""
     query = torch.arange(start, end, device=device)[:, None, None]
     distance = query - torch.arange(end, device=device)                 # (T,1,S)
     slopes = 0.5 ** torch.arange(heads, device=device)
     bias = -distance * slopes[:, None]                                  # (T,H,S)
-    bias = bias.masked_fill(distance < 0, BLOCKED)
+    bias = bias.masked_fill(distance < 0, BLOCKED)                      # the future
     if pad is None:
         return bias
     padding = F.pad(pad * BLOCKED, (0, end - pad.size(1)))              # (B,S)
@@ -84,10 +82,8 @@ def attention_bias(start, end, heads, device, pad=None):
 
 def attention(q, k, v, bias):
     """softmax(q k' / sqrt(head) + bias) v for each head: q (B,T,C), k and v (B,S,head) -> (B,T,C).
-
     All heads share one k and v, so the queries of all heads are the rows of one matrix. At 64
-    tokens in bfloat16 these products are faster on a CPU than torch's fused kernel.
-    """
+    tokens in bfloat16 these products are faster on a CPU than torch's fused kernel."""
     B, S, head = k.shape
     rows = q.reshape(B, -1, head) / math.sqrt(head)                     # (B,T*H,head)
     scores = rows @ k.mT                                                # (B,T*H,S)
@@ -139,11 +135,9 @@ class GPT(nn.Module):
 
     def stream(self, x, start=0, cache=None, pad=None, blocks=slice(None)):
         """The residual stream (B,T,C), in the compute dtype, after these blocks.
-
         x: tokens (B,T), or the stream (B,T,C) before blocks, from position start on. cache: a dict,
         empty at first, where each block keeps the keys and values (B,S,2*head) of all tokens read,
-        for x to continue. pad: as in attention_bias.
-        """
+        for x to continue. pad: as in attention_bias."""
         if not x.is_floating_point():
             # PAD has no embedding and gets that of token 0; its output is never used.
             x = norm(self.embed(x.clamp(min=0)).to(self.dtype))
@@ -162,14 +156,11 @@ class GPT(nn.Module):
 
 
 # ---- sampling -----------------------------------------------------------------------------
-
 def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
     """Sample a token for each row of logits (B,V) from softmax(logits / temperature): (B,).
-
     uniform (B,1): a uniform random number in [0, 1) for each row. A temperature of 0 is greedy.
     top_k keeps only the k likeliest tokens. Rollouts use neither: their log-probabilities are
-    computed from the whole softmax, which must be the distribution that was sampled.
-    """
+    computed from the whole softmax, which must be the distribution that was sampled."""
     logits = logits / max(temperature, 1e-9)
     if top_k is not None:
         top_k = min(top_k, logits.size(-1))
@@ -196,11 +187,9 @@ def padding(tokens):
 @torch.no_grad()
 def extend(model, prompt, uniform, temperature=1.0, top_k=None, frozen=0):
     """Sample T tokens after prompts (B,T0), padded left, by uniform numbers (B,T): tokens, lower.
-
     tokens (B,T0+T) begin with the prompt. lower (B,T0+T-1,C), for PPO to reuse, is the stream after
     the first frozen blocks at every token but the last; at padding it means nothing. A key-value
-    cache lets the model read each token only once.
-    """
+    cache lets the model read each token only once."""
     # A copy in its compute dtype; otherwise every weight would be cast again for each token.
     model = copy.deepcopy(model).to(model.dtype)
     cache = {}
@@ -229,7 +218,6 @@ def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None)
 
 def cut_after(tokens, end):
     """Replace all after the first end token in tokens (B,T) by PAD; unchanged if end is None.
-
     >>> cut_after(torch.tensor([[5, 0, 7, 0], [5, 6, 7, 8]]), 0)
     tensor([[ 5,  0, -1, -1],
             [ 5,  6,  7,  8]])
@@ -243,10 +231,8 @@ def cut_after(tokens, end):
 
 def sample_completions(model, prompts, length, end=None, frozen=0):
     """Sample a completion of T = length tokens for each prompt (N,T0): tokens (N,T), and lower.
-
     From the whole softmax at temperature 1, the distribution that scoring assumes. tokens come
-    without the prompt and are PAD after end. lower: as in extend.
-    """
+    without the prompt and are PAD after end. lower: as in extend."""
     # Random numbers for all rows, so that samples do not depend on the number of processes.
     uniform = torch.rand(len(prompts), length)
     draw = partial(extend, model, frozen=frozen)
@@ -255,12 +241,9 @@ def sample_completions(model, prompts, length, end=None, frozen=0):
 
 
 # ---- scoring ------------------------------------------------------------------------------
-
 def completion_logits(model, prompts, tokens, blocks=slice(None), lower=None):
     """Logits (B,T,V) that predict completions tokens (B,T) of prompts (B,T0).
-
-    lower: the stream before blocks, as in GPT.stream, where it is known.
-    """
+    lower: the stream before blocks, as in GPT.stream, where it is known."""
     inputs = torch.cat((prompts, tokens), dim=1)[:, :-1]                # (B,T0+T-1)
     pad = padding(inputs)
     x = inputs if lower is None else lower
@@ -271,9 +254,7 @@ def completion_logits(model, prompts, tokens, blocks=slice(None), lower=None):
 
 def token_logprobs(logits, tokens):
     """Gather each token's log-probability: logits (B,T,V), tokens (B,T) -> (B,T) float32, nats.
-
-    logits[:, t] must predict tokens[:, t]. Values at PAD are meaningless and must be masked.
-    """
+    logits[:, t] must predict tokens[:, t]. Values at PAD are meaningless and must be masked."""
     index = tokens.clamp(min=0)[..., None]
     logprobs = logits.float().log_softmax(-1)
     return logprobs.gather(-1, index).squeeze(-1)
@@ -291,13 +272,10 @@ def in_chunks(function, *tensors, size=64):
 
 
 # ---- gradient steps -----------------------------------------------------------------------
-
 def optimizer_step(loss, optimizer, lr, clip=math.inf, weight=None):
     """One step of the optimizer on loss, a scalar. Returns the gradient's norm before clipping.
-
     weight: this process's share of the batch; None if every process has the whole batch. Raises
-    FloatingPointError, before any weight changes, if the gradient is not finite.
-    """
+    FloatingPointError, before any weight changes, if the gradient is not finite."""
     [group] = optimizer.param_groups
     group["lr"] = lr
     optimizer.zero_grad()               # or the last batch's gradient would be added
@@ -312,7 +290,6 @@ def optimizer_step(loss, optimizer, lr, clip=math.inf, weight=None):
 
 
 # ---- pretraining --------------------------------------------------------------------------
-
 def windows(tokens, starts, length):
     """tokens[s : s + length] for each s of starts (B,): (B,length), int64."""
     rows = starts[:, None] + torch.arange(length)
@@ -324,17 +301,17 @@ def learning_rate(i, steps, n_embd):
     # The best rate of Adam for matrices is inversely proportional to the width (Yang 2022). The
     # embedding, whose best rate depends less on it, gets the same.
     peak = 1 / n_embd
-    return peak * min(1.0, (i + 1) / 40, (1 - i / steps) / 0.6)
+    up = (i + 1) / 40
+    down = (1 - i / steps) / 0.6
+    return peak * min(1.0, up, down)
 
 
 @torch.no_grad()
 def bigram_start(model, tokens, smooth=20.0):
     """Initialise embedding and output layer so that the model nearly predicts bigrams of tokens.
-
     tokens (N,). An SVD factorises smoothed log-frequencies (V,V) of each token's successors to rank
     n_embd (Levy 2014, for word vectors). The blocks start as the identity, so the untrained model
-    predicts from the last token alone; this saves many steps (results/README.md).
-    """
+    predicts from the last token alone; this saves many steps (results/README.md)."""
     V, C = model.embed.weight.shape
     tokens = tokens.long()
     pairs = tokens[:-1] * V + tokens[1:]
@@ -362,10 +339,8 @@ def next_token_nats(model, rows):
 @torch.no_grad()
 def bits_per_byte(model, tokens, vocabulary):
     """-log2 P of tokens (N,) per byte, in full windows of block_size tokens.
-
     vocabulary: the bytes of each token. Bits per byte, unlike bits per token, can be compared
-    between tokenizers.
-    """
+    between tokenizers."""
     T = model.config.block_size
     starts = torch.arange(0, len(tokens) - T, T)
     rows = windows(tokens, starts, T + 1).to(model.embed.weight.device)
@@ -379,12 +354,14 @@ def bits_per_byte(model, tokens, vocabulary):
 
 def pretrain(options, texts, loop):
     """Train a GPT to predict the next token of the plays: the content of pretrain.pt, a dict.
-
     options: those of this stage (train.OPTIONS); texts: the result of data.prepare; loop: a
-    train.Stage, which counts the steps and resumes after a kill.
-    """
-    train, held_out, vocabulary = texts["train"], texts["held_out"], texts["vocabulary"]
-    T, steps, batch = options.block_size, options.pretrain_steps, 16
+    train.Stage, which counts the steps and resumes after a kill."""
+    train = texts["train"]
+    held_out = texts["held_out"]
+    vocabulary = texts["vocabulary"]
+    T = options.block_size
+    steps = options.pretrain_steps
+    batch = 16
     if len(held_out) <= T:
         raise data.UserError(f"the held-out text has no {T + 1} tokens. Give a longer --corpus, or "
                              "a smaller --block-size.")

@@ -42,7 +42,6 @@ KEPT = (1, 2, 4, 8, 16, 32)     # a run keeps copies of the policy after so many
 
 
 # ---- the mathematics: pure functions on plain tensors -------------------------------------
-
 def _masked(x, mask):
     """x as float32 (float64 stays), 0 where masked (mask is 0), and the mask as bool."""
     x = x if x.dtype == torch.float64 else x.float()
@@ -58,7 +57,6 @@ def masked_mean(x, mask=None):
 
 def kl_penalised_rewards(scores, logprobs, ref_logprobs, beta, mask=None):
     """Rewards (B,T): per token -beta k1, k1 = log pi_old - log rho; on the last also the score.
-
     scores (B,); logprobs and ref_logprobs (B,T) of the sampled tokens, in nats. Each row sums to
     score - beta * sum of k1 (Ziegler 2019, equation 2). No gradient flows through them.
 
@@ -70,18 +68,17 @@ def kl_penalised_rewards(scores, logprobs, ref_logprobs, beta, mask=None):
     rewards = -beta * k1
     # The last real token is the first at which all real tokens are counted: (B,1).
     last = mask.cumsum(1).argmax(1, keepdim=True)
-    rewards = rewards.scatter_add(1, last, scores.detach()[:, None].to(k1))
+    scores = scores.detach()[:, None].to(k1)
+    rewards = rewards.scatter_add(1, last, scores)
     return rewards.masked_fill(~mask, 0.0)
 
 
 def gae(rewards, values, gamma=1.0, lam=0.8, mask=None):
     """Generalised advantage estimation (Schulman 2015, equation 16): advantages, returns (B,T).
-
     advantage_t = sum over l >= 0 of (gamma lam)^l delta_{t+l},
     delta_t = reward_t + gamma value_{t+1} - value_t, with value 0 after the last token.
     returns = advantages + values; PPO.step fits its values to rewards_to_go instead. Masked
-    positions are skipped and come out 0.
-    """
+    positions are skipped and come out 0."""
     rewards, mask = _masked(rewards, mask)
     values, _ = _masked(values, mask)
     advantages = torch.zeros_like(rewards + values)
@@ -94,7 +91,8 @@ def gae(rewards, values, gamma=1.0, lam=0.8, mask=None):
         next_value = torch.where(real, values[:, t], next_value)
         advantages[:, t] = advantage
     advantages = advantages.masked_fill(~mask, 0.0)
-    return advantages, advantages + values
+    returns = advantages + values
+    return advantages, returns
 
 
 def rewards_to_go(rewards, mask=None):
@@ -106,12 +104,10 @@ def rewards_to_go(rewards, mask=None):
 
 def fit_values(so_far, returns, mask):
     """Values (B,T): a forecast of returns (B,T) from so_far (B,T), the score before each token.
-
     A quadratic polynomial in t, the position from 0 to 1, and k, the score so far, is fitted by
     least squares: six weights, without a learning rate and many steps. Fitted to the batch they are
     used on, they have a bias, smaller in larger batches; as they know no words, so has a lambda
-    below 1.
-    """
+    below 1."""
     T = so_far.size(1)
     k = so_far.double().cpu()
     t = (torch.arange(T) / T).expand_as(k)
@@ -127,7 +123,6 @@ def fit_values(so_far, returns, mask):
 
 def leave_one_out(returns, group):
     """Leave-one-out advantages: returns (B,T) minus the mean of the group's others, per position.
-
     Ahmadian 2024 (RLOO) do so with returns of whole completions. A group is consecutive rows of one
     prompt. The others' returns do not depend on this completion, so they do not bias the gradient.
     """
@@ -140,18 +135,17 @@ def leave_one_out(returns, group):
 
 def whiten_groups(returns, group):
     """GRPO's advantages (Shao 2024, DeepSeekMath): each score whitened within its group, (B,T).
-
     returns (B,T) are the score at every token, because GRPO keeps the penalty out of the rewards
     and adds beta * mean of k3 (kl_estimates) to the loss. Its optimum (see test_loop.py) differs
     from J's. E_pi[grad k3] = E_pi[(1 - rho/pi) grad log pi] = -sum of rho grad log pi, because
     E_pi[grad log pi] is 0: the gradient of the next token's KL(rho to pi), the other direction. And
-    dividing scores by the group's deviation multiplies beta by it.
-    """
+    dividing scores by the group's deviation multiplies beta by it."""
     scores = returns[:, 0].view(-1, group)
     mean = scores.mean(1, keepdim=True)
     deviation = scores.std(1, correction=0, keepdim=True)
     whitened = (scores - mean) / (deviation + 1e-6)
-    return whitened.view(-1, 1).expand_as(returns)
+    whitened = whitened.view(-1, 1)
+    return whitened.expand_as(returns)
 
 
 def whiten(x, mask=None, shift_mean=True):
@@ -167,11 +161,9 @@ def whiten(x, mask=None, shift_mean=True):
 
 def policy_loss(logprobs, old_logprobs, advantages, clip=0.2, mask=None):
     """PPO's clipped surrogate (Schulman 2017, equation 7): loss, info.
-
     loss = -mean(min(ratio A, clip(ratio, 1 - clip, 1 + clip) A)) over unmasked tokens, with ratio =
     pi / pi_old. info: approx_kl = KL(pi_old to pi), nats per token, by k3; clipfrac = share of
-    tokens with a ratio outside the clip range; ratio = the mean ratio.
-    """
+    tokens with a ratio outside the clip range; ratio = the mean ratio."""
     # Masked log-ratios and advantages become 0, so they add nothing to any sum.
     log_ratio, mask = _masked(logprobs - old_logprobs.detach(), mask)
     advantages, _ = _masked(advantages.detach(), mask)
@@ -191,10 +183,8 @@ def policy_loss(logprobs, old_logprobs, advantages, clip=0.2, mask=None):
 
 def kl_estimates(logprobs, ref_logprobs):
     """Schulman's estimators k1, k2, k3 of KL(pi to rho), for tokens drawn from pi: (B,T), nats.
-
     k1 = log pi - log rho, unbiased; k2 = k1^2 / 2, biased; k3 = exp(-k1) - 1 + k1, unbiased
-    and never negative. (exp(k1) - 1 - k1, often seen, estimates another quantity.)
-    """
+    and never negative. (exp(k1) - 1 - k1, often seen, estimates another quantity.)"""
     k1 = logprobs - ref_logprobs
     k2 = k1 ** 2 / 2
     k3 = torch.expm1(-k1) + k1
@@ -225,9 +215,7 @@ def explained_variance(values, returns, mask=None):
 @dataclass
 class AdaptiveKL:
     """The KL controller of Ziegler 2019, section 2.2: adapts .beta to keep ref_kl at its target.
-
-    ref_kl, a batch's KL(pi to rho), and target: nats per completion; n, horizon: completions.
-    """
+    ref_kl, a batch's KL(pi to rho), and target: nats per completion; n, horizon: completions."""
     beta: float
     target: float
     horizon: float
@@ -235,7 +223,8 @@ class AdaptiveKL:
     def update(self, ref_kl, n):
         """beta *= 1 + clip(ref_kl / target - 1, -0.2, 0.2) * n / horizon; returns the new beta."""
         # The clip keeps one noisy batch from changing beta much.
-        error = min(max(ref_kl / self.target - 1, -0.2), 0.2)
+        error = ref_kl / self.target - 1
+        error = min(max(error, -0.2), 0.2)
         self.beta *= 1 + error * n / self.horizon
         return self.beta
 
@@ -247,17 +236,14 @@ class AdaptiveKL:
 
 
 # ---- the yardsticks: the exact optimum and best-of-n --------------------------------------
-
 def optimum(scores, beta, log_weights=None):
     """Estimate the optimal policy pi*(y) = rho(y) exp(r(y)/beta) / Z from samples of rho.
-
     scores (N,), or (P,N) for N completions of each of P prompts; results are means over prompts.
     log_weights, shaped like scores: log(rho/q) of samples drawn from q instead of rho; the estimate
     is self-normalised. Returns a dict: objective J* = beta log E_rho[exp(r/beta)], score =
     E_pi*[r], ref_kl = (score - objective) / beta in nats per completion, and ess, the effective
     sample size, of the prompt where it is smallest. Warns if it is below MIN_ESS: J* is then biased
-    downward. Raises ValueError unless beta > 0. (Korbak 2022: this is Bayesian inference.)
-    """
+    downward. Raises ValueError unless beta > 0. (Korbak 2022: this is Bayesian inference.)"""
     if beta <= 0:
         raise ValueError(f"beta must be positive for an optimum to exist, not {beta}")
     scores = torch.as_tensor(scores, dtype=torch.float64)
@@ -273,16 +259,16 @@ def optimum(scores, beta, log_weights=None):
     if ess.min() < MIN_ESS:
         warnings.warn(f"the optimum at beta {beta:g} rests on an effective sample size below "
                       f"{MIN_ESS}: do not quote it", stacklevel=2)
-    return {"objective": objective.mean().item(), "score": score.mean().item(),
-            "ref_kl": (score - objective).mean().item() / beta, "ess": ess.min().item()}
+    return {"objective": objective.mean().item(),
+            "score": score.mean().item(),
+            "ref_kl": (score - objective).mean().item() / beta,
+            "ess": ess.min().item()}
 
 
 def mixture_log_weights(logprobs, counts):
     """log(rho/q) (N,) of pooled samples; q: the policies' mixture (balance heuristic, Veach 1995).
-
     logprobs (K,N): row i holds policy i's log-probability of every sample, row 0 rho's; counts
-    (K,): how many of the N samples each policy drew.
-    """
+    (K,): how many of the N samples each policy drew."""
     counts = torch.as_tensor(counts, dtype=torch.float64)
     logprobs = logprobs.double()
     shares = counts / counts.sum()
@@ -292,11 +278,10 @@ def mixture_log_weights(logprobs, counts):
 
 def best_of_n(scores, n):
     """(expected best score of n samples, upper bound on KL(best-of-n to rho) in nats).
-
     The expectation is over all subsets of n of scores (N,): the i-th smallest, counted from 0, is
-    the best of C(i, n-1) of them. scores (P,N) give the mean over prompts.
-    """
-    scores = torch.as_tensor(scores, dtype=torch.float64).cpu().sort(-1).values
+    the best of C(i, n-1) of them. scores (P,N) give the mean over prompts."""
+    scores = torch.as_tensor(scores, dtype=torch.float64).cpu()
+    scores = scores.sort(-1).values
     N = scores.size(-1)
     if not 1 <= n <= N:
         raise ValueError(f"n must be from 1 to the number of scores, {N}, not {n}")
@@ -304,11 +289,11 @@ def best_of_n(scores, n):
     # log C(i, n-1) up to a constant; for i < n - 1 lgamma is infinite and this is the log of 0.
     log_ways = torch.lgamma(i + 1) - torch.lgamma(i + 2 - n)
     best = (log_ways.softmax(0) * scores).sum(-1)
-    return best.mean().item(), math.log(n) - (n - 1) / n
+    kl = math.log(n) - (n - 1) / n
+    return best.mean().item(), kl
 
 
 # ---- the loop -----------------------------------------------------------------------------
-
 @dataclass
 class PPOConfig:
     """The settings of a PPO run; TABLE in train.py gives reasons to change them."""
@@ -344,12 +329,10 @@ def learning_rate(i, config):
 
 class PPO:
     """A PPO run: step(i) does iteration i and returns its metrics; parts holds its saved state.
-
     ref: the GPT rho, copied and frozen. score_fn: completions (B,T) without prompts -> scores (B,),
     or (B,T+1) of all prefixes, the empty one first, for the values. prompts (P,T0); one row for
     unconditional samples. config: a PPOConfig, or train.py's options. end: the token that ends a
-    completion, or None. Random numbers come from torch's global generator.
-    """
+    completion, or None. Random numbers come from torch's global generator."""
 
     def __init__(self, ref, score_fn, prompts, config, end=None):
         self.config = config
@@ -375,7 +358,8 @@ class PPO:
                                            weight_decay=0.0, fused=True)
         self.controller = AdaptiveKL(config.beta, config.adaptive_kl_target,
                                      config.adaptive_kl_horizon)
-        self.parts = {"policy": self.policy, "optimizer": self.optimizer,
+        self.parts = {"policy": self.policy,
+                      "optimizer": self.optimizer,
                       "controller": self.controller}
 
     def logits(self, model, batch):
@@ -385,9 +369,7 @@ class PPO:
 
     def read(self, prompts, tokens, lower):
         """Step 2: scores (B,), so_far, logprobs, ref_logprobs (B,T) of completions (B,T).
-
-        so_far at token t is the score of the tokens before t, from which fit_values forecasts.
-        """
+        so_far at token t is the score of the tokens before t, from which fit_values forecasts."""
         batch = {"prompts": prompts, "tokens": tokens, "lower": lower}
         scores = self.score_fn(tokens)
         B, T = tokens.shape
@@ -395,9 +377,9 @@ class PPO:
             f"score_fn must give floats ({B},) or ({B},{T + 1}), not {tuple(scores.shape)}"
         if scores.dim() == 1:           # only whole completions have a score: let so_far be 0
             scores = F.pad(scores[:, None], (T, 0))
-        return (scores[:, -1], scores[:, :-1],
-                token_logprobs(self.logits(self.policy, batch), tokens),
-                token_logprobs(self.logits(self.ref, batch), tokens))
+        logprobs = token_logprobs(self.logits(self.policy, batch), tokens)
+        ref_logprobs = token_logprobs(self.logits(self.ref, batch), tokens)
+        return scores[:, -1], scores[:, :-1], logprobs, ref_logprobs
 
     def rollout(self):
         """Steps 1 and 2: sample a batch of completions and read them: a dict of tensors."""
@@ -409,7 +391,8 @@ class PPO:
         tokens, lower = sample_completions(self.policy, prompts, config.length, self.end,
                                            self.frozen)
         read = in_chunks(self.read, prompts, tokens, lower, size=config.minibatch)
-        batch = dict(zip(("scores", "so_far", "logprobs", "ref_logprobs"), read))
+        names = ("scores", "so_far", "logprobs", "ref_logprobs")
+        batch = dict(zip(names, read))
         check_finite(**batch)
         return batch | {"prompts": prompts, "tokens": tokens, "lower": lower, "mask": tokens != PAD}
 
@@ -453,12 +436,11 @@ class PPO:
 
     def update(self, batch, lr, kl_in_loss=0.0):
         """Step 6: epochs of minibatches over the batch. Returns metrics, means over steps taken.
-
         Stops early, before the step, at a minibatch whose approx_kl exceeds max_update_kl.
-        kl_in_loss: GRPO's beta.
-        """
+        kl_in_loss: GRPO's beta."""
         config = self.config
-        minibatches, infos = [], []
+        minibatches = []
+        infos = []
         for _ in range(config.epochs):
             minibatches += torch.randperm(len(batch["tokens"])).split(config.minibatch)
         for everyones in minibatches:
@@ -488,32 +470,30 @@ class PPO:
     @torch.no_grad()
     def describe(self, batch, whole=32):
         """Metrics of the policy that sampled the batch, before its update: a dict of floats.
-
-        exact_kl and entropy need logits (B,T,V), so they use only the first 32 completions.
-        """
-        beta, scores = self.controller.beta, batch["scores"]
+        exact_kl and entropy need logits (B,T,V), so they use only the first 32 completions."""
+        beta = self.controller.beta
+        scores = batch["scores"]
         k1, mask = _masked(batch["logprobs"] - batch["ref_logprobs"], batch["mask"])
         ref_kl = k1.sum(1)                                              # (B,): nats per completion
         first = {name: x[:whole] for name, x in batch.items()}
         logprobs = self.logits(self.policy, first).log_softmax(-1)
         ref_logprobs = self.logits(self.ref, first).log_softmax(-1)
         kl, first_mask = _masked(exact_kl(logprobs, ref_logprobs), first["mask"])
-        metrics = {"score": scores.mean(), "ref_kl": ref_kl.mean(),
+        metrics = {"score": scores.mean(),
+                   "ref_kl": ref_kl.mean(),
                    "ref_kl_se": ref_kl.std() / len(ref_kl) ** 0.5,
                    "exact_kl": kl.sum(1).mean(),
                    "objective": (scores - beta * ref_kl).mean(),
                    "entropy": masked_mean(entropy(logprobs), first_mask),
-                   "tokens": mask.sum(1).float().mean(), "beta": beta}
+                   "tokens": mask.sum(1).float().mean(),
+                   "beta": beta}
         return {name: float(x) for name, x in metrics.items()}
 
 
 # ---- what a run reached -------------------------------------------------------------------
-
 def bootstrap(function, *samples):
     """Bootstrap standard errors (Efron 1979) of function(*samples), K numbers: a list of K.
-
-    The last dimension of samples (...,P,N), completions of P fixed prompts, is drawn anew.
-    """
+    The last dimension of samples (...,P,N), completions of P fixed prompts, is drawn anew."""
     again = []
     for _ in range(100):
         drawn = [x[..., torch.randint(x.size(-1), x.shape[-1:])] for x in samples]
@@ -523,10 +503,8 @@ def bootstrap(function, *samples):
 
 def pool(rho, pi):
     """Pool samples of rho (K,P,M) and pi (K,P,N): (K,P,M+N), and their log(rho/q) (P,M+N).
-
     Row 0 holds scores, row 1 log pi - log rho; q is the mixture of rho and pi. With pi's samples
-    optimum() reaches smaller betas.
-    """
+    optimum() reaches smaller betas."""
     both = torch.cat((rho, pi), dim=-1)
     log_ratio = both[1].flatten()
     # Only the ratio matters, so rho's own log-probability may be 0.
@@ -538,16 +516,16 @@ def pool(rho, pi):
 
 def compare(rho, pi, beta):
     """J(pi) and the optimum from samples as in pool(): a dict.
-
     objective = J(pi); reference_objective = J(rho); optimum: optimum()'s dict; fraction_of_optimum
-    = (J(pi) - J(rho)) / (J* - J(rho)); kl_to_optimum = KL(pi to pi*) = (J* - J(pi)) / beta.
-    """
+    = (J(pi) - J(rho)) / (J* - J(rho)); kl_to_optimum = KL(pi to pi*) = (J* - J(pi)) / beta."""
     both, log_weights = pool(rho, pi)
     best = optimum(both[0], beta, log_weights)
     # The sampled log ratio, not exact_kl: near pi*, score - beta * log ratio has little variance.
     objective = (pi[0] - beta * pi[1]).mean().item()
     start = rho[0].mean().item()
-    return {"objective": objective, "reference_objective": start, "optimum": best,
+    return {"objective": objective,
+            "reference_objective": start,
+            "optimum": best,
             "fraction_of_optimum": (objective - start) / (best["objective"] - start),
             "kl_to_optimum": (best["objective"] - objective) / beta}
 
@@ -571,17 +549,15 @@ def fraction_of_optimum(rho, pi, beta):
 
 def frontier(samples, log_weights):
     """Rows [KL, score, judge] of the optimum at each beta where its ess is at least MIN_ESS.
-
     samples (3,P,N), log_weights: of pool(). Row 2 holds the judge's scores, whose mean under the
-    optimum's weights is what selection alone does to the judge.
-    """
+    optimum's weights is what selection alone does to the judge."""
     rows = []
     for beta in torch.logspace(2, -2, 81).tolist():
         best = optimum(samples[0], beta, log_weights)
         if best["ess"] >= MIN_ESS:
             weights = (log_weights + samples[0] / beta).softmax(-1)
-            judge = (weights * samples[2]).sum(-1)
-            rows.append([best["ref_kl"], best["score"], judge.mean().item()])
+            judge = (weights * samples[2]).sum(-1).mean().item()
+            rows.append([best["ref_kl"], best["score"], judge])
     return rows
 
 
@@ -597,7 +573,6 @@ def best_of_n_rows(scores):
 
 
 # ---- the study's stages -------------------------------------------------------------------
-
 def repeat(prompts, n):
     """prompts (P,T0), each repeated n // P times in adjacent rows, but at least once."""
     return prompts.repeat_interleave(max(n // len(prompts), 1), 0)
@@ -605,11 +580,9 @@ def repeat(prompts, n):
 
 def sample_reference(options, texts, pretrained, rewarded, judged, loop):
     """Samples of rho, and the mean and std that scale log P(toward) to a score: rho.pt, a dict.
-
     Task "speeches" has one prompt, the boundary before a speech, and no end token. Task "continue"
     has openings of speeches as prompts, from the training plays for PPO and from held-out plays for
-    measuring (test_prompts); the completion ends with the speech.
-    """
+    measuring (test_prompts); the completion ends with the speech."""
     prompts = test_prompts = torch.full((1, 1), texts["start"])
     end = None
     if options.task == "continue":
@@ -623,8 +596,11 @@ def sample_reference(options, texts, pretrained, rewarded, judged, loop):
     for state in (rewarded, judged):
         model = reward.load_reward(state, options.device, options.dtype)
         scales[state["kind"]] = reward.score_constants(in_chunks(model, tokens))
-    return {"prompts": prompts, "test_prompts": test_prompts, "end": end,
-            "tokens": tokens.int().cpu(), "scales": scales}
+    return {"prompts": prompts,
+            "test_prompts": test_prompts,
+            "end": end,
+            "tokens": tokens.int().cpu(),
+            "scales": scales}
 
 
 def load_scorer(options, state, rho):
@@ -641,17 +617,17 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
     judge_fn = load_scorer(options, judged, rho)
     prompts = rho["prompts"].to(options.device)
     run = PPO(ref, score_fn, prompts, options, rho["end"])
-    about = {"config": pretrained["config"], "vocabulary": pretrained["vocabulary"]}
-    shown = ["score", "judge", "ref_kl", "objective", "clipfrac", "explained_variance"]
+    about = {"config": pretrained["config"],
+             "vocabulary": pretrained["vocabulary"]}
+    shown = ["score", "judge", "ref_kl", "objective", "clipfrac",
+             "explained_variance"]
 
     for i in loop.steps(options.iterations, **run.parts):
         if i in KEPT:
             loop.keep(f"after{i}", **about, model=run.policy.state_dict())
         metrics = run.step(i)
         tokens = run.batch["tokens"]
-        judged_scores = in_chunks(judge_fn, tokens)[:, -1]
-        check_finite(judge=judged_scores)
-        metrics["judge"] = judged_scores.mean().item()
+        metrics["judge"] = in_chunks(judge_fn, tokens)[:, -1].mean().item()
         loop.log(shown=shown, **metrics)
         if (i + 1) % 5 == 0:
             for row, score in zip(tokens[:2], run.batch["scores"]):
@@ -673,8 +649,10 @@ def log_ratios(policy, ref, prompts, tokens):
 def evaluate(options, run, judge_fn, rho):
     """A finished run's results, a dict, on fresh samples of pi and rho's, of the test prompts."""
     def read(prompts, tokens):
-        log_ratio = log_ratios(run.policy, run.ref, prompts, tokens)
-        return run.score_fn(tokens)[:, -1], log_ratio, judge_fn(tokens)[:, -1]
+        scores = run.score_fn(tokens)[:, -1]
+        ratios = log_ratios(run.policy, run.ref, prompts, tokens)
+        judged_scores = judge_fn(tokens)[:, -1]
+        return scores, ratios, judged_scores
 
     test_prompts = rho["test_prompts"].to(options.device)
     prompts = repeat(test_prompts, options.fresh_samples)
@@ -693,14 +671,18 @@ def evaluate(options, run, judge_fn, rho):
     with warnings.catch_warnings(action="ignore"):      # fraction_of_optimum checks the ESS
         known = fraction_of_optimum(old, new, beta)
         rows = frontier(*pool(old, new))
-    return {"beta": beta, "iterations": options.iterations, "score": score,
+    return {"beta": beta,
+            "iterations": options.iterations,
+            "score": score,
             "positive": p if options.toward == "positive" else 1 - p,
-            "judge": judged_score, "ref_kl": ref_kl, **known,
-            "frontier": rows, "best_of_n": best_of_n_rows(old[0])}
+            "judge": judged_score,
+            "ref_kl": ref_kl,
+            **known,
+            "frontier": rows,
+            "best_of_n": best_of_n_rows(old[0])}
 
 
 # ---- a reward of your own: python ppo.py --------------------------------------------------
-
 def main():
     """The shortest complete example: rho, a reward, PPO, and the optimum for comparison."""
     parser = data.Parser(description="PPO toward the reward at the end of ppo.py.")
@@ -737,7 +719,8 @@ def main():
     # Samples of pi*: samples of rho, resampled with weights exp(r / beta).
     weights = (scores / args.beta).softmax(0)
     at_optimum = before[weights.multinomial(2)]
-    for name, tokens in [("before", before), ("after", run.batch["tokens"]),
+    for name, tokens in [("before", before),
+                         ("after", run.batch["tokens"]),
                          ("at the optimum", at_optimum)]:
         for text in map(read, tokens[:2]):
             print(f"\n----- {name}, reward {my_reward(text):g}\n{text}")
@@ -745,9 +728,7 @@ def main():
 
 def my_reward(text):
     """Replace this: a number for a text, which may be any prefix, even the empty one.
-
-    Here: how many lines end with an exclamation mark.
-    """
+    Here: how many lines end with an exclamation mark."""
     lines = text.split("\n")
     return sum(line.endswith("!") for line in lines)
 

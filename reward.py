@@ -3,47 +3,41 @@
 Read this file second, after gpt.py. A Bag of words sums one number per word. RewardModel reads the
 words in context: a linear head on the first block of the pretrained GPT, frozen, contributes one
 number per token. It learns from rated passages, with soft targets (rating + 2) / 4, and is told the
-ratings of single words (labels/words.csv), which five megabytes of plays do not teach.
-
-A Bag fitted to other plays, without the word ratings, is the judge: it measures what PPO did and is
-never optimised.
+ratings of single words (labels/words.csv), which five megabytes of plays do not teach. A Bag fitted
+to other plays, without word ratings, is the judge: it measures PPO and is never optimised.
 
     python train.py --until reward               trains both, prints their held-out metrics
     python reward.py --score FILE.jsonl          prints each line {"text": ...} with "positive": p
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 import data
 from data import PAD
 from gpt import GPT, GPTConfig, in_chunks, load_gpt, norm
 
-SHORTEST = 8            # tokens; the lowest --length, because shorter texts say too little
 ENOUGH = 100            # rated samples that suffice to calibrate on samples alone
-LETTERS = 7             # words are cut to 7 letters, so kindness and kindnesses share a weight
+LETTERS = 7             # words are cut to 7 letters, so kindness and kindnesses share a number
+# Ratings are split by play, so that no play is in two splits; a passage of no play is hashed by its
+# words. Entry i is the use of fold i. "report" is never trained on, and its plays (fold 0) are held
+# out from pretraining too; "choose" is for calibration and for tuning settings.
+PARTS = ["report", "choose", "judge", "judge", *["reward"] * 6]
 
 
 # ---- the models ---------------------------------------------------------------------------
-
-class Bag(nn.Module):
-    """A bag of words: log-odds of positive are bias + scale * the sum of tokens' contributions.
-
-    A token contributes the number of the word so far, once per text. vocabulary: each
-    token's bytes. words: {first LETTERS letters: rating, -2 to 2; after Bag.fit() the number}.
-    """
+class Bag(torch.nn.Module):
+    """A bag of words: log-odds of positive are bias + scale * the sum of tokens' contributions."""
 
     def __init__(self, vocabulary, words):
         super().__init__()
-        self.words = words
-        # " Love", "LOVE" and "love" count as one word. PAD = -1 indexes the last entry, "".
-        self.spelling = [token.decode("latin-1").lower()
-                         for token in [*vocabulary, b""]]
+        self.words = words                  # {first letters: rating, -2 to 2; after fit() number}
+        self.vocabulary = [*vocabulary, b""]                # bytes; PAD = -1 indexes the last, ""
         self.register_buffer("scale", torch.ones(1))
         self.register_buffer("bias", torch.zeros(1))
 
@@ -61,23 +55,20 @@ class Bag(nn.Module):
         return self.prefixes(tokens.gather(1, order))[:, -1]
 
     def find_words(self, tokens):
-        """Yield the word so far, cut to LETTERS letters, at each of tokens (B,T), row by row.
-
-        "My", " gra", "cious", " lord" give "my", "gra", "graciou", "lord". Padding gives "", as
-        does a word already yielded in the row: only its first occurrence counts.
-        """
+        """Yield the word so far at each of tokens (B,T), row by row; "" if PAD or had before."""
+        # "My", " gra", "cious", " lord" give "my", "gra", "graciou", "lord": a word counts once.
         for ids in tokens.tolist():
             word = ""
-            seen = {""}
+            seen = set()
             for i in ids:
-                token = self.spelling[i]
+                # " Love", "LOVE" and "love" count as one word.
+                token = self.vocabulary[i].decode("ascii", "replace").lower()
                 # BPE splits words into tokens: a letter right after a letter continues the word.
                 if not (word[-1:] + token[:1]).isalpha():
                     word = ""
-                word += token.strip()
-                name = word[:LETTERS]
-                yield "" if name in seen else name
-                seen.add(name)
+                word = (word + token.strip())[:LETTERS]
+                yield "" if word in seen else word
+                seen.add(word)
 
     def contributions(self, tokens):
         """Each token's contribution, words[the word so far] or 0: tokens (B,T) -> (B,T)."""
@@ -85,47 +76,40 @@ class Bag(nn.Module):
         return torch.tensor(numbers, device=tokens.device).view_as(tokens)
 
     def fit(self, tokens, targets, weights, loss):
-        """Fit the words' numbers to passages (N,T) with soft targets (N,) and weights (N,).
-
-        A word's number becomes its own weight plus a common strength * its rating.
-        """
+        """Fit the words' numbers to passages (N,T), soft targets (N,) and weights (N,)."""
         names = sorted({"", *self.words, *self.find_words(tokens)})
-        ratings = targets.new_tensor([self.words.get(name, 0.0) for name in names])
-        # weight[0], in the place of "", is the strength; rating -1 makes the number of "" 0.
-        ratings[0] = -1
-        # For now a number is an index in names.
+        # A number is shrunk toward 0.2 * its word's rating, which a word never seen keeps.
+        start = 0.2 * targets.new_tensor([self.words.get(name, 0) for name in names])
+        # For now a word's number is its index in names.
         self.words = {name: i for i, name in enumerate(names)}
         columns = self.contributions(tokens)                                # (N,T)
 
-        def sums(weight):
-            added = weight + weight[0] * ratings
-            # Not added[columns]: with several threads the bits of its backward pass vary.
-            return added.gather(0, columns.flatten()).view_as(columns).sum(1)
+        def sums(numbers):
+            # Not numbers[columns]: with several threads the bits of its backward pass vary.
+            added = numbers.gather(0, columns.flatten()).view_as(columns)
+            return (added * (columns > 0)).sum(1)           # index 0, "", adds nothing
 
-        weight, _ = regress(sums, len(names), targets, weights, 20.0, loss)
-        added = weight + weight[0] * ratings
-        self.words = dict(zip(names, added.tolist()))
+        numbers, _ = regress(sums, start, targets, weights, 20.0, loss)
+        self.words = dict(zip(names, numbers.tolist()))
 
 
 class RewardModel(Bag):
     """The reward model: a linear head on the first blocks of gpt, which is modified.
-
     It reads each token's hidden state, and the hidden state times the rating of the word so far:
-    so the context of a word decides how much its rating counts.
-    """
+    so the context of a word decides how much its rating counts."""
 
     def __init__(self, gpt, vocabulary, words, blocks=1):
         super().__init__(vocabulary, words)
         self.trunk = gpt
         del gpt.blocks[blocks:], gpt.lm_head            # the trunk predicts no tokens
-        self.head = nn.Parameter(torch.zeros(2 * gpt.config.n_embd + 2))
+        self.head = torch.nn.Parameter(torch.zeros(2 * gpt.config.n_embd + 2))
 
     def features(self, tokens):
         """The head's input at each token (B,T,2C+2): x and rating * x, x = (hidden state, 1)."""
         # Attention is causal, so the features of a prefix do not depend on what follows.
         hidden = norm(self.trunk.stream(tokens)).float()                    # (B,T,C)
-        real = (tokens != PAD)[..., None]
-        x = F.pad(hidden, (0, 1), value=1.0) * real
+        x = F.pad(hidden, (0, 1), value=1.0)
+        x[tokens == PAD] = 0.0
         ratings = super().contributions(tokens)[..., None]                  # (B,T,1)
         return torch.cat((x, ratings * x), dim=-1)
 
@@ -136,36 +120,26 @@ class RewardModel(Bag):
         """Fit the head alone: fine-tuning the trunk predicts no better (results/README.md)."""
         x = in_chunks(lambda rows: self.features(rows).sum(1), tokens)      # (N,2C+2)
         # Ridges from 100 to 30,000 predict "choose" equally well; a large one is a smoother reward.
-        self.head.data, _ = regress(x.mv, len(self.head), targets, weights, 10_000.0, loss)
+        self.head.data, _ = regress(x.mv, self.head.data, targets, weights, 10_000.0, loss)
 
 
-# ---- losses, regression, the score --------------------------------------------------------
-
-def soft_loss(log_odds, targets):
-    """Cross-entropy with soft targets from 0 to 1 (neutral: 1/2), elementwise, in nats."""
-    return F.binary_cross_entropy_with_logits(log_odds, targets, reduction="none")
+# Cross-entropy with soft targets from 0 to 1 (neutral: 1/2), elementwise, in nats.
+soft_loss = partial(F.binary_cross_entropy_with_logits, reduction="none")
 
 
-def comparison_loss(log_odds, targets, rounds=8):
-    """Bradley-Terry, RLHF's usual loss: -log sigmoid(better - worse log-odds), nats (N,).
-
-    Each round compares every passage with a random other one; ties are left out (Ziegler 2019).
-    """
+def comparison_loss(log_odds, targets):
+    """Bradley-Terry, RLHF's usual loss: -log sigmoid(better - worse log-odds), nats (N,)."""
     generator = torch.Generator().manual_seed(0)            # the same pairs in every call
-    other = torch.stack([torch.randperm(len(targets), generator=generator)
-                         for _ in range(rounds)])           # (rounds,N)
-    better = (targets - targets[other]).sign()              # (rounds,N): 1, -1, or 0 (tie)
-    gap = better * (log_odds - log_odds[other])
-    losses = -better.abs() * F.logsigmoid(gap)
-    return losses.mean(0)
+    # Each passage is compared with 8 random others; from a tie nothing is learnt.
+    other = torch.randint(len(targets), (8, len(targets)), generator=generator)     # (8,N)
+    better = (targets - targets[other]).sign()              # 1, -1, or 0 (tie)
+    return -F.logsigmoid(better * (log_odds - log_odds[other])).mean(0)
 
 
-def regress(linear, size, targets, weights=1.0, ridge=0.0, loss=soft_loss):
-    """Ridge logistic regression: weight (size,), bias (1,) of log-odds linear(weight) + bias (N,).
-
-    targets (N,) are soft; weights (N,): how much each passage counts.
-    """
-    weight = targets.new_zeros(size, requires_grad=True)
+def regress(linear, start, targets, weights=1.0, ridge=0.0, loss=soft_loss):
+    """Logistic regression: weight and bias (1,) of log-odds linear(weight) + bias (N,).
+    The ridge shrinks weight toward start. targets (N,) are soft, weights (N,) count passages."""
+    weight = start.clone().requires_grad_()
     bias = targets.new_zeros(1, requires_grad=True)
     # The loss is convex, so L-BFGS finds its minimum without a learning rate.
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
@@ -173,7 +147,7 @@ def regress(linear, size, targets, weights=1.0, ridge=0.0, loss=soft_loss):
     def closure():
         optimizer.zero_grad()
         misfits = weights * loss(linear(weight) + bias, targets)
-        value = misfits.sum() + (ridge * weight.square()).sum() / 2
+        value = misfits.sum() + (ridge * (weight - start).square()).sum() / 2
         value.backward()
         return value
 
@@ -185,13 +159,13 @@ def calibrate(model, tokens, targets):
     """Set a fitted model's scale and bias (Platt 1999) on passages that it was not trained on."""
     # fit() leaves the bias out: comparisons do not determine it.
     log_odds = in_chunks(model, tokens)
-    model.scale, model.bias = regress(log_odds.mul, 1, targets)
+    model.scale, model.bias = regress(log_odds.mul, model.scale, targets)
 
 
 def score(log_odds, mean, std, toward="positive"):
     """The score r(y) = (log P(toward) - mean) / std, which PPO maximises, from log-odds (B,)."""
-    sign = 1 if toward == "positive" else -1
-    return (F.logsigmoid(sign * log_odds) - mean) / std
+    toward_odds = log_odds if toward == "positive" else -log_odds
+    return (F.logsigmoid(toward_odds) - mean) / std
 
 
 def score_constants(log_odds):
@@ -205,18 +179,8 @@ def score_constants(log_odds):
 
 
 # ---- ratings and measures -----------------------------------------------------------------
-
-# Ratings are split by play, so that no play is in two splits; a passage of no play is hashed by its
-# words. Entry i is the use of fold i. "report" is never trained on, and its plays (fold 0) are held
-# out from pretraining too; "choose" is for calibration and for tuning settings.
-PARTS = ["report", "choose", "judge", "judge", *["reward"] * 6]
-
-
 def read_ratings(labels=None):
-    """Passages {part: [(text, rating, is a sample)]} and words {first LETTERS letters: rating}.
-
-    labels: the user's CSV files. Words with the same first letters get their mean rating.
-    """
+    """Passages {part: [(text, rating, is_sample)]} and words {first letters: their mean rating}."""
     folder = data.HERE / "labels"
     names = ("passages.csv", "more_passages.csv", "samples.csv")
     passages = {part: [] for part in PARTS}
@@ -236,92 +200,79 @@ def read_ratings(labels=None):
 
 
 def prepare(passages, vocabulary, length):
-    """Rated passages as tensors: tokens (N,length), soft targets (N,) and weights (N,)."""
-    texts, ratings, is_sample = map(list, zip(*passages))
+    """Rated passages as tensors: tokens (N,length), soft targets (N,) and is_sample (N,)."""
+    texts, ratings, is_sample = zip(*passages)
     ids = data.make_tokenizer(vocabulary).encode_ordinary_batch(texts)
     targets = (torch.tensor(ratings) + 2) / 4
-    # A rating is for the whole passage, so it is weighted by the share of tokens read.
-    # Samples of models count twice: PPO asks the reward model about samples.
-    lengths = torch.tensor(list(map(len, ids)))
-    share = (length / lengths).clamp(max=1)
-    weights = share * (1 + torch.tensor(is_sample))
-    return data.pad(ids, length), targets, weights
+    return data.pad(ids, length), targets, torch.tensor(is_sample)
 
 
 def rating_metrics(log_odds, targets):
-    """How well log-odds (N,) of positive predict soft targets (N,): a dict of numbers.
-
-    auc: targets above 1/2 against those below. slope: above 1 underconfident, below overconfident.
-    """
+    """How well log-odds (N,) of positive predict soft targets (N,): a dict of numbers."""
     p = log_odds.sigmoid()
     # Pearson's r is the cosine similarity of the centred vectors.
     pearson = F.cosine_similarity(p - p.mean(), targets - targets.mean(), dim=0)
+    # For each pair of a better and a worse passage: 1 if the better has the higher p, -1 if not.
     better = p[targets > 0.5]
     worse = p[targets < 0.5]
-    # For each pair of a better and a worse passage: 1 if the better has the higher p, 1/2 a tie.
-    wins = ((better[:, None] - worse).sign() + 1) / 2
-    slope, _ = regress(log_odds.mul, 1, targets)
+    wins = (better[:, None] - worse).sign()
+    slope, _ = regress(log_odds.mul, targets.new_ones(1), targets)
     return {"n": len(p),
             "pearson": pearson.item(),
-            "auc": wins.mean().nan_to_num(0.5).item(),
-            "slope": slope.item(),
+            "auc": (1 + wins.mean().nan_to_num().item()) / 2,
+            "slope": slope.item(),                      # above 1 underconfident, below over
             "log_loss": soft_loss(log_odds, targets).mean().item()}
 
 
-# ---- the study's stages -------------------------------------------------------------------
-
 def fit_reward(options, pretrained, rated, loop):
     """Fit the reward model that PPO optimises: the content of reward.pt, a dict."""
-    told = pretrained["vocabulary"], rated["words"]
-    model = Bag(*told)
+    vocabulary, words = pretrained["vocabulary"], rated["words"]
+    model = Bag(vocabulary, words)
     if options.reward_model == "head":
-        gpt = load_gpt(pretrained, dtype=options.dtype)
-        model = RewardModel(gpt, *told)
+        model = RewardModel(load_gpt(pretrained, dtype=options.dtype), vocabulary, words)
     loss = comparison_loss if options.feedback == "comparisons" else soft_loss
-    return fit_to_ratings(options, pretrained, model, rated, "reward", loss, loop)
+    return fit_ratings(options, pretrained, rated, loop, model, "reward", loss)
 
 
 def fit_judge(options, pretrained, rated, loop):
     """Fit the judge, which PPO never optimises: the content of judge.pt, a dict."""
     model = Bag(pretrained["vocabulary"], {})
-    return fit_to_ratings(options, pretrained, model, rated, "judge", soft_loss, loop)
+    return fit_ratings(options, pretrained, rated, loop, model, "judge", soft_loss)
 
 
-def fit_to_ratings(options, pretrained, model, rated, part, loss, loop):
+def fit_ratings(options, pretrained, rated, loop, model, part, loss):
     """Fit a model to its part of the ratings, calibrate it on "choose", measure it on "report"."""
-    passages = rated["passages"]
-
-    def read(rows):
-        with torch.device(options.device):              # where the tensors are made
-            return prepare(rows, pretrained["vocabulary"], options.length)
-
-    model.to(options.device).fit(*read(passages[part]), loss)
-    # Samples are PPO's kind of text.
-    rows = [row for row in passages["choose"] if row[2]]
-    if len(rows) < ENOUGH:
-        rows = passages["choose"]
-    tokens, targets, _ = read(rows)
-    calibrate(model, tokens, targets)
-    report = {}
-    for kind, is_sample in (("passages", False), ("samples", True)):
-        rows = [row for row in passages["report"] if row[2] == is_sample]
-        if rows:
-            tokens, targets, _ = read(rows)
-            log_odds = in_chunks(model, tokens)
-            report[kind] = rating_metrics(log_odds, targets)
+    vocabulary = pretrained["vocabulary"]
+    with torch.device(options.device):                  # where the tensors are made
+        learn, choose, report = [
+            prepare(rated["passages"][name], vocabulary, options.length)
+            for name in (part, "choose", "report")]
+    tokens, targets, is_sample = learn
+    # Samples of models count twice: PPO asks the reward model about samples.
+    model.to(options.device).fit(tokens, targets, 1 + is_sample, loss)
+    tokens, targets, is_sample = choose
+    # Samples are PPO's kind of text; if they are too few, calibrate on all passages.
+    rows = is_sample | (is_sample.sum() < ENOUGH)
+    calibrate(model, tokens[rows], targets[rows])
+    tokens, targets, is_sample = report
+    log_odds = in_chunks(model, tokens)
+    measures = {}
+    for kind, rows in (("passages", ~is_sample), ("samples", is_sample)):
+        if rows.any():
+            measures[kind] = rating_metrics(log_odds[rows], targets[rows])
             print("{} model, {n} held-out {}: Pearson {pearson:.3f}, AUC {auc:.3f}, "
-                  "calibration slope {slope:.2f}".format(part, kind, **report[kind]))
-    # Show the three most negative and the three most positive of them.
-    order = log_odds.argsort()
-    for i in torch.cat((order[:3], order[-3:])):
-        text = data.decode(pretrained["vocabulary"], tokens[i])
+                  "calibration slope {slope:.2f}".format(part, kind, **measures[kind]))
+    # Show the three most negative and the three most positive.
+    order = log_odds.argsort().tolist()
+    for i in order[:3] + order[-3:]:
+        text = data.decode(vocabulary, tokens[i])
         loop.show(f"P(positive) {log_odds[i].sigmoid():.2f}", text)
     return {"model": model.state_dict(),
-            "config": pretrained["config"],
-            "vocabulary": pretrained["vocabulary"],
             "words": model.words,
+            "vocabulary": vocabulary,
+            "config": pretrained["config"],
             "length": options.length,
-            "report": report}
+            "report": measures}
 
 
 def load_reward(state, device="cpu", dtype=torch.float32):
@@ -334,8 +285,6 @@ def load_reward(state, device="cpu", dtype=torch.float32):
     model.load_state_dict(state["model"])
     return model.requires_grad_(False).to(device)
 
-
-# ---- the command line ---------------------------------------------------------------------
 
 def main():
     parser = data.Parser(description="Score texts by the reward model that train.py trained.")
@@ -350,8 +299,7 @@ def main():
     model = load_reward(state)
     for row in data.read_jsonl(args.score):
         tokens = data.pad([encode(row["text"].strip())], state["length"])
-        p = model(tokens).sigmoid().item()
-        row["positive"] = round(p, 6)
+        row["positive"] = model(tokens).sigmoid().item()
         print(json.dumps(row, ensure_ascii=False))
 
 

@@ -1,6 +1,7 @@
 """Look at the results: samples, blind ratings, figures and the report. It holds no RLHF.
 
-Positive Prob is P(positive) by the reward model, ref_kl log pi - log rho, in nats a completion.
+Positive Prob is P(positive) by the reward model. ref_kl is log pi - log rho of a completion, in
+nats; its mean is KL(pi to rho), unless --temperature or --top-k changes the sampling.
 
     python sample.py --checkpoint out/ppo_beta0.2.pt --num 20   samples with Positive Prob
     python sample.py --rate out/pretrain.pt out/ppo_beta0.2.pt  rate blind; to label: one, or plays
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure        # unlike pyplot, needs no display
 
 import data
 from data import UserError, number
-from gpt import load_gpt, sample_completions
+from gpt import cut_after, generate, load_gpt
 from ppo import log_ratios
 from reward import load_reward
 
@@ -62,18 +63,22 @@ def load_beside(path, state, kind):
 
 
 @torch.no_grad()
-def draw(path, num, seed=0, prompt=""):
+def draw(path, num, seed=0, prompt="", temperature=1.0, top_k=None):
     """Yield num samples of a checkpoint's policy: dicts of text, positive and ref_kl."""
     state = data.load_checkpoint(path, "pretrain", "ppo")
     # rho gets the same prompts as the policies tuned from it.
-    study = state if state["kind"] == "ppo" else data.load_checkpoint(path.parent / "rho.pt")
-    policy, ref = load_gpt(state), load_gpt(load_beside(path, study, "pretrain"))
-    rewarded = load_beside(path, study, "reward")
+    if state["kind"] == "ppo":
+        rho = load_beside(path, state, "rho")
+    else:
+        rho = data.load_checkpoint(path.parent / "rho.pt", "rho")
+    policy, ref = load_gpt(state), load_gpt(load_beside(path, rho, "pretrain"))
+    rewarded = load_beside(path, rho, "reward")
     encode = data.make_tokenizer(state["vocabulary"]).encode_ordinary
-    prompts = torch.tensor([encode(prompt)]) if prompt else study["test_prompts"]
+    prompts = torch.tensor([encode(prompt)]) if prompt else rho["test_prompts"]
     torch.manual_seed(seed)
     prompts = prompts[torch.randint(len(prompts), (num,))]
-    tokens, _ = sample_completions(policy, prompts, rewarded["length"], study["end"])
+    tokens = generate(policy, prompts, rewarded["length"], temperature, top_k)
+    tokens = cut_after(tokens[:, prompts.size(1):], rho["end"])
     positive = load_reward(rewarded)(tokens).sigmoid().tolist()
     ref_kl = log_ratios(policy, ref, prompts, tokens).tolist()
     for row, p, kl in zip(torch.cat((prompts, tokens), dim=1), positive, ref_kl):
@@ -82,10 +87,9 @@ def draw(path, num, seed=0, prompt=""):
 
 
 # ---- ratings ------------------------------------------------------------------------------
-
 def read_ratings(path):
     """The rows of a ratings file: dicts of text, rating, sense and drawn_from."""
-    text = data.read_text(path, "ratings")
+    text = data.read_text(path)
     if not text.startswith(HEADER):
         raise UserError(f"{path} does not begin with {HEADER.strip()}. Give another file.")
     return csv.DictReader(io.StringIO(text))
@@ -133,7 +137,6 @@ def rate(args):
 
 
 # ---- the report ---------------------------------------------------------------------------
-
 def drift_axis(axis, ylabel):
     """Prepare an axis for what is drawn against KL(pi to rho)."""
     # Scores at first grow linearly with the square root of the KL (Gao 2022).
@@ -218,7 +221,8 @@ def report(out):
     results = samples = ""
     before = ["before", *first_sample(out / "pretrain.pt")]
     for run in runs:
-        row, line = (KNOWN if run["fraction_of_optimum"] else UNKNOWN).format_map(run).split("\n")
+        template = UNKNOWN if run["fraction_of_optimum"] is None else KNOWN
+        row, line = template.format_map(run).split("\n")
         results += row + "\n"
         for pair in zip_longest(before, ["after", *first_sample(run["path"])], fillvalue=""):
             samples += "{:52.52}  {}\n".format(*pair)
@@ -236,6 +240,8 @@ def main():
     add("--checkpoint", default="out/pretrain.pt", type=Path, help="pretrain.pt or ppo_*.pt")
     add("--num", type=number(int, 1), default=20, help="samples per checkpoint (default 20)")
     add("--prompt", default="", help="text to continue (default: the run's test prompts)")
+    add("--temperature", type=number(float, 0), default=1.0, help="below 1: likelier tokens")
+    add("--top-k", type=number(int, 1), help="only the k likeliest tokens (default: all)")
     add("--seed", type=number(int, 0), default=0, help="seed of samples and rating order")
     add("--jsonl", action="store_true", help="print one JSON object per line")
     add("--rate", nargs="+", type=Path, metavar="CHECKPOINT",
@@ -247,7 +253,8 @@ def main():
         return report(args.report)
     if args.rate:
         return rate(args)
-    for row in draw(args.checkpoint, args.num, args.seed, args.prompt):
+    for row in draw(args.checkpoint, args.num, args.seed, args.prompt, args.temperature,
+                    args.top_k):
         print(json.dumps(row, ensure_ascii=False) if args.jsonl else SAMPLE.format_map(row))
 
 

@@ -82,11 +82,12 @@ def parse(argv=None):
     add("--out", default="out", type=Path, help="checkpoints, figures and report (default out)")
     add("--until", choices=["pretrain", "reward", "ppo"], help="stop after this stage")
     add("--seed", type=data.number(int, 0), default=0, help="another shows what is chance")
-    add("--device", choices={device, "cpu"}, default=device, help="default: cuda if there is one")
+    add("--device", choices=sorted({device, "cpu"}), default=device, help="default: cuda, if any")
     add("--fp32", action="store_true", help="compute in float32 where bfloat16 would be faster")
     add("--keep", action="store_true", help="reuse finished stages although source code changed")
     add("--corpus", metavar="FILE.txt", help="a text of your own, not the plays")
-    add("--labels", metavar="FILE.csv", nargs="+", help="your own ratings: columns text, rating")
+    add("--labels", metavar="FILE.csv", nargs="+", help="your own ratings, not those of labels/: "
+        "text, rating; or play, first_line, last_line, rating")
     types = {int: data.number(int, 1), float: data.number(float, 0)}
     for option in OPTIONS:
         add("--" + option.name.replace("_", "-"), type=types.get(type(option.small)),
@@ -106,7 +107,6 @@ def parse(argv=None):
 
 
 # ---- the loop that remembers --------------------------------------------------------------
-
 def source(file):
     """Fingerprint of a script's syntax tree, without comments, blank lines and docstrings."""
     tree = ast.parse((data.HERE / file).read_bytes())
@@ -207,14 +207,13 @@ def run(args, name, function, *earlier, **options):
 
 def main():
     """The study: every stage in turn, as far as --until."""
-    args = parse()
+    args, began = parse(), time.monotonic()
     if data.is_first_process():         # it fetches the plays, once for all
         data.load_corpus(args.corpus)
     gpt.barrier(args.device)
     corpus = data.load_corpus(args.corpus)
     rated = reward.read_ratings(args.labels)
     texts = run(args, "data", data.prepare, corpus)
-    data.save_tokenizer(args.out / "tokenizer.tiktoken", texts["vocabulary"])
     pretrained = run(args, "pretrain", gpt.pretrain, texts)
     print(f"pretrain: {pretrained['val_bits_per_byte']:.3f} bits per byte on held-out text")
     if args.until == "pretrain":
@@ -229,6 +228,7 @@ def main():
         run(args, name, ppo.tune, pretrained, rewarded, judged, rho, beta=beta)
     if args.until != "ppo" and data.is_first_process():
         sample.report(args.out)
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def short_of_optimum(J, result):
 
 def read_rows(path, key, any_code):
     """The rows of the study of this key by the present code (any_code: by any), dicts of text."""
-    lines = data.read_text(path, "runs").split("\n") if path.exists() else []
+    lines = data.read_text(path).split("\n") if path.exists() else []
     return [row for row in csv.DictReader(lines) if row["study"] == key
             and (any_code or row["code"] == CODE)]
 

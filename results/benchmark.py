@@ -202,7 +202,7 @@ def measure(args):
 
 def study_seconds(folder):
     """Seconds of each stage of a finished study, by its summary.json: a dict."""
-    seconds = json.loads(data.read_text(folder / "summary.json", "summary"))["seconds"]
+    seconds = json.loads(data.read_text(folder / "summary.json"))["seconds"]
     for beta, x in seconds.pop("ppo").items():
         seconds[f"ppo, beta {beta}"] = x
     return seconds

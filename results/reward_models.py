@@ -47,11 +47,11 @@ class TokenWeights(Bag):
         return own + self.strength * super().contributions(tokens)
 
     def fit(self, tokens, targets, weights, loss):
-        counts = torch.zeros(len(tokens), len(self.spelling))           # (N,V+1)
+        counts = torch.zeros(len(tokens), len(self.vocabulary))           # (N,V+1)
         counts.scatter_add_(1, tokens.clamp(min=0), (tokens != data.PAD) * (1.0 - self.alone))
         x = torch.cat((counts, super().contributions(tokens).sum(1, keepdim=True)), dim=1)
         ridge = torch.tensor([60.0] * (x.size(1) - 1) + [0.0])          # none on the strength
-        weight, _ = regress(x.mv, len(ridge), targets, weights, ridge, loss)
+        weight, _ = regress(x.mv, torch.zeros(len(ridge)), targets, weights, ridge, loss)
         self.weight, self.strength = weight[:-1], weight[-1]
 
 
@@ -63,7 +63,7 @@ class PairBag(Bag):
         for row in tokens:
             seen, last = {""}, ""
             for i, word in zip(row.tolist(), super().find_words(row[None])):
-                token = self.spelling[i].strip(" ")
+                token = self.vocabulary[i].decode("latin-1").lower().strip(" ")
                 pair = "" if i == data.PAD else f"{last} {token}"
                 yield word
                 yield "" if pair in seen else pair
@@ -80,12 +80,11 @@ class PairBag(Bag):
         column = {name: i for i, name in enumerate(names)}
         rows = torch.tensor([column.get(name, 0) for name in self.find_words(tokens)])
         rows = rows.view(len(tokens), -1)                               # (N,2T)
-        ratings = torch.tensor([self.words.get(name, 0.0) for name in names])
-        ratings[0] = -1.0
+        start = 0.2 * torch.tensor([self.words.get(name, 0.0) for name in names])
         ridge = torch.tensor([100.0 if " " in name else 20.0 for name in names])
-        weight, _ = regress(lambda weight: (weight + weight[0] * ratings)[rows].sum(1),
-                            len(names), targets, weights, ridge, loss)
-        self.words = dict(zip(names, (weight + weight[0] * ratings).tolist()))
+        numbers, _ = regress(lambda numbers: (numbers[rows] * (rows > 0)).sum(1),
+                             start, targets, weights, ridge, loss)
+        self.words = dict(zip(names, numbers.tolist()))
 
 
 def make_models(pretrained, words, dtype):
@@ -242,7 +241,7 @@ def print_ridges(model, parts):
     chosen, wanted, _, is_sample = parts["choose"]
     x, y, lines = features(tokens), features(chosen), []
     for ridge in (100.0, 300.0, 1_000.0, 3_000.0, 10_000.0, 30_000.0, 100_000.0, 300_000.0):
-        weight, bias = regress(x.mv, x.size(1), targets, weights, ridge)
+        weight, bias = regress(x.mv, torch.zeros(x.size(1)), targets, weights, ridge)
         log_odds, pearsons = y @ weight + bias, []
         for kind in (~is_sample, is_sample):
             pearsons.append(reward.rating_metrics(log_odds[kind], wanted[kind])["pearson"])
@@ -259,8 +258,7 @@ def main():
     dtype, labels = gpt.compute_dtype(torch.device("cpu")), reward.read_ratings()
     parts = {}
     for part, rows in labels["passages"].items():
-        is_sample = torch.tensor([row[2] for row in rows])
-        parts[part] = *reward.prepare(rows, rewarded["vocabulary"], rewarded["length"]), is_sample
+        parts[part] = reward.prepare(rows, rewarded["vocabulary"], rewarded["length"])
     torch.manual_seed(0)
     read, seconds = {}, {}
     for name, model, special in make_models(pretrained, labels["words"], dtype):

@@ -162,7 +162,7 @@ def read_rows(path):
     """The rows of a file of runs, dicts of text; a new file if there is none."""
     if not path.exists():
         data.write_file(path, ",".join(COLUMNS) + "\n")
-    reader = csv.DictReader(data.read_text(path, "runs").splitlines())
+    reader = csv.DictReader(data.read_text(path).splitlines())
     if reader.fieldnames != COLUMNS:
         raise data.UserError(f"{path} has other columns. Move it away or name another --csv.")
     return list(reader)

@@ -99,14 +99,14 @@ BUGS = [
         [("scores = scores.detach()", "scores = -scores.detach()")]),
     Bug("train/test split shuffled twice", "ckkissane", "reward.py: reward",
         "Rows to train on and to measure on come from two shuffles: test items are trained on.",
-        [("read(passages[part])", "[torch.cat(x)[torch.randperm(len(passages[part]), generator="
-          "torch.Generator().manual_seed(0))] for x in zip(*map(read, passages.values()))]")]),
+        [("fit(*learn[:3]", "fit(*[torch.cat(x)[torch.randperm(len(learn[0]), generator="
+          "torch.Generator().manual_seed(0))] for x in zip(report, choose, learn)][:3]")]),
     Bug("softmax applied before cross-entropy", "nanoChatGPT", "reward.py: reward",
         "A probability is read as log-odds, so no passage comes out below one half.",
-        [("with_logits(log_odds, ", "with_logits(log_odds.sigmoid(), ")]),
+        [("loss(linear(weight) + bias, ", "loss((linear(weight) + bias).sigmoid(), ")]),
     Bug("calibrated on the rows of the report", OURS, "reward.py: reward",
         "The calibration slope that is reported is 1 whatever the model is worth.",
-        [('if row[2]]', 'if 0]'), ('rows = passages["choose"]', 'rows = passages["report"]')]),
+        [("is_sample = choose", "is_sample = report")]),
     Bug("the trunk of the reward model trained", OURS, "reward.py: reward",
         "A million weights are fitted to a few thousand ratings, which they learn by heart.",
         [("targets, weights, 10_000.0, loss)\n", "targets, weights, 10_000.0, loss)\n"
@@ -115,7 +115,7 @@ BUGS = [
           "        adam.step()\n")]),
     Bug("the judge told the rated words", OURS, "reward.py: reward",
         "Judge and reward model share what they know, so the judge is fooled along.",
-        [('Bag(pretrained["vocabulary"], {})', 'Bag(pretrained["vocabulary"], rated["words"])')]),
+        [('{**rated, "words": {}}', 'rated')]),
     Bug("KL penalty inside the surrogate, own token only", "ZiyueWang25", "ppo.py: loop",
         "A token pays for its own drift and not for where it leads: the fixed point is not pi*.",
         [("beta - in_loss, mask)", "0.0, mask)"),

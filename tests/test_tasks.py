@@ -72,9 +72,8 @@ def continued(texts, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "MIN_ESS", 0)        # J* is told though few samples know it
         for module, name in FUNCTIONS:
-            real_stage = getattr(module, name)
-            patch.setattr(module, name, functools.update_wrapper(
-                functools.partial(stage, real_stage), real_stage))
+            old = getattr(module, name)
+            patch.setattr(module, name, functools.wraps(old)(functools.partial(stage, old)))
         patch.setattr(ppo.PPO, "rollout", rollout)
         patch.setattr(ppo.PPO, "step", step)
         assert run_script(train, *arguments) == 0
