@@ -84,10 +84,10 @@ def attention(q, k, v, bias):
     """softmax(q k' / sqrt(head) + bias) v for each head: q (B,T,C), k and v (B,S,head) -> (B,T,C).
     All heads share one k and v, so the queries of all heads are the rows of one matrix. At 64
     tokens in bfloat16 these products are faster on a CPU than torch's fused kernel."""
-    B, S, head = k.shape
+    B, _, head = k.shape
     rows = q.reshape(B, -1, head) / math.sqrt(head)                     # (B,T*H,head)
     scores = rows @ k.mT                                                # (B,T*H,S)
-    scores = scores.view(B, q.size(1), -1, S) + bias                    # (B,T,H,S)
+    scores = scores.unflatten(1, bias.shape[-3:-1]) + bias              # (B,T,H,S)
     weights = scores.softmax(-1)
     y = weights.flatten(1, 2) @ v                                       # (B,T*H,head)
     return y.view(q.shape)

@@ -661,7 +661,7 @@ def evaluate(options, run, judge_fn, rho):
     for tokens in (rho["tokens"].long().to(options.device), fresh):
         prompts = repeat(test_prompts, len(tokens))
         rows = torch.stack(in_chunks(read, prompts, tokens)).cpu()
-        check_finite(results=rows)
+        check_finite(scores=rows)
         samples.append(rows.view(3, len(test_prompts), -1))             # (3,P,samples a prompt)
     old, new = samples
     beta = run.controller.beta

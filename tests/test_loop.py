@@ -380,7 +380,7 @@ def test_scores_gradients_and_weights_that_are_not_finite_stop_the_run():
     options = SimpleNamespace(device="cpu", fresh_samples=8, length=4)
     rho_stage = {"test_prompts": PROMPT, "tokens": SEQUENCES}
     run.score_fn = prefix_scores
-    with pytest.raises(FloatingPointError, match="results of the completions"):
+    with pytest.raises(FloatingPointError, match="scores of the completions"):
         ppo.evaluate(options, run, lambda tokens: prefix_scores(tokens) * math.nan, rho_stage)
     run.score_fn, run.policy.lm_head.weight.data[1, 0] = score_fn, math.nan
     with pytest.raises(FloatingPointError, match="are not finite"):
@@ -531,7 +531,7 @@ def test_the_demo_finds_the_optimum_of_a_toy_language_and_nears_it(monkeypatch, 
     with pytest.raises(SystemExit, match="2"):
         data.run(ppo.main)
     out, err = capsys.readouterr()
-    assert not out and err.count("\n") == 1 and "Make one: python train.py" in err, out + err
+    assert not out and err.count("\n") == 1 and "Make it: python train.py" in err, out + err
     config = GPTConfig(vocab_size=4, block_size=40, n_layer=1, n_head=2, n_embd=16)
     data.save_checkpoint(tmp_path / "pretrain.pt", {
         "kind": "pretrain", "config": vars(config), "model": GPT(config).state_dict(),

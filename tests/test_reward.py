@@ -224,7 +224,7 @@ def test_the_measures_are_those_of_their_definitions():
     targets = (ratings.double() + 2) / 4
     wins = [float(x > y) + float(x == y) / 2 for x, a in zip(p, ratings) if a > 0
             for y, b in zip(p, ratings) if b < 0]
-    expected = {"pearson": np.corrcoef(p, ratings)[0, 1].item(),
+    expected = {"n": 9, "pearson": np.corrcoef(p, ratings)[0, 1].item(),
                 "auc": sum(wins) / len(wins), "slope": 1 / 3,
                 "log_loss": -(targets * p.log() + (1 - targets) * (1 - p).log()).mean().item()}
     found = rating_metrics(p.logit(), targets)
@@ -284,13 +284,11 @@ def test_words_cut_alike_share_their_mean_and_texts_of_plays_are_no_samples(monk
     assert not any(x for rows in found["passages"].values() for *_, x in rows), "samples"
 
 
-def test_a_rating_counts_by_the_share_that_is_read_and_samples_twice(ratings):
-    """Targets (rating + 2) / 4; texts cut at 16 tokens weigh 16 of their length."""
+def test_rated_texts_become_tokens_and_soft_targets(ratings):
+    """Targets (rating + 2) / 4; texts are cut at 16 tokens."""
     for rows in ratings["passages"].values():
-        for tokens, target, weight, sampled, row in zip(*reward.prepare(rows, BYTES, 16), rows):
+        for tokens, target, sampled, row in zip(*reward.prepare(rows, BYTES, 16), rows):
             text, rating, is_sample = row
-            share = min(16 / len(text), 1.0) * (2 if is_sample else 1)
-            assert_close(weight.item(), share, "weight")
             assert target == (rating + 2) / 4 and sampled == is_sample
             assert data.decode(BYTES, tokens) == text[:16]
 
@@ -306,6 +304,7 @@ def learnt(ratings):
     def spy(function):
         def spied(model, tokens, *more):
             seen.append([data.decode(BYTES, row) for row in tokens])
+            counts.extend(zip(seen[-1], more[1].tolist() if len(more) == 3 else ()))
             return function(model, tokens, *more)
         return spied
 
@@ -315,11 +314,12 @@ def learnt(ratings):
         patch.setattr(reward, "calibrate", spy(calibrate))
         patch.setattr(reward, "ENOUGH", 10)
         for kind in ("head", "bag", "judge"):
-            seen, stage = [], reward.fit_judge if kind == "judge" else reward.fit_reward
+            seen, counts, stage = [], [], reward.fit_judge if kind == "judge" else reward.fit_reward
             options = SimpleNamespace(reward_model=kind, feedback="ratings", length=LENGTH,
                                       device="cpu", dtype=torch.float32)
             state = stage(options, learnt["pretrained"], ratings, SimpleNamespace(show=print))
             learnt[kind] = [{"kind": "reward", **state}, *seen]
+            assert counts and all(n == (2 if text[0] == "a" else 1) for text, n in counts), "twice"
     return learnt
 
 
@@ -343,9 +343,9 @@ def test_what_is_fitted_calibrated_and_measured_never_meet(learnt, ratings, kind
 
 
 @pytest.mark.parametrize("n", [2, 12])
-def test_the_most_negative_and_the_most_positive_held_out_text_are_shown(
+def test_the_most_negative_and_the_most_positive_held_out_texts_are_shown(
         learnt, ratings, monkeypatch, n):
-    """Of passages and samples, in this order, each under its own P."""
+    """Three each, of passages and samples, in order, each under its own P."""
     parts, shows = ratings["passages"], []
     report = [row for row in parts["report"] if not row[2]] + parts["reward"][-n:]
     assert all(is_sample for *_, is_sample in report[-n:])
@@ -358,9 +358,9 @@ def test_the_most_negative_and_the_most_positive_held_out_text_are_shown(
     model, p = reward.load_reward(state), {}
     for text, *_ in report:
         p[text] = model(data.pad([list(text.encode())], LENGTH)).sigmoid().item()
-    (low, lowest), (high, highest) = shows
-    assert [low, high] == [f"P(positive) {p[text]:.2f}" for text in (lowest, highest)]
-    assert_close([p[lowest], p[highest]], [min(p.values()), max(p.values())], "others")
+    assert [title for title, _ in shows] == [f"P(positive) {p[text]:.2f}" for _, text in shows]
+    order = sorted(p[text] for text, *_ in report)
+    assert_close([p[text] for _, text in shows], order[:3] + order[-3:], "others")
     assert seen == [text for text, *_ in parts["choose"]], "calibrated on others"
 
 

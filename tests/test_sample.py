@@ -120,15 +120,15 @@ def test_where_nothing_was_made_the_command_that_makes_it_is_told(tmp_path, comm
     for script, name, *options in ((sample, "pretrain"), (sample, "rho", "--report", "out"),
                                    (reward, "reward", "--score", "x")):
         explains(command(script, *options),
-                 f"checkpoint out/{name}.pt is missing, damaged")
+                 f"there is no out/{name}.pt. Make it: python train.py --out out.")
 
 
 def test_a_policy_without_its_study_beside_it_is_explained(study, tmp_path, command):
     """rho says how far off it is, the reward model how positive: both of this study."""
     shutil.copy(study / "ppo_beta2.pt", tmp_path)
     draw = [sample, "--checkpoint", tmp_path / "ppo_beta2.pt", "--num", 1]
-    for name in ("pretrain", "reward"):
-        explains(command(*draw), f"{name}.pt is missing, damaged")
+    for name in ("rho", "pretrain", "reward"):
+        explains(command(*draw), f"there is no {tmp_path}/{name}.pt")
         data.save_checkpoint(tmp_path / f"{name}.pt", {**load(study, name), "key": "another"})
         explains(command(*draw), f"{name}.pt beside {draw[2]} is of another study")
         shutil.copy(study / f"{name}.pt", tmp_path)

@@ -472,13 +472,13 @@ def test_a_judge_that_is_not_finite_stops_the_run(texts, again, command, monkeyp
     monkeypatch.setattr(ppo, "load_scorer", lambda options, state, rho, scorer=ppo.load_scorer: (
         lambda tokens: scorer(options, state, rho)(tokens)
         * (math.nan if state["kind"] == "judge" else 1)))
-    explains(command(train, *argv(texts, again, "--until", "ppo")), "the judge's scores of the")
+    explains(command(train, *argv(texts, again, "--until", "ppo")), "scores of the completions are not finite")
 
 
 def test_a_damaged_checkpoint_is_explained(texts, again, command):
     """By the next run that reads it."""
     (again / "judge.pt").write_bytes((again / "judge.pt").read_bytes()[:5000])
-    explains(command(train, *argv(texts, again)), "judge.pt is missing, damaged, of another")
+    explains(command(train, *argv(texts, again)), "judge.pt is damaged, of another version, or")
 
 
 @pytest.mark.network
