@@ -15,8 +15,6 @@ Weights are float32. Each model has one compute dtype, bfloat16 where the machin
 the residual stream, matrix products and attention. Logits are cast to float32, and all that is
 computed from them is float32. The device matters in two functions: compute_dtype() chooses the
 dtype; join_processes() gives each process its own GPU.
-
-Tests: `pytest tests/test_gpt.py`.
 """
 
 import copy
@@ -102,19 +100,20 @@ class Block(nn.Module):
         head = C // config.n_head
         # A query for each head, but one key and one value for all of them (multi-query attention,
         # Shazeer 2019): with a pair for each head, sampling takes 1.7 times as long.
-        self.sizes = (C, 2 * head)
+        self.sizes = (C, head, head)
         self.qkv = Linear(C, sum(self.sizes), C ** -0.5)
         self.proj = Linear(C, C)                        # zeros: a block starts as the identity
         self.fc = Linear(C, 4 * C, C ** -0.5)
         self.out = Linear(4 * C, C)
 
     def forward(self, x, bias, cache=None):
-        q, kv = self.qkv(norm(x)).split(self.sizes, dim=-1)
+        q, k, v = self.qkv(norm(x)).split(self.sizes, dim=-1)           # k, v: (B,T,head)
         if cache is not None:
             if self in cache:
-                kv = torch.cat((cache[self], kv), dim=1)                # (B,S,2*head)
-            cache[self] = kv
-        k, v = kv.chunk(2, dim=-1)                                      # (B,S,head)
+                past_k, past_v = cache[self]
+                k = torch.cat((past_k, k), dim=1)                       # (B,S,head)
+                v = torch.cat((past_v, v), dim=1)
+            cache[self] = k, v
         # Attention mixes positions.
         x = x + self.proj(attention(q, k, v, bias))
         # The MLP works on each position alone. relu(y)^2 learns faster than GELU here.
@@ -136,7 +135,7 @@ class GPT(nn.Module):
     def stream(self, x, start=0, cache=None, pad=None, blocks=slice(None)):
         """The residual stream (B,T,C), in the compute dtype, after these blocks.
         x: tokens (B,T), or the stream (B,T,C) before blocks, from position start on. cache: a dict,
-        empty at first, where each block keeps the keys and values (B,S,2*head) of all tokens read,
+        empty at first, where each block keeps the keys and values (B,S,head) of all tokens read,
         for x to continue. pad: as in attention_bias."""
         if not x.is_floating_point():
             # PAD has no embedding and gets that of token 0; its output is never used.

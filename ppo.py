@@ -390,7 +390,7 @@ class PPO:
         prompts = self.prompts[torch.randperm(P)[groups % P]]
         tokens, lower = sample_completions(self.policy, prompts, config.length, self.end,
                                            self.frozen)
-        read = in_chunks(self.read, prompts, tokens, lower, size=config.minibatch)
+        read = in_chunks(self.read, prompts, tokens, lower, size=(config.minibatch + 1) // 2)
         names = ("scores", "so_far", "logprobs", "ref_logprobs")
         batch = dict(zip(names, read))
         check_finite(**batch)
@@ -468,14 +468,14 @@ class PPO:
         return metrics
 
     @torch.no_grad()
-    def describe(self, batch, whole=32):
+    def describe(self, batch):
         """Metrics of the policy that sampled the batch, before its update: a dict of floats.
-        exact_kl and entropy need logits (B,T,V), so they use only the first 32 completions."""
+        exact_kl and entropy need logits (B,T,V), so they use only 16 completions."""
         beta = self.controller.beta
         scores = batch["scores"]
         k1, mask = _masked(batch["logprobs"] - batch["ref_logprobs"], batch["mask"])
         ref_kl = k1.sum(1)                                              # (B,): nats per completion
-        first = {name: x[:whole] for name, x in batch.items()}
+        first = {name: x[:16] for name, x in batch.items()}
         logprobs = self.logits(self.policy, first).log_softmax(-1)
         ref_logprobs = self.logits(self.ref, first).log_softmax(-1)
         kl, first_mask = _masked(exact_kl(logprobs, ref_logprobs), first["mask"])

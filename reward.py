@@ -37,7 +37,8 @@ class Bag(torch.nn.Module):
     def __init__(self, vocabulary, words):
         super().__init__()
         self.words = words                  # {first letters: rating, -2 to 2; after fit() number}
-        self.vocabulary = [*vocabulary, b""]                # bytes; PAD = -1 indexes the last, ""
+        # " Love", "LOVE" and "love" count as one word. PAD = -1 indexes the last entry, "".
+        self.spelling = [token.decode("ascii", "replace").lower() for token in [*vocabulary, b""]]
         self.register_buffer("scale", torch.ones(1))
         self.register_buffer("bias", torch.zeros(1))
 
@@ -61,8 +62,7 @@ class Bag(torch.nn.Module):
             word = ""
             seen = set()
             for i in ids:
-                # " Love", "LOVE" and "love" count as one word.
-                token = self.vocabulary[i].decode("ascii", "replace").lower()
+                token = self.spelling[i]
                 # BPE splits words into tokens: a letter right after a letter continues the word.
                 if not (word[-1:] + token[:1]).isalpha():
                     word = ""
@@ -216,12 +216,15 @@ def rating_metrics(log_odds, targets):
     better = p[targets > 0.5]
     worse = p[targets < 0.5]
     wins = (better[:, None] - worse).sign()
+    auc = (1 + wins.mean().nan_to_num()) / 2            # without any pair: 1/2
+    # Above 1 the model is underconfident, below 1 overconfident.
     slope, _ = regress(log_odds.mul, targets.new_ones(1), targets)
+    log_loss = soft_loss(log_odds, targets).mean()
     return {"n": len(p),
             "pearson": pearson.item(),
-            "auc": (1 + wins.mean().nan_to_num().item()) / 2,
-            "slope": slope.item(),                      # above 1 underconfident, below over
-            "log_loss": soft_loss(log_odds, targets).mean().item()}
+            "auc": auc.item(),
+            "slope": slope.item(),
+            "log_loss": log_loss.item()}
 
 
 def fit_reward(options, pretrained, rated, loop):
