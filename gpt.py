@@ -353,8 +353,7 @@ def bits_per_byte(model, tokens, vocabulary):
 
 def pretrain(options, texts, loop):
     """Train a GPT to predict the next token of the plays: the content of pretrain.pt, a dict.
-    options: those of this stage (train.OPTIONS); texts: the result of data.prepare; loop: a
-    train.Stage, which counts the steps and resumes after a kill."""
+    loop: a train.Stage, which counts the steps and resumes after a kill."""
     train = texts["train"]
     held_out = texts["held_out"]
     vocabulary = texts["vocabulary"]

@@ -163,8 +163,8 @@ def draw_figures(runs, folder):
                  label=run["label"])
             plot(axis, run["frontier"], 0, column, "k")
         plot(left, run["best_of_n"], 3, 1, "C7.-")
-        log = f"results/runs/{run['size']}_{run['path'].stem}.metrics.jsonl"
-        logged = [json.loads(line) for path in data.HERE.glob(log) for line in path.open()]
+        log = data.HERE / f"results/runs/{run['size']}_{run['path'].stem}.metrics.jsonl"
+        logged = list(map(json.loads, log.open())) if log.exists() else []
         for axis, key in zip(axes, METRICS):
             axis.set_title(key)
             plot(axis, run["history"], "step", key, color, label=run["label"])

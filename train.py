@@ -208,11 +208,11 @@ def run(args, name, function, *earlier, **options):
 def main():
     """The study: every stage in turn, as far as --until."""
     args, began = parse(), time.monotonic()
-    if data.is_first_process():         # it fetches the plays, once for all
-        data.load_corpus(args.corpus)
-    gpt.barrier(args.device)
-    corpus = data.load_corpus(args.corpus)
-    rated = reward.read_ratings(args.labels)
+    for first in (True, False):         # the first process fetches the plays, once for all
+        if data.is_first_process() == first:
+            corpus = data.load_corpus(args.corpus)
+            rated = reward.read_ratings(args.labels)
+        gpt.barrier(args.device)
     texts = run(args, "data", data.prepare, corpus)
     pretrained = run(args, "pretrain", gpt.pretrain, texts)
     print(f"pretrain: {pretrained['val_bits_per_byte']:.3f} bits per byte on held-out text")

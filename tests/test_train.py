@@ -115,8 +115,8 @@ def test_the_first_process_fetches_the_plays_and_reports(texts, again, monkeypat
         monkeypatch.setattr(module, name, lambda x, name=name, real=getattr(module, name): (
             calls.append(name) or (real(x) if name == "load_corpus" else None)))
     assert run_script(train, *argv(texts, again)) == 0
-    both = ["barrier", "load_corpus"]
-    assert calls == (["load_corpus", *both, "report"] if first else both)
+    fetched = ["load_corpus", "barrier"]
+    assert calls == ([*fetched, "barrier", "report"] if first else ["barrier", *fetched])
 
 
 @pytest.mark.parametrize("inputs", [{"lr": 0.2}, {"lr": 0.2, "seed": 4}])
@@ -419,7 +419,7 @@ def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, com
 
     def spoilt(self, *inputs):
         batch = read(self, *inputs)
-        if next(calls) == 4:            # in the third iteration: each has two minibatches
+        if next(calls) == 8:            # in the third iteration: each reads 4 half minibatches
             if fault is KeyboardInterrupt:
                 raise fault
             batch[0][0] = fault         # the first score
