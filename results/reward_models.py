@@ -47,7 +47,7 @@ class TokenWeights(Bag):
         return own + self.strength * super().contributions(tokens)
 
     def fit(self, tokens, targets, weights, loss):
-        counts = torch.zeros(len(tokens), len(self.vocabulary))           # (N,V+1)
+        counts = torch.zeros(len(tokens), len(self.spelling))             # (N,V+1)
         counts.scatter_add_(1, tokens.clamp(min=0), (tokens != data.PAD) * (1.0 - self.alone))
         x = torch.cat((counts, super().contributions(tokens).sum(1, keepdim=True)), dim=1)
         ridge = torch.tensor([60.0] * (x.size(1) - 1) + [0.0])          # none on the strength
@@ -63,7 +63,7 @@ class PairBag(Bag):
         for row in tokens:
             seen, last = {""}, ""
             for i, word in zip(row.tolist(), super().find_words(row[None])):
-                token = self.vocabulary[i].decode("latin-1").lower().strip(" ")
+                token = self.spelling[i].strip(" ")
                 pair = "" if i == data.PAD else f"{last} {token}"
                 yield word
                 yield "" if pair in seen else pair
@@ -258,7 +258,9 @@ def main():
     dtype, labels = gpt.compute_dtype(torch.device("cpu")), reward.read_ratings()
     parts = {}
     for part, rows in labels["passages"].items():
-        parts[part] = reward.prepare(rows, rewarded["vocabulary"], rewarded["length"])
+        tokens, targets, is_sample = reward.prepare(rows, rewarded["vocabulary"],
+                                                    rewarded["length"])
+        parts[part] = tokens, targets, 1 + is_sample, is_sample
     torch.manual_seed(0)
     read, seconds = {}, {}
     for name, model, special in make_models(pretrained, labels["words"], dtype):
