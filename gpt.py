@@ -2,19 +2,19 @@
 
 Read this file first. The model follows nanoGPT (Karpathy) with the changes that help most at this
 size: positions by a bias on attention (Press 2021), layer norm without weights, one key and value
-for all heads (Shazeer 2019), squared ReLU (So 2021), output projections that start at zero, and a
-start near the bigrams of the text. Two things differ from nanoGPT because PPO needs them:
-
-- forward() returns logits at *every* position: sampling looks at the last one, scoring at all;
+for all heads (Shazeer 2019), squared ReLU (So 2021), output projections that start at zero, and an
+embedding and output layer that start as a bigram model. Two more differences serve PPO:
+- forward() returns logits at *every* position: sampling uses the last one, scoring all of them;
 - stream() gives the hidden states after any block: the reward model's classifier head reads them,
   and PPO computes those of its frozen blocks once per batch.
-
 On a first reading skip "several processes": a single process works on all rows and sends nothing.
 
-Weights are float32. Each model has one compute dtype, bfloat16 where the machine is fast at it, for
-the residual stream, matrix products and attention. Logits are cast to float32, and all that is
-computed from them is float32. The device matters in two functions: compute_dtype() chooses the
-dtype; join_processes() gives each process its own GPU.
+Shapes, in every file: B rows (texts), T tokens of a row, T0 of a prompt, C = n_embd features,
+V = vocab_size, H heads of C/H features ("head" in shapes), S keys; N samples, P prompts.
+Log-probabilities, entropies and KLs are in nats. Weights are float32; the residual stream, matrix
+products and attention have a model's compute dtype, bfloat16 where the machine is fast at it;
+logits and all that is computed from them are float32. The device matters in two functions:
+compute_dtype() chooses the dtype, join_processes() gives each process its own GPU.
 """
 
 import copy
@@ -32,20 +32,20 @@ import torch.nn.functional as F
 import data
 from data import PAD
 
-BLOCKED = -1e4      # added to an attention score, it gives weight 0
+BLOCKED = -1e4      # gives a key weight 0; -inf would give NaN at padding, where all are blocked
 
 
 @dataclass
-class GPTConfig:
+class GPTConfig:             # the sizes of a GPT, here those of --size small
     vocab_size: int = 2048   # tokens
-    block_size: int = 128    # the longest context, in tokens
-    n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 256
+    block_size: int = 128    # tokens of a training window: longer contexts are never trained
+    n_layer: int = 4         # blocks
+    n_head: int = 4          # attention heads; must divide n_embd
+    n_embd: int = 256        # features of the residual stream
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias that computes in its input's dtype; its weight stays float32."""
+    """x (...,n_in) -> (...,n_out), no bias, in x's dtype; the float32 weight is drawn with std."""
 
     def __init__(self, n_in, n_out, std=0.0):
         super().__init__(n_in, n_out, bias=False)
@@ -56,17 +56,17 @@ class Linear(nn.Linear):
 
 
 def norm(x):
-    """Layer norm over features (Ba 2016) without weights, in x's dtype, float32 inside."""
-    # torch has a fused CPU kernel for it, and none for the RMS norm of most newer models.
+    """Layer norm (Ba 2016) of x (...,C) without weights, in x's dtype, float32 inside."""
+    # Most newer models use RMS norm, for which torch has no fused CPU kernel.
     return F.layer_norm(x, (x.size(-1),))
 
 
 def attention_bias(start, end, heads, device, pad=None):
-    """What is added to attention scores: (T,H,S), or (B,T,H,S) with pad.
-    The T queries are positions start to end, the S keys all positions before end. For each token
-    that a key is farther back it loses 1, 1/2, 1/4 ... in heads 0, 1, 2 ... (ALiBi, Press 2021):
-    the model's only sense of position. Later keys are blocked, and padding: pad (B,P) is True at
-    padding among the first P keys. The output at a padded query means nothing and is never used."""
+    """The bias added to attention scores, float32: (T,H,S), or (B,T,H,S) with pad.
+    The T queries are positions start to end - 1, the S = end keys all positions before end. Head h
+    lowers a key's score by 2^-h for each token between query and key (ALiBi, Press 2021): the
+    model's only sense of position. Later keys and padding are blocked: pad (B,T0) is True at
+    padding among the first T0 keys. The output at a padded query is meaningless and never used."""
     query = torch.arange(start, end, device=device)[:, None, None]
     distance = query - torch.arange(end, device=device)                 # (T,1,S)
     slopes = 0.5 ** torch.arange(heads, device=device)
@@ -80,8 +80,8 @@ def attention_bias(start, end, heads, device, pad=None):
 
 def attention(q, k, v, bias):
     """softmax(q k' / sqrt(head) + bias) v for each head: q (B,T,C), k and v (B,S,head) -> (B,T,C).
-    All heads share one k and v, so the queries of all heads are the rows of one matrix. At 64
-    tokens in bfloat16 these products are faster on a CPU than torch's fused kernel."""
+    bias: attention_bias(). All heads share k and v, so the queries of all heads are rows of one
+    matrix: at 64 tokens in bfloat16 faster on a CPU than torch's fused kernel."""
     B, _, head = k.shape
     rows = q.reshape(B, -1, head) / math.sqrt(head)                     # (B,T*H,head)
     scores = rows @ k.mT                                                # (B,T*H,S)
@@ -92,7 +92,7 @@ def attention(q, k, v, bias):
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One layer, x (B,T,C) -> (B,T,C): x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config):
         super().__init__()
@@ -102,7 +102,7 @@ class Block(nn.Module):
         # Shazeer 2019): with a pair for each head, sampling takes 1.7 times as long.
         self.sizes = (C, head, head)
         self.qkv = Linear(C, sum(self.sizes), C ** -0.5)
-        self.proj = Linear(C, C)                        # zeros: a block starts as the identity
+        self.proj = Linear(C, C)            # zeros, like out: a block starts as the identity
         self.fc = Linear(C, 4 * C, C ** -0.5)
         self.out = Linear(4 * C, C)
 
@@ -114,15 +114,14 @@ class Block(nn.Module):
                 k = torch.cat((past_k, k), dim=1)                       # (B,S,head)
                 v = torch.cat((past_v, v), dim=1)
             cache[self] = k, v
-        # Attention mixes positions.
-        x = x + self.proj(attention(q, k, v, bias))
+        x = x + self.proj(attention(q, k, v, bias))     # only attention mixes positions
         # The MLP works on each position alone. relu(y)^2 learns faster than GELU here.
         y = F.relu(self.fc(norm(x)))
         return x + self.out(y * y)
 
 
 class GPT(nn.Module):
-    """GPT(config)(tokens): tokens (B,T) -> next-token logits (B,T,V), float32, at each position."""
+    """GPT(config, dtype)(tokens): tokens (B,T) -> float32 logits (B,T,V) of each next token."""
 
     def __init__(self, config, dtype=torch.float32):
         super().__init__()
@@ -133,12 +132,12 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size)         # zeros: uniform predictions
 
     def stream(self, x, start=0, cache=None, pad=None, blocks=slice(None)):
-        """The residual stream (B,T,C), in the compute dtype, after these blocks.
-        x: tokens (B,T), or the stream (B,T,C) before blocks, from position start on. cache: a dict,
-        empty at first, where each block keeps the keys and values (B,S,head) of all tokens read,
-        for x to continue. pad: as in attention_bias."""
+        """The residual stream (B,T,C), in the compute dtype, after blocks, a slice of self.blocks.
+        x: tokens (B,T), or the stream (B,T,C) before those blocks. start: the position of x's first
+        token. cache: a dict, empty at first, in which each block keeps the keys and values
+        (B,S,head) of all tokens so far, for x to continue. pad: as in attention_bias."""
         if not x.is_floating_point():
-            # PAD has no embedding and gets that of token 0; its output is never used.
+            # PAD (-1) has no embedding and gets that of token 0; its output is never used.
             x = norm(self.embed(x.clamp(min=0)).to(self.dtype))
         bias = attention_bias(start, start + x.size(1), self.config.n_head, x.device, pad)
         bias = bias.to(self.dtype)
@@ -157,9 +156,9 @@ class GPT(nn.Module):
 # ---- sampling -----------------------------------------------------------------------------
 def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
     """Sample a token for each row of logits (B,V) from softmax(logits / temperature): (B,).
-    uniform (B,1): a uniform random number in [0, 1) for each row. A temperature of 0 is greedy.
-    top_k keeps only the k likeliest tokens. Rollouts use neither: their log-probabilities are
-    computed from the whole softmax, which must be the distribution that was sampled."""
+    uniform (B,1): a random number in [0, 1) for each row. Temperature 0 is greedy; top_k keeps only
+    the k likeliest tokens. PPO's rollouts use neither: their log-probabilities are computed from
+    the whole softmax, which must be the distribution that was sampled."""
     logits = logits / max(temperature, 1e-9)
     if top_k is not None:
         top_k = min(top_k, logits.size(-1))
@@ -170,7 +169,7 @@ def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
     probs = logits.softmax(-1)
     cdf = probs.cumsum(-1)                                              # (B,V)
     # Draw the first token whose cdf exceeds the threshold, never one of probability 0. For NaN
-    # logits there is none, and clamp keeps the index valid until the NaN is reported.
+    # logits there is none; clamp keeps the index valid until check_finite (ppo.py) reports NaN.
     threshold = uniform * cdf[:, -1:]
     drawn = torch.searchsorted(cdf, threshold, right=True)
     last = cdf.size(-1) - 1
@@ -185,11 +184,11 @@ def padding(tokens):
 
 @torch.no_grad()
 def extend(model, prompt, uniform, temperature=1.0, top_k=None, frozen=0):
-    """Sample T tokens after prompts (B,T0), padded left, by uniform numbers (B,T): tokens, lower.
-    tokens (B,T0+T) begin with the prompt. lower (B,T0+T-1,C), for PPO to reuse, is the stream after
-    the first frozen blocks at every token but the last; at padding it means nothing. A key-value
-    cache lets the model read each token only once."""
-    # A copy in its compute dtype; otherwise every weight would be cast again for each token.
+    """Continue each prompt (B,T0), padded left, by T tokens: tokens (B,T0+T), lower (B,T0+T-1,C).
+    uniform (B,T): sample_tokens' random numbers. tokens begin with the prompt. lower is the stream
+    after the first blocks, frozen in number, at every token but the last, for PPO to reuse (at
+    padding it is meaningless). A key-value cache lets the model read each token only once."""
+    # A copy in the compute dtype; otherwise every weight would be cast again for each token.
     model = copy.deepcopy(model).to(model.dtype)
     cache = {}
     pad = padding(prompt)
@@ -208,15 +207,14 @@ def extend(model, prompt, uniform, temperature=1.0, top_k=None, frozen=0):
 
 
 def generate(model, prompt, length, temperature=1.0, top_k=None, generator=None):
-    """Continue prompts (B,T0), padded left with PAD, by length tokens: (B,T0+length)."""
-    # Drawn on the CPU: the same numbers whatever the device.
-    uniform = torch.rand(len(prompt), length, generator=generator)
+    """Continue prompts (B,T0), padded left with PAD, by length tokens: tokens (B,T0+length)."""
+    uniform = torch.rand(len(prompt), length, generator=generator)  # on the CPU: for any device
     tokens, _ = extend(model, prompt, uniform, temperature, top_k)
     return tokens
 
 
 def cut_after(tokens, end):
-    """Replace all after the first end token in tokens (B,T) by PAD; unchanged if end is None.
+    """Replace all after the first end, a token id, in tokens (B,T) by PAD; nothing if it is None.
     >>> cut_after(torch.tensor([[5, 0, 7, 0], [5, 6, 7, 8]]), 0)
     tensor([[ 5,  0, -1, -1],
             [ 5,  6,  7,  8]])
@@ -229,9 +227,9 @@ def cut_after(tokens, end):
 
 
 def sample_completions(model, prompts, length, end=None, frozen=0):
-    """Sample a completion of T = length tokens for each prompt (N,T0): tokens (N,T), and lower.
-    From the whole softmax at temperature 1, the distribution that scoring assumes. tokens come
-    without the prompt and are PAD after end. lower: as in extend."""
+    """Sample a completion of T = length tokens for each prompt (N,T0): tokens (N,T), lower.
+    The whole softmax at temperature 1 is sampled, as scoring assumes. tokens come without the
+    prompt and are PAD after end, a token id or None. lower (N,T0+T-1,C), frozen: as in extend."""
     # Random numbers for all rows, so that samples do not depend on the number of processes.
     uniform = torch.rand(len(prompts), length)
     draw = partial(extend, model, frozen=frozen)
@@ -241,19 +239,18 @@ def sample_completions(model, prompts, length, end=None, frozen=0):
 
 # ---- scoring ------------------------------------------------------------------------------
 def completion_logits(model, prompts, tokens, blocks=slice(None), lower=None):
-    """Logits (B,T,V) that predict completions tokens (B,T) of prompts (B,T0).
-    lower: the stream before blocks, as in GPT.stream, where it is known."""
+    """The logits (B,T,V) that predict each of tokens (B,T), completions of prompts (B,T0).
+    lower: extend's stream (B,T0+T-1,C), if known; blocks is then the slice of those after it."""
     inputs = torch.cat((prompts, tokens), dim=1)[:, :-1]                # (B,T0+T-1)
     pad = padding(inputs)
     x = inputs if lower is None else lower
     x = model.stream(x, pad=pad, blocks=blocks)
-    # The state that predicts a token is at the position before it.
-    return model.logits(x[:, prompts.size(1) - 1:])
+    return model.logits(x[:, prompts.size(1) - 1:])     # the state before a token predicts it
 
 
 def token_logprobs(logits, tokens):
     """Gather each token's log-probability: logits (B,T,V), tokens (B,T) -> (B,T) float32, nats.
-    logits[:, t] must predict tokens[:, t]. Values at PAD are meaningless and must be masked."""
+    logits[:, t] must predict tokens[:, t]. At PAD the result is meaningless: mask it."""
     index = tokens.clamp(min=0)[..., None]
     logprobs = logits.float().log_softmax(-1)
     return logprobs.gather(-1, index).squeeze(-1)
@@ -261,7 +258,8 @@ def token_logprobs(logits, tokens):
 
 @torch.no_grad()
 def in_chunks(function, *tensors, size=64):
-    """Apply function to rows of tensors, size at a time to save memory: a tensor or several."""
+    """function(*tensors), a tensor or several, computed size rows at a time to save memory.
+    Row i of a result may depend on row i alone: processes share the rows. No gradient flows."""
     n = len(tensors[0])
     mine = [x[share(n)].split(size) for x in tensors]
     parts = [function(*chunk) for chunk in zip(*mine)]
@@ -273,11 +271,11 @@ def in_chunks(function, *tensors, size=64):
 # ---- gradient steps -----------------------------------------------------------------------
 def optimizer_step(loss, optimizer, lr, clip=math.inf, weight=None):
     """One step of the optimizer on loss, a scalar. Returns the gradient's norm before clipping.
-    weight: this process's share of the batch; None if every process has the whole batch. Raises
-    FloatingPointError, before any weight changes, if the gradient is not finite."""
+    clip: the largest norm. weight: this process's share of the batch, 0 to 1; None if each has all
+    of it. Raises FloatingPointError, before any weight changes, if the gradient is not finite."""
     [group] = optimizer.param_groups
     group["lr"] = lr
-    optimizer.zero_grad()               # or the last batch's gradient would be added
+    optimizer.zero_grad()               # otherwise backward() adds to the last gradient
     loss.backward()
     average([p.grad for p in group["params"]], weight)
     norm = nn.utils.clip_grad_norm_(group["params"], clip)
@@ -290,15 +288,15 @@ def optimizer_step(loss, optimizer, lr, clip=math.inf, weight=None):
 
 # ---- pretraining --------------------------------------------------------------------------
 def windows(tokens, starts, length):
-    """tokens[s : s + length] for each s of starts (B,): (B,length), int64."""
+    """tokens[s : s + length] of tokens (N,) for each s of starts (B,): (B,length), int64."""
     rows = starts[:, None] + torch.arange(length)
     return tokens[rows].long()
 
 
 def learning_rate(i, steps, n_embd):
-    """The learning rate of step i: up for 40 steps, level, down to 0 in the last 60 %."""
-    # The best rate of Adam for matrices is inversely proportional to the width (Yang 2022). The
-    # embedding, whose best rate depends less on it, gets the same.
+    """The learning rate of step i: rises for 40 steps, is constant, falls to 0 in the last 60 %."""
+    # Adam's best rate for matrices is inversely proportional to the width (Yang 2022). The
+    # embedding gets the same, though its best rate depends less on the width.
     peak = 1 / n_embd
     up = (i + 1) / 40
     down = (1 - i / steps) / 0.6
@@ -307,10 +305,10 @@ def learning_rate(i, steps, n_embd):
 
 @torch.no_grad()
 def bigram_start(model, tokens, smooth=20.0):
-    """Initialise embedding and output layer so that the model nearly predicts bigrams of tokens.
-    tokens (N,). An SVD factorises smoothed log-frequencies (V,V) of each token's successors to rank
-    n_embd (Levy 2014, for word vectors). The blocks start as the identity, so the untrained model
-    predicts from the last token alone; this saves many steps (results/README.md)."""
+    """Initialise embedding and output layer to predict, nearly, the bigrams of tokens (N,).
+    An SVD of rank n_embd factorises the log-frequencies (V,V) of each token's successors (Levy
+    2014). smooth: unigram counts added to each row. The blocks start as the identity, so the
+    untrained model predicts from the last token alone: this saves steps (results/README.md)."""
     V, C = model.embed.weight.shape
     tokens = tokens.long()
     pairs = tokens[:-1] * V + tokens[1:]
@@ -319,27 +317,26 @@ def bigram_start(model, tokens, smooth=20.0):
     often = counts.sum(0) + 1
     counts = counts + smooth * often / often.sum()
     logits = counts.log()
-    # A softmax does not depend on the mean, so counts need not be divided by their sum.
+    # Softmax ignores a row's mean: counts need no division by their sum, the SVD need not fit it.
     logits = logits - logits.mean(1, keepdim=True)
     u, s, v = torch.svd_lowrank(logits, C)
     embed = u * s.sqrt()
-    scale = embed.std(1).mean()                         # norm divides each row by its own std
+    scale = embed.std(1).mean()         # norm divides rows by their std; output multiplies back
     output = v * s.sqrt()
     model.embed.weight.copy_(embed / scale)
     model.lm_head.weight.copy_(output * scale)
 
 
 def next_token_nats(model, rows):
-    """-log P of every token but the first of rows (B,T+1): (B,T), in nats."""
+    """-log P, in nats, of every token but the first of rows (B,T+1), given those before: (B,T)."""
     logits = model(rows[:, :-1])
     return -token_logprobs(logits, rows[:, 1:])
 
 
 @torch.no_grad()
 def bits_per_byte(model, tokens, vocabulary):
-    """-log2 P of tokens (N,) per byte, in full windows of block_size tokens.
-    vocabulary: the bytes of each token. Bits per byte, unlike bits per token, can be compared
-    between tokenizers."""
+    """-log2 P of tokens (N,) per byte of text, over all full windows of block_size tokens.
+    vocabulary: the bytes of each token. Unlike bits per token it compares across tokenizers."""
     T = model.config.block_size
     starts = torch.arange(0, len(tokens) - T, T)
     rows = windows(tokens, starts, T + 1).to(model.embed.weight.device)
@@ -353,25 +350,26 @@ def bits_per_byte(model, tokens, vocabulary):
 
 def pretrain(options, texts, loop):
     """Train a GPT to predict the next token of the plays: the content of pretrain.pt, a dict.
-    loop: a train.Stage, which counts the steps and resumes after a kill."""
+    options: the stage's, from train.TABLE. texts: data.prepare's dict, of token ids (N,). loop: a
+    train.Stage, which yields the steps, saves them now and then, and resumes after a kill."""
     train = texts["train"]
     held_out = texts["held_out"]
     vocabulary = texts["vocabulary"]
     T = options.block_size
     steps = options.pretrain_steps
-    batch = 16
+    batch = 16                                      # windows per step
     if len(held_out) <= T:
         raise data.UserError(f"the held-out text has no {T + 1} tokens. Give a longer --corpus, or "
                              "a smaller --block-size.")
     config = GPTConfig(len(vocabulary), T, options.n_layer, options.n_head, options.n_embd)
     model = GPT(config, options.dtype)
-    if config.n_embd < config.vocab_size:
+    if config.n_embd < config.vocab_size:           # an SVD (V,V) has at most rank V
         bigram_start(model, train)
     model.to(options.device)
 
     rows = share(batch)                             # each process trains on its share of the batch
     weight = (rows.stop - rows.start) / batch
-    # An SVD may differ in its last bits between processes; all begin with the same weights.
+    # An SVD may differ in its last bits between processes; all must start from equal weights.
     average([p.data for p in model.parameters()], weight)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95), eps=1e-10,
                                   weight_decay=0.0, fused=True)
@@ -379,7 +377,7 @@ def pretrain(options, texts, loop):
     n = len(train) - T
 
     for i in loop.steps(steps, model=model, optimizer=optimizer):
-        if i % 100 == 0 or i == 50:                 # with the same random numbers each time
+        if i % 100 == 0 or i == 50:                 # a new Generator: the same numbers each time
             tokens = generate(model, start, 48, generator=torch.Generator())
             loop.show(f"after {i} steps the model writes:", data.decode(vocabulary, tokens[0]))
         starts = torch.randint(n, (batch,))[rows]
@@ -403,17 +401,17 @@ def pretrain(options, texts, loop):
 
 
 def load_gpt(state, device="cpu", dtype=torch.float32):
-    """The GPT of a checkpoint, rebuilt from its "config" and "model" alone."""
+    """The GPT of a checkpoint, state, from its "config" and "model"; dtype: to compute in."""
     model = GPT(GPTConfig(**state["config"]), dtype)
     model.load_state_dict(state["model"])
     return model.to(device)
 
 
 # ---- several processes --------------------------------------------------------------------
-# torchrun starts N copies of train.py, with the same weights and the same random numbers. In
-# the slow parts (pretraining, sampling, reading, updates) each process computes its share of the
-# rows and receives the results of the others. Every process repeats all other work, with the same
-# result. A single process works on all rows and sends nothing.
+# torchrun starts several copies of train.py, with the same weights and random numbers. In the slow
+# parts (pretraining, sampling, reading, updates) each process computes its share of the rows and
+# receives the others' results or, for gradients, their average. All other work every process
+# repeats, with the same result. A single process works on all rows and sends nothing.
 
 def join_processes(device):
     """Join the process group if torchrun started this process. Returns its device."""
@@ -430,7 +428,7 @@ def join_processes(device):
 
 
 def share(n):
-    """This process's share of n rows, as a slice."""
+    """This process's share of n rows: a slice of range(n)."""
     if not dist.is_initialized():
         return slice(0, n)
     i = dist.get_rank()
@@ -454,7 +452,7 @@ def barrier(device):
 
 
 def gather(rows, n):
-    """Collect n rows; rows is this process's share of them. No gradient flows through."""
+    """All n rows (n,...), from each process's share of them, rows. No gradient flows through."""
     if not dist.is_initialized():
         return rows
     # A sum of zero-padded shares, because all_gather would need shares of equal size.
@@ -464,14 +462,14 @@ def gather(rows, n):
 
 
 def average(tensors, weight):
-    """Average each tensor over processes, in place, by weights of sum 1 (None: they are equal)."""
+    """Average tensors over processes, in place, by weights of sum 1; None: they are equal."""
     if dist.is_initialized() and weight is not None:
         for x in tensors:
             all_reduce(x.mul_(weight))
 
 
 def compute_dtype(device):
-    """bfloat16 if this device multiplies it faster than float32, else float32."""
+    """torch.bfloat16 if this device multiplies matrices faster in it, else torch.float32."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -7,14 +7,14 @@ The policy pi starts as a copy of the reference rho and is trained to maximise
     J(pi) = E[score(y)] - beta * KL(pi to rho)          (Ziegler 2019)
 
 The six steps of an iteration have the same numbers in PPO.step and in the README. Two departures
-from the textbook: the value function takes the reward model's score of each prefix as input
-(Stiennon 2020 initialise their critic from the reward model) and is fitted by least squares instead
-of training a network, and each batch is used for one epoch, because the time is better spent on
-fresh samples.
+from the textbook: the value function is no network but a polynomial, fitted by least squares to the
+reward model's score of each prefix (Stiennon 2020 initialise their critic from the reward model);
+and each batch is used for one epoch, because the time is better spent on fresh samples.
 
-A completion is T token ids. If it ends early, PAD (-1) fills the rest, and mask (B,T), 1 for real
-tokens, keeps padding out of every sum. Prompts are padded on the left. Unconditional sampling uses
-one prompt, the blank line before a speech.
+A completion is T token ids. If it ends early, PAD (-1) fills the rest, and mask (B,T), True at real
+tokens, keeps padding out of every sum; where mask is None, all are real. Prompts are padded on the
+left. Unconditional sampling uses one prompt, the blank line before a speech. There is a score per
+completion, a reward per token; ref_kl is in nats per completion, approx_kl in nats per token.
 
     python ppo.py                        a reward of your own, at the end of this file, in a minute
     python train.py --beta 0.1           the study (its part here: sample_reference, tune)
@@ -38,27 +38,27 @@ from gpt import (average, completion_logits, compute_dtype, in_chunks, load_gpt,
                  sample_completions, share, token_logprobs)
 
 MIN_ESS = 100       # the smallest effective sample size at which an optimum is quoted
-KEPT = (1, 2, 4, 8, 16, 32)     # a run keeps copies of the policy after so many iterations
+KEPT = (1, 2, 4, 8, 16, 32)     # checkpoints of the policy are kept after so many iterations
 
 
 # ---- the mathematics: pure functions on plain tensors -------------------------------------
 def _masked(x, mask):
-    """x as float32 (float64 stays), 0 where masked (mask is 0), and the mask as bool."""
+    """x (B,T) as float32 (float64 stays), 0 where mask (B,T) is 0, and the mask as bool."""
     x = x if x.dtype == torch.float64 else x.float()
     mask = torch.ones_like(x).bool() if mask is None else mask.bool()
     return x.masked_fill(~mask, 0.0), mask
 
 
 def masked_mean(x, mask=None):
-    """Mean of x (B,T) over unmasked positions; 0 if there are none."""
+    """Mean of x (B,T) over unmasked positions, a scalar tensor; 0 if there are none."""
     x, mask = _masked(x, mask)
     return x.sum() / mask.sum().clamp(min=1)
 
 
 def kl_penalised_rewards(scores, logprobs, ref_logprobs, beta, mask=None):
-    """Rewards (B,T): per token -beta k1, k1 = log pi_old - log rho; on the last also the score.
-    scores (B,); logprobs and ref_logprobs (B,T) of the sampled tokens, in nats. Each row sums to
-    score - beta * sum of k1 (Ziegler 2019, equation 2). No gradient flows through them.
+    """Rewards (B,T): -beta k1 at each token, k1 = log pi_old - log rho; at the last also the score.
+    scores (B,); logprobs and ref_logprobs (B,T): log pi_old and log rho of the sampled tokens. Each
+    row sums to score - beta * sum of k1 (Ziegler 2019, equation 2). Rewards have no gradient.
 
     >>> logprobs, ref_logprobs = torch.tensor([[-1., -2.]]), torch.tensor([[-2., -2.]])
     >>> kl_penalised_rewards(torch.tensor([1.]), logprobs, ref_logprobs, beta=0.5)
@@ -66,7 +66,7 @@ def kl_penalised_rewards(scores, logprobs, ref_logprobs, beta, mask=None):
     """
     k1, mask = _masked((logprobs - ref_logprobs).detach(), mask)
     rewards = -beta * k1
-    # The last real token is the first at which all real tokens are counted: (B,1).
+    # The last real token: the first position where the count of real tokens is largest, (B,1).
     last = mask.cumsum(1).argmax(1, keepdim=True)
     scores = scores.detach()[:, None].to(k1)
     rewards = rewards.scatter_add(1, last, scores)
@@ -77,16 +77,15 @@ def gae(rewards, values, gamma=1.0, lam=0.8, mask=None):
     """Generalised advantage estimation (Schulman 2015, equation 16): advantages, returns (B,T).
     advantage_t = sum over l >= 0 of (gamma lam)^l delta_{t+l},
     delta_t = reward_t + gamma value_{t+1} - value_t, with value 0 after the last token.
-    returns = advantages + values; PPO.step fits its values to rewards_to_go instead. Masked
-    positions are skipped and come out 0."""
+    rewards, values (B,T). returns = advantages + values; PPO.step fits its values to rewards_to_go
+    instead. Masked positions are skipped and come out 0."""
     rewards, mask = _masked(rewards, mask)
     values, _ = _masked(values, mask)
     advantages = torch.zeros_like(rewards + values)
     advantage = next_value = torch.zeros_like(advantages[:, 0])
     for t in reversed(range(rewards.size(1))):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        # If token t is masked, both keep their values from t + 1.
-        real = mask[:, t]
+        real = mask[:, t]               # if False, both keep their values from t + 1
         advantage = torch.where(real, delta + gamma * lam * advantage, advantage)
         next_value = torch.where(real, values[:, t], next_value)
         advantages[:, t] = advantage
@@ -96,7 +95,7 @@ def gae(rewards, values, gamma=1.0, lam=0.8, mask=None):
 
 
 def rewards_to_go(rewards, mask=None):
-    """The sum of rewards (B,T) from each token to the last: (B,T)."""
+    """The sum of rewards (B,T) from each token, inclusive, to the last: (B,T)."""
     rewards, mask = _masked(rewards, mask)
     to_go = rewards.flip(1).cumsum(1).flip(1)
     return to_go.masked_fill(~mask, 0.0)
@@ -105,9 +104,8 @@ def rewards_to_go(rewards, mask=None):
 def fit_values(so_far, returns, mask):
     """Values (B,T): a forecast of returns (B,T) from so_far (B,T), the score before each token.
     A quadratic polynomial in t, the position from 0 to 1, and k, the score so far, is fitted by
-    least squares: six weights, without a learning rate and many steps. Fitted to the batch they are
-    used on, they have a bias, smaller in larger batches; as they know no words, so has a lambda
-    below 1."""
+    least squares: six weights, no learning rate. Fitted to the batch whose baseline they are, they
+    bias the gradient, less in larger batches; so does a lambda below 1, as they know no words."""
     T = so_far.size(1)
     k = so_far.double().cpu()
     t = (torch.arange(T) / T).expand_as(k)
@@ -115,17 +113,16 @@ def fit_values(so_far, returns, mask):
     terms = torch.stack((one, t, t * t, k, k * t, k * k), dim=-1)       # (B,T,6)
     mask = mask.cpu()
     y = returns.double().cpu()[mask]
-    # gelsd, on the CPU only, gives the smallest weights where the data do not determine them.
+    # gelsd, on the CPU only, gives the smallest weights where data do not determine them (all k 0).
     weights = torch.linalg.lstsq(terms[mask], y[:, None], driver="gelsd").solution
     values = (terms @ weights).squeeze(-1)
     return values.to(returns)
 
 
 def leave_one_out(returns, group):
-    """Leave-one-out advantages: returns (B,T) minus the mean of the group's others, per position.
-    Ahmadian 2024 (RLOO) do so with returns of whole completions. A group is consecutive rows of one
-    prompt. The others' returns do not depend on this completion, so they do not bias the gradient.
-    """
+    """Leave-one-out advantages (B,T): returns (B,T) minus the mean of the group's other rows.
+    Ahmadian 2024 (RLOO) do so for whole completions. A group is that many adjacent rows of one
+    prompt. The others do not depend on this completion, so they do not bias the gradient."""
     assert group > 1, "a completion alone has no others to be compared with"
     grouped = returns.view(-1, group, returns.size(1))
     total = grouped.sum(1, keepdim=True)
@@ -134,12 +131,11 @@ def leave_one_out(returns, group):
 
 
 def whiten_groups(returns, group):
-    """GRPO's advantages (Shao 2024, DeepSeekMath): each score whitened within its group, (B,T).
+    """GRPO's advantages (B,T) (Shao 2024, DeepSeekMath): each score whitened within its group.
     returns (B,T) are the score at every token, because GRPO keeps the penalty out of the rewards
-    and adds beta * mean of k3 (kl_estimates) to the loss. Its optimum (see test_loop.py) differs
-    from J's. E_pi[grad k3] = E_pi[(1 - rho/pi) grad log pi] = -sum of rho grad log pi, because
-    E_pi[grad log pi] is 0: the gradient of the next token's KL(rho to pi), the other direction. And
-    dividing scores by the group's deviation multiplies beta by it."""
+    and adds beta * mean of k3 (kl_estimates) to the loss. Its optimum is not J's (test_loop.py):
+    E_pi[grad k3] = E_pi[(1 - rho/pi) grad log pi] = -E_rho[grad log pi], the gradient of the next
+    token's KL(rho to pi); and dividing scores by the group's deviation multiplies beta by it."""
     scores = returns[:, 0].view(-1, group)
     mean = scores.mean(1, keepdim=True)
     deviation = scores.std(1, correction=0, keepdim=True)
@@ -160,21 +156,21 @@ def whiten(x, mask=None, shift_mean=True):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, clip=0.2, mask=None):
-    """PPO's clipped surrogate (Schulman 2017, equation 7): loss, info.
+    """PPO's clipped surrogate (Schulman 2017, equation 7): loss, info, a scalar and a dict of them.
     loss = -mean(min(ratio A, clip(ratio, 1 - clip, 1 + clip) A)) over unmasked tokens, with ratio =
-    pi / pi_old. info: approx_kl = KL(pi_old to pi), nats per token, by k3; clipfrac = share of
-    tokens with a ratio outside the clip range; ratio = the mean ratio."""
+    pi / pi_old; logprobs, old_logprobs, advantages A: (B,T). info: approx_kl = KL(pi_old to pi),
+    nats per token, by k3; clipfrac = share of ratios outside the clip range; ratio = their mean."""
     # Masked log-ratios and advantages become 0, so they add nothing to any sum.
     log_ratio, mask = _masked(logprobs - old_logprobs.detach(), mask)
     advantages, _ = _masked(advantages.detach(), mask)
-    # Clamp: exp(89) is infinite in float32 and makes the gradient NaN.
+    # Clamped, because exp(89) is infinite in float32 and makes the gradient NaN.
     ratio = log_ratio.clamp(max=80).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     # The minimum: outside the clip range a token can gain nothing more, but it can still lose.
     surrogate = torch.min(ratio * advantages, clipped * advantages)
     with torch.no_grad():
         outside = (ratio - 1).abs() > clip
-        _, _, k3 = kl_estimates(old_logprobs, logprobs)                 # of tokens from pi_old
+        _, _, k3 = kl_estimates(old_logprobs, logprobs)                 # pi_old drew the tokens
         info = {"approx_kl": masked_mean(k3, mask),
                 "clipfrac": masked_mean(outside.float(), mask),
                 "ratio": masked_mean(ratio, mask)}
@@ -183,8 +179,8 @@ def policy_loss(logprobs, old_logprobs, advantages, clip=0.2, mask=None):
 
 def kl_estimates(logprobs, ref_logprobs):
     """Schulman's estimators k1, k2, k3 of KL(pi to rho), for tokens drawn from pi: (B,T), nats.
-    k1 = log pi - log rho, unbiased; k2 = k1^2 / 2, biased; k3 = exp(-k1) - 1 + k1, unbiased
-    and never negative. (exp(k1) - 1 - k1, often seen, estimates another quantity.)"""
+    The arguments are log pi and log rho (B,T). k1 = log pi - log rho, unbiased; k2 = k1^2 / 2,
+    biased; k3 = exp(-k1) - 1 + k1, unbiased, never negative (exp(k1) - 1 - k1 is a common bug)."""
     k1 = logprobs - ref_logprobs
     k2 = k1 ** 2 / 2
     k3 = torch.expm1(-k1) + k1
@@ -192,18 +188,18 @@ def kl_estimates(logprobs, ref_logprobs):
 
 
 def exact_kl(logprobs, ref_logprobs):
-    """KL(pi to rho) of the next token, from log-probabilities (B,T,V): (B,T), nats."""
+    """KL(pi to rho) of each next token, from both log-probabilities (B,T,V): (B,T), nats."""
     log_ratio = logprobs - ref_logprobs
     return (logprobs.exp() * log_ratio).sum(-1)
 
 
 def entropy(logprobs):
-    """Entropy of the next token, from log-probabilities of the vocabulary (B,T,V): (B,T), nats."""
+    """Entropy of each next token, from the log-probabilities (B,T,V): (B,T), nats."""
     return torch.special.entr(logprobs.exp()).sum(-1)
 
 
 def explained_variance(values, returns, mask=None):
-    """1 - Var(returns - values) / Var(returns) over unmasked tokens; 0 if returns do not vary."""
+    """1 - Var(returns - values) / Var(returns), both (B,T), a float; 0 if returns do not vary."""
     returns, mask = _masked(returns, mask)
     variance = returns[mask].var(correction=0)
     unexplained = (returns - values)[mask].var(correction=0)
@@ -215,16 +211,16 @@ def explained_variance(values, returns, mask=None):
 @dataclass
 class AdaptiveKL:
     """The KL controller of Ziegler 2019, section 2.2: adapts .beta to keep ref_kl at its target.
-    ref_kl, a batch's KL(pi to rho), and target: nats per completion; n, horizon: completions."""
+    ref_kl, KL(pi to rho) of a batch of n completions, and target are in nats per completion. In
+    horizon completions beta changes by about a fifth at most."""
     beta: float
     target: float
     horizon: float
 
     def update(self, ref_kl, n):
         """beta *= 1 + clip(ref_kl / target - 1, -0.2, 0.2) * n / horizon; returns the new beta."""
-        # The clip keeps one noisy batch from changing beta much.
         error = ref_kl / self.target - 1
-        error = min(max(error, -0.2), 0.2)
+        error = min(max(error, -0.2), 0.2)      # clipped, as one batch's ref_kl is noisy
         self.beta *= 1 + error * n / self.horizon
         return self.beta
 
@@ -250,8 +246,7 @@ def optimum(scores, beta, log_weights=None):
     base = torch.zeros_like(scores)
     if log_weights is not None:
         base = torch.as_tensor(log_weights, dtype=torch.float64)
-    # Computed in logarithms, because exp(score / beta) overflows for small beta.
-    tilted = base + scores / beta
+    tilted = base + scores / beta       # logarithms, as exp(score / beta) overflows at small beta
     objective = beta * (tilted.logsumexp(-1) - base.logsumexp(-1))       # (P,), or () for (N,)
     weights = tilted.softmax(-1)
     score = (weights * scores).sum(-1)
@@ -267,8 +262,8 @@ def optimum(scores, beta, log_weights=None):
 
 def mixture_log_weights(logprobs, counts):
     """log(rho/q) (N,) of pooled samples; q: the policies' mixture (balance heuristic, Veach 1995).
-    logprobs (K,N): row i holds policy i's log-probability of every sample, row 0 rho's; counts
-    (K,): how many of the N samples each policy drew."""
+    logprobs (K,N): row i holds policy i's log-probability of each completion, row 0 rho's. counts
+    (K,): how many of the N completions each policy drew."""
     counts = torch.as_tensor(counts, dtype=torch.float64)
     logprobs = logprobs.double()
     shares = counts / counts.sum()
@@ -277,9 +272,9 @@ def mixture_log_weights(logprobs, counts):
 
 
 def best_of_n(scores, n):
-    """(expected best score of n samples, upper bound on KL(best-of-n to rho) in nats).
+    """(expected best score of n samples, upper bound on KL(best-of-n to rho) in nats), floats.
     The expectation is over all subsets of n of scores (N,): the i-th smallest, counted from 0, is
-    the best of C(i, n-1) of them. scores (P,N) give the mean over prompts."""
+    the best of C(i, n-1) of them. For scores (P,N) it is the mean over prompts."""
     scores = torch.as_tensor(scores, dtype=torch.float64).cpu()
     scores = scores.sort(-1).values
     N = scores.size(-1)
@@ -297,25 +292,25 @@ def best_of_n(scores, n):
 @dataclass
 class PPOConfig:
     """The settings of a PPO run; TABLE in train.py gives reasons to change them."""
-    beta: float = 0.2
-    algorithm: str = "ppo"              # or simple, rloo, grpo
+    beta: float = 0.2                   # price of a nat of KL, in units of the score
+    algorithm: str = "ppo"              # or simple, rloo, grpo: see PPO.advantages
     iterations: int = 50
     length: int = 64                    # tokens of a completion
-    batch: int = 512                    # completions an iteration
-    group: int = 4                      # completions of each prompt; with one prompt, the batch
-    minibatch: int = 32                 # completions an optimizer step
-    unfrozen: int = 1                   # last blocks that are trained
-    epochs: int = 1
-    lr: float = 1.2e-3
-    clip: float = 0.2
-    lam: float = 0.8
-    max_update_kl: float = 0.02         # nats per token
-    adaptive_kl_target: float = 0.0     # nats per completion
+    batch: int = 512                    # completions per iteration
+    group: int = 4                      # completions per prompt; with one prompt, the whole batch
+    minibatch: int = 32                 # completions per optimizer step
+    unfrozen: int = 1                   # last blocks, which are trained
+    epochs: int = 1                     # passes over each batch
+    lr: float = 1.2e-3                  # of the first iteration; it falls to 0
+    clip: float = 0.2                   # ratios gain nothing outside 1 - clip to 1 + clip
+    lam: float = 0.8                    # GAE's lambda
+    max_update_kl: float = 0.02         # approx_kl, nats per token, that ends an update
+    adaptive_kl_target: float = 0.0     # nats per completion; 0: beta is fixed
     adaptive_kl_horizon: float = 10_000.0       # completions
 
 
 def check_finite(**tensors):
-    """Raise FloatingPointError unless all numbers read from completions are finite."""
+    """Raise FloatingPointError unless all numbers in these tensors, of any shape, are finite."""
     for name, x in tensors.items():
         if not torch.isfinite(x).all():
             raise FloatingPointError(f"{name} of the completions are not finite. Try --fp32 or a "
@@ -328,7 +323,7 @@ def learning_rate(i, config):
 
 
 class PPO:
-    """A PPO run: step(i) does iteration i and returns its metrics; parts holds its saved state.
+    """A PPO run: step(i) does iteration i and returns its metrics; parts holds what resuming needs.
     ref: the GPT rho, copied and frozen. score_fn: completions (B,T) without prompts -> scores (B,),
     or (B,T+1) of all prefixes, the empty one first, for the values. prompts (P,T0); one row for
     unconditional samples. config: a PPOConfig, or train.py's options. end: the token that ends a
@@ -345,8 +340,8 @@ class PPO:
         # Copies, because with shared weights rho would change with pi, and KL would stay 0.
         self.ref = copy.deepcopy(ref).requires_grad_(False)
         self.policy = copy.deepcopy(self.ref)
-        # Only the last blocks and the output layer are trained: fewer weights that can fit noise,
-        # and less to compute, for policy and reference share the output of the frozen blocks.
+        # Only the last blocks and the output layer are trained: fewer weights can fit noise, and
+        # policy and reference share the output of the frozen blocks, which is computed once.
         self.frozen = max(ref.config.n_layer - config.unfrozen, 0)
         self.tuned = slice(self.frozen, None)
         trained = torch.nn.ModuleList([*self.policy.blocks[self.tuned], self.policy.lm_head])
@@ -363,13 +358,13 @@ class PPO:
                       "controller": self.controller}
 
     def logits(self, model, batch):
-        """Logits (B,T,V) of policy or reference from the output of the frozen blocks."""
+        """Logits (B,T,V) of policy or reference, as model, from the frozen blocks' output."""
         return completion_logits(model, batch["prompts"], batch["tokens"], self.tuned,
                                  batch["lower"])
 
     def read(self, prompts, tokens, lower):
-        """Step 2: scores (B,), so_far, logprobs, ref_logprobs (B,T) of completions (B,T).
-        so_far at token t is the score of the tokens before t, from which fit_values forecasts."""
+        """Step 2: scores (B,), so_far, logprobs, ref_logprobs (B,T) of completions tokens (B,T).
+        so_far at token t is the score of the tokens before t. lower: see sample_completions."""
         batch = {"prompts": prompts, "tokens": tokens, "lower": lower}
         scores = self.score_fn(tokens)
         B, T = tokens.shape
@@ -382,14 +377,15 @@ class PPO:
         return scores[:, -1], scores[:, :-1], logprobs, ref_logprobs
 
     def rollout(self):
-        """Steps 1 and 2: sample a batch of completions and read them: a dict of tensors."""
+        """Steps 1 and 2: sample a batch and read it: a dict of tensors, a row per completion."""
         config = self.config
         P = len(self.prompts)
-        # Every prompt is used once before any is used again; its completions are adjacent rows.
+        # Each prompt is used once before any is used again; a group's rows are adjacent.
         groups = torch.arange(config.batch) // self.group
         prompts = self.prompts[torch.randperm(P)[groups % P]]
         tokens, lower = sample_completions(self.policy, prompts, config.length, self.end,
                                            self.frozen)
+        # Half minibatches: their logits fit the processor's cache.
         read = in_chunks(self.read, prompts, tokens, lower, size=(config.minibatch + 1) // 2)
         names = ("scores", "so_far", "logprobs", "ref_logprobs")
         batch = dict(zip(names, read))
@@ -403,7 +399,7 @@ class PPO:
         # 1. and 2. sample completions, read them
         self.batch = batch = self.rollout()
         mask = batch["mask"]
-        # 3. rewards; only GRPO puts the penalty into the loss instead
+        # 3. rewards; GRPO alone puts the penalty into the loss instead
         in_loss = beta if config.algorithm == "grpo" else 0.0
         rewards = kl_penalised_rewards(batch["scores"], batch["logprobs"], batch["ref_logprobs"],
                                        beta - in_loss, mask)
@@ -421,7 +417,7 @@ class PPO:
         return metrics
 
     def advantages(self, rewards, returns, values, mask):
-        """Step 5: the advantage of each token, how much better it was than expected: (B,T)."""
+        """Step 5: advantages (B,T): how much better each token was than expected."""
         algorithm = self.config.algorithm
         if algorithm == "grpo":
             return whiten_groups(returns, self.group)
@@ -435,9 +431,9 @@ class PPO:
         return whiten(advantages, mask)
 
     def update(self, batch, lr, kl_in_loss=0.0):
-        """Step 6: epochs of minibatches over the batch. Returns metrics, means over steps taken.
+        """Step 6: epochs of minibatches over rollout()'s batch. Returns metrics, means over steps.
         Stops early, before the step, at a minibatch whose approx_kl exceeds max_update_kl.
-        kl_in_loss: GRPO's beta."""
+        kl_in_loss: GRPO's beta, else 0."""
         config = self.config
         minibatches = []
         infos = []
@@ -470,7 +466,7 @@ class PPO:
     @torch.no_grad()
     def describe(self, batch):
         """Metrics of the policy that sampled the batch, before its update: a dict of floats.
-        exact_kl and entropy need logits (B,T,V), so they use only 16 completions."""
+        exact_kl and entropy need logits (B,T,V) of both models, so they use 16 completions only."""
         beta = self.controller.beta
         scores = batch["scores"]
         k1, mask = _masked(batch["logprobs"] - batch["ref_logprobs"], batch["mask"])
@@ -493,7 +489,7 @@ class PPO:
 # ---- what a run reached -------------------------------------------------------------------
 def bootstrap(function, *samples):
     """Bootstrap standard errors (Efron 1979) of function(*samples), K numbers: a list of K.
-    The last dimension of samples (...,P,N), completions of P fixed prompts, is drawn anew."""
+    100 times, the N completions of samples (...,P,N) are drawn anew; the P prompts are fixed."""
     again = []
     for _ in range(100):
         drawn = [x[..., torch.randint(x.size(-1), x.shape[-1:])] for x in samples]
@@ -503,11 +499,11 @@ def bootstrap(function, *samples):
 
 def pool(rho, pi):
     """Pool samples of rho (K,P,M) and pi (K,P,N): (K,P,M+N), and their log(rho/q) (P,M+N).
-    Row 0 holds scores, row 1 log pi - log rho; q is the mixture of rho and pi. With pi's samples
-    optimum() reaches smaller betas."""
+    Row 0 of K holds scores, row 1 log pi - log rho; q is the mixture of rho and pi. With pi's
+    samples the ESS is larger, so optimum() reaches smaller betas."""
     both = torch.cat((rho, pi), dim=-1)
     log_ratio = both[1].flatten()
-    # Only the ratio matters, so rho's own log-probability may be 0.
+    # Only rho/q matters, so log pi - log rho and 0 can stand for log pi and log rho.
     logprobs = torch.stack((torch.zeros_like(log_ratio), log_ratio))
     counts = (rho[1].numel(), pi[1].numel())
     log_weights = mixture_log_weights(logprobs, counts)
@@ -515,12 +511,12 @@ def pool(rho, pi):
 
 
 def compare(rho, pi, beta):
-    """J(pi) and the optimum from samples as in pool(): a dict.
+    """J(pi) and the optimum, from samples of rho and pi as in pool(): a dict.
     objective = J(pi); reference_objective = J(rho); optimum: optimum()'s dict; fraction_of_optimum
     = (J(pi) - J(rho)) / (J* - J(rho)); kl_to_optimum = KL(pi to pi*) = (J* - J(pi)) / beta."""
     both, log_weights = pool(rho, pi)
     best = optimum(both[0], beta, log_weights)
-    # The sampled log ratio, not exact_kl: near pi*, score - beta * log ratio has little variance.
+    # The sampled log-ratio, not exact_kl: near pi*, score - beta * log-ratio has little variance.
     objective = (pi[0] - beta * pi[1]).mean().item()
     start = rho[0].mean().item()
     return {"objective": objective,
@@ -548,9 +544,9 @@ def fraction_of_optimum(rho, pi, beta):
 
 
 def frontier(samples, log_weights):
-    """Rows [KL, score, judge] of the optimum at each beta where its ess is at least MIN_ESS.
-    samples (3,P,N), log_weights: of pool(). Row 2 holds the judge's scores, whose mean under the
-    optimum's weights is what selection alone does to the judge."""
+    """Rows [KL in nats, score, judge] of pi* at each beta, 100 to 0.01, where ess >= MIN_ESS.
+    samples (3,P,N), log_weights (P,N): of pool(). Row 2 of samples holds the judge's scores, whose
+    mean under pi*'s weights is what selection alone, without training, does to them."""
     rows = []
     for beta in torch.logspace(2, -2, 81).tolist():
         best = optimum(samples[0], beta, log_weights)
@@ -562,7 +558,7 @@ def frontier(samples, log_weights):
 
 
 def best_of_n_rows(scores):
-    """Rows [n, expected best score of n samples, its standard error, upper bound on KL]."""
+    """Rows [n, expected best of n scores (P,N), its standard error, upper bound on KL in nats]."""
     rows = []
     for n in (1, 4, 16, 64, 256):
         if n <= scores.size(-1):
@@ -574,15 +570,15 @@ def best_of_n_rows(scores):
 
 # ---- the study's stages -------------------------------------------------------------------
 def repeat(prompts, n):
-    """prompts (P,T0), each repeated n // P times in adjacent rows, but at least once."""
+    """prompts (P,T0), each repeated max(n // P, 1) times in adjacent rows."""
     return prompts.repeat_interleave(max(n // len(prompts), 1), 0)
 
 
 def sample_reference(options, texts, pretrained, rewarded, judged, loop):
-    """Samples of rho, and the mean and std that scale log P(toward) to a score: rho.pt, a dict.
-    Task "speeches" has one prompt, the boundary before a speech, and no end token. Task "continue"
-    has openings of speeches as prompts, from the training plays for PPO and from held-out plays for
-    measuring (test_prompts); the completion ends with the speech."""
+    """Samples of rho (N,T), and mean and std that scale log P(toward) to a score: rho.pt, a dict.
+    texts, pretrained, rewarded, judged: earlier stages' dicts. Task "speeches" has one prompt, the
+    boundary before a speech, and no end token. Task "continue" has openings of speeches as prompts,
+    of training plays for PPO, of held-out ones for measuring; a completion ends with the speech."""
     prompts = test_prompts = torch.full((1, 1), texts["start"])
     end = None
     if options.task == "continue":
@@ -604,14 +600,15 @@ def sample_reference(options, texts, pretrained, rewarded, judged, loop):
 
 
 def load_scorer(options, state, rho):
-    """The score_fn of a reward model or judge: tokens (B,T) -> scores of all prefixes (B,T+1)."""
+    """The score_fn of state, reward.pt or judge.pt: tokens (B,T) -> scores of prefixes (B,T+1)."""
     model = reward.load_reward(state, options.device, options.dtype)
     scale = rho["scales"][state["kind"]][options.toward]
     return lambda tokens: reward.score(model.prefixes(tokens), **scale, toward=options.toward)
 
 
 def tune(options, pretrained, rewarded, judged, rho, loop):
-    """PPO on the reward model at one beta: the content of ppo_*.pt, policy and results, a dict."""
+    """PPO on the reward model at one beta: the content of ppo_*.pt, policy and results, a dict.
+    rho: rho.pt. loop: a train.Stage. The other arguments are as in sample_reference."""
     ref = load_gpt(pretrained, options.device, options.dtype)
     score_fn = load_scorer(options, rewarded, rho)
     judge_fn = load_scorer(options, judged, rho)
@@ -623,7 +620,7 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
              "explained_variance"]
 
     for i in loop.steps(options.iterations, **run.parts):
-        if i in KEPT:
+        if i in KEPT:                   # i iterations are done
             loop.keep(f"after{i}", **about, model=run.policy.state_dict())
         metrics = run.step(i)
         tokens = run.batch["tokens"]
@@ -639,7 +636,7 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
 
 
 def log_ratios(policy, ref, prompts, tokens):
-    """log pi(y) - log rho(y) of completions (B,T): (B,), nats. Its mean over pi's is ref_kl."""
+    """log pi(y) - log rho(y) of completions (B,T): (B,), nats. Their mean over pi's is ref_kl."""
     logits = completion_logits(policy, prompts, tokens)
     ref_logits = completion_logits(ref, prompts, tokens)
     log_ratio = token_logprobs(logits, tokens) - token_logprobs(ref_logits, tokens)
@@ -647,7 +644,7 @@ def log_ratios(policy, ref, prompts, tokens):
 
 
 def evaluate(options, run, judge_fn, rho):
-    """A finished run's results, a dict, on fresh samples of pi and rho's, of the test prompts."""
+    """A finished run's results, a dict, on the test prompts: fresh samples of pi, and rho's."""
     def read(prompts, tokens):
         scores = run.score_fn(tokens)[:, -1]
         ratios = log_ratios(run.policy, run.ref, prompts, tokens)
@@ -668,7 +665,7 @@ def evaluate(options, run, judge_fn, rho):
     score, ref_kl, judged_score = new.mean((1, 2)).tolist()
     scale = rho["scales"]["reward"][options.toward]
     p = (new[0] * scale["std"] + scale["mean"]).exp().mean().item()     # P(toward)
-    with warnings.catch_warnings(action="ignore"):      # fraction_of_optimum checks the ESS
+    with warnings.catch_warnings(action="ignore"):      # both functions check the ESS
         known = fraction_of_optimum(old, new, beta)
         rows = frontier(*pool(old, new))
     return {"beta": beta,
@@ -727,7 +724,7 @@ def main():
 
 
 def my_reward(text):
-    """Replace this: a number for a text, which may be any prefix, even the empty one.
+    """Replace this: the score of a text, which may be any prefix of one, even the empty string.
     Here: how many lines end with an exclamation mark."""
     lines = text.split("\n")
     return sum(line.endswith("!") for line in lines)

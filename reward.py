@@ -1,10 +1,11 @@
 """The reward model: how positive does a passage feel? A classifier head on the GPT.
 
-Read this file second, after gpt.py. A Bag of words sums one number per word. RewardModel reads the
-words in context: a linear head on the first block of the pretrained GPT, frozen, contributes one
-number per token. It learns from rated passages, with soft targets (rating + 2) / 4, and is told the
-ratings of single words (labels/words.csv), which five megabytes of plays do not teach. A Bag fitted
-to other plays, without word ratings, is the judge: it measures PPO and is never optimised.
+Read this file second, after gpt.py. P(positive) is the sigmoid of a passage's log-odds, a sum over
+its tokens. In a Bag of words each word has one number. RewardModel reads words in context: each
+token's number comes from a linear head on the first block of the pretrained GPT, frozen. Both learn
+from rated passages, with soft targets (rating + 2) / 4. RewardModel is also told the ratings of
+single words (labels/words.csv), which five megabytes of plays do not teach. The judge is a Bag
+fitted to other plays, without word ratings: it measures PPO and is never optimised.
 
     python train.py --until reward               trains both, prints their held-out metrics
     python reward.py --score FILE.jsonl          prints each line {"text": ...} with "positive": p
@@ -25,30 +26,31 @@ from gpt import GPT, GPTConfig, in_chunks, load_gpt, norm
 ENOUGH = 100            # rated samples that suffice to calibrate on samples alone
 LETTERS = 7             # words are cut to 7 letters, so kindness and kindnesses share a number
 # Ratings are split by play, so that no play is in two splits; a passage of no play is hashed by its
-# words. Entry i is the use of fold i. "report" is never trained on, and its plays (fold 0) are held
-# out from pretraining too; "choose" is for calibration and for tuning settings.
+# words. Entry i says what fold i is for. "report" is never trained on, and its plays (fold 0) are
+# held out from pretraining too; "choose" is for calibration and for choosing settings.
 PARTS = ["report", "choose", "judge", "judge", *["reward"] * 6]
 
 
 # ---- the models ---------------------------------------------------------------------------
 class Bag(torch.nn.Module):
-    """A bag of words: log-odds of positive are bias + scale * the sum of tokens' contributions."""
+    """A bag of words: log-odds of positive = bias + scale * the sum of tokens' contributions.
+    vocabulary: the bytes of each token. words: {word, cut to LETTERS: number}."""
 
     def __init__(self, vocabulary, words):
         super().__init__()
-        self.words = words                  # {first letters: rating, -2 to 2; after fit() number}
+        self.words = words          # ratings, -2 to 2; in a Bag, after fit(), contributions
         # " Love", "LOVE" and "love" count as one word. PAD = -1 indexes the last entry, "".
         self.spelling = [token.decode("ascii", "replace").lower() for token in [*vocabulary, b""]]
         self.register_buffer("scale", torch.ones(1))
         self.register_buffer("bias", torch.zeros(1))
 
     def prefixes(self, tokens):
-        """Log-odds (B,T+1) of all prefixes (0 to T tokens) of tokens (B,T), padded right."""
+        """Log-odds of positive (B,T+1) of the first 0, 1 ... T of tokens (B,T), padded right."""
         sums = self.contributions(tokens).cumsum(1)
         return self.bias + self.scale * F.pad(sums, (1, 0))
 
     def forward(self, tokens, mask=None):
-        """Log-odds of positive (B,) of tokens (B,T); PAD and masked tokens are ignored."""
+        """Log-odds of positive (B,) of tokens (B,T), but for PAD and where mask (B,T) is 0."""
         if mask is not None:
             tokens = tokens.masked_fill(mask == 0, PAD)
         # A stable sort moves padding, wherever it is, to the right of the real tokens.
@@ -56,14 +58,15 @@ class Bag(torch.nn.Module):
         return self.prefixes(tokens.gather(1, order))[:, -1]
 
     def find_words(self, tokens):
-        """Yield the word so far at each of tokens (B,T), row by row; "" if PAD or had before."""
-        # "My", " gra", "cious", " lord" give "my", "gra", "graciou", "lord": a word counts once.
+        """Yield, at each of tokens (B,T) row by row, the word so far; "" at PAD and at repeats."""
+        # "My", " gra", "cious", " lord" give "my", "gra", "graciou", "lord". A repeated word does
+        # not add its number again; otherwise PPO could write one positive word over and over.
         for ids in tokens.tolist():
             word = ""
             seen = set()
             for i in ids:
                 token = self.spelling[i]
-                # BPE splits words into tokens: a letter right after a letter continues the word.
+                # BPE splits words into tokens: a letter right after a letter continues a word.
                 if not (word[-1:] + token[:1]).isalpha():
                     word = ""
                 word = (word + token.strip())[:LETTERS]
@@ -71,21 +74,21 @@ class Bag(torch.nn.Module):
                 seen.add(word)
 
     def contributions(self, tokens):
-        """Each token's contribution, words[the word so far] or 0: tokens (B,T) -> (B,T)."""
+        """Each token's number, self.words[the word so far] or 0: tokens (B,T) -> (B,T)."""
         numbers = [self.words.get(word, 0) for word in self.find_words(tokens)]
         return torch.tensor(numbers, device=tokens.device).view_as(tokens)
 
     def fit(self, tokens, targets, weights, loss):
-        """Fit the words' numbers to passages (N,T), soft targets (N,) and weights (N,)."""
+        """Fit the words' numbers to tokens (N,T), with soft targets and weights (N,), by loss."""
         names = sorted({"", *self.words, *self.find_words(tokens)})
-        # A number is shrunk toward 0.2 * its word's rating, which a word never seen keeps.
+        # The ridge shrinks a number to 0.2 * its word's rating; words not in tokens keep that.
         start = 0.2 * targets.new_tensor([self.words.get(name, 0) for name in names])
-        # For now a word's number is its index in names.
+        # For now a word's number is its index in names: contributions() gives indices.
         self.words = {name: i for i, name in enumerate(names)}
         columns = self.contributions(tokens)                                # (N,T)
 
         def sums(numbers):
-            # Not numbers[columns]: with several threads the bits of its backward pass vary.
+            # Not numbers[columns], whose gradient's last bits vary with several threads.
             added = numbers.gather(0, columns.flatten()).view_as(columns)
             return (added * (columns > 0)).sum(1)           # index 0, "", adds nothing
 
@@ -94,7 +97,7 @@ class Bag(torch.nn.Module):
 
 
 class RewardModel(Bag):
-    """The reward model: a linear head on the first blocks of gpt, which is modified.
+    """The reward model: a linear head on the first blocks of gpt, from which the rest is deleted.
     It reads each token's hidden state, and the hidden state times the rating of the word so far:
     so the context of a word decides how much its rating counts."""
 
@@ -105,7 +108,7 @@ class RewardModel(Bag):
         self.head = torch.nn.Parameter(torch.zeros(2 * gpt.config.n_embd + 2))
 
     def features(self, tokens):
-        """The head's input at each token (B,T,2C+2): x and rating * x, x = (hidden state, 1)."""
+        """The head's input (B,T,2C+2) at tokens (B,T): x and rating * x, x = (hidden state, 1)."""
         # Attention is causal, so the features of a prefix do not depend on what follows.
         hidden = norm(self.trunk.stream(tokens)).float()                    # (B,T,C)
         x = F.pad(hidden, (0, 1), value=1.0)
@@ -113,32 +116,33 @@ class RewardModel(Bag):
         ratings = super().contributions(tokens)[..., None]                  # (B,T,1)
         return torch.cat((x, ratings * x), dim=-1)
 
-    def contributions(self, tokens):
+    def contributions(self, tokens):        # (B,T) -> (B,T): as in Bag, but from the head
         return self.features(tokens) @ self.head
 
     def fit(self, tokens, targets, weights, loss):
-        """Fit the head alone: fine-tuning the trunk predicts no better (results/README.md)."""
+        """As Bag.fit, but the head alone: training the trunk does not help samples (results/)."""
         x = in_chunks(lambda rows: self.features(rows).sum(1), tokens)      # (N,2C+2)
-        # Ridges from 100 to 30,000 predict "choose" equally well; a large one is a smoother reward.
+        # A passage's log-odds are the head times its summed features. Ridges of 100 to 30,000
+        # predict "choose" equally well; a large one makes a smoother reward.
         self.head.data, _ = regress(x.mv, self.head.data, targets, weights, 10_000.0, loss)
 
 
-# Cross-entropy with soft targets from 0 to 1 (neutral: 1/2), elementwise, in nats.
+# Cross-entropy of log-odds (N,) with soft targets (N,), 0 to 1 (neutral: 1/2): (N,), in nats.
 soft_loss = partial(F.binary_cross_entropy_with_logits, reduction="none")
 
 
 def comparison_loss(log_odds, targets):
-    """Bradley-Terry, RLHF's usual loss: -log sigmoid(better - worse log-odds), nats (N,)."""
+    """Bradley-Terry, RLHF's usual loss: -log sigmoid(better - worse log-odds): (N,), in nats."""
     generator = torch.Generator().manual_seed(0)            # the same pairs in every call
-    # Each passage is compared with 8 random others; from a tie nothing is learnt.
+    # Each passage is compared with 8 random ones; a tie's loss is constant, without a gradient.
     other = torch.randint(len(targets), (8, len(targets)), generator=generator)     # (8,N)
     better = (targets - targets[other]).sign()              # 1, -1, or 0 (tie)
     return -F.logsigmoid(better * (log_odds - log_odds[other])).mean(0)
 
 
 def regress(linear, start, targets, weights=1.0, ridge=0.0, loss=soft_loss):
-    """Logistic regression: weight and bias (1,) of log-odds linear(weight) + bias (N,).
-    The ridge shrinks weight toward start. targets (N,) are soft, weights (N,) count passages."""
+    """Logistic regression: weight and bias (1,) of the log-odds linear(weight) + bias (N,).
+    Minimises sum(weights * loss), targets and weights (N,), plus ridge/2 * |weight - start|^2."""
     weight = start.clone().requires_grad_()
     bias = targets.new_zeros(1, requires_grad=True)
     # The loss is convex, so L-BFGS finds its minimum without a learning rate.
@@ -156,20 +160,20 @@ def regress(linear, start, targets, weights=1.0, ridge=0.0, loss=soft_loss):
 
 
 def calibrate(model, tokens, targets):
-    """Set a fitted model's scale and bias (Platt 1999) on passages that it was not trained on."""
-    # fit() leaves the bias out: comparisons do not determine it.
+    """Set model's scale and bias (Platt 1999) on tokens (N,T), targets (N,) that are new to it."""
+    # fit() does not keep its bias, which comparisons do not determine.
     log_odds = in_chunks(model, tokens)
     model.scale, model.bias = regress(log_odds.mul, model.scale, targets)
 
 
 def score(log_odds, mean, std, toward="positive"):
-    """The score r(y) = (log P(toward) - mean) / std, which PPO maximises, from log-odds (B,)."""
+    """The score r(y) = (log P(toward) - mean) / std, which PPO maximises; log_odds of any shape."""
     toward_odds = log_odds if toward == "positive" else -log_odds
     return (F.logsigmoid(toward_odds) - mean) / std
 
 
 def score_constants(log_odds):
-    """Mean and std of log P(toward) over samples of rho with log-odds (N,), of each toward."""
+    """{toward: {"mean", "std"}} of log P(toward), nats, over samples of rho with log-odds (N,)."""
     constants = {}
     for toward in ("positive", "negative"):
         log_p = score(log_odds, 0.0, 1.0, toward)
@@ -180,7 +184,8 @@ def score_constants(log_odds):
 
 # ---- ratings and measures -----------------------------------------------------------------
 def read_ratings(labels=None):
-    """Passages {part: [(text, rating, is_sample)]} and words {first letters: their mean rating}."""
+    """{"passages": {part: [(text, rating, is_sample)]}, "words": {first letters: mean rating}}.
+    Ratings are -2 to 2. labels: CSV files of passages, in place of ours."""
     folder = data.HERE / "labels"
     names = ("passages.csv", "more_passages.csv", "samples.csv")
     passages = {part: [] for part in PARTS}
@@ -200,7 +205,7 @@ def read_ratings(labels=None):
 
 
 def prepare(passages, vocabulary, length):
-    """Rated passages as tensors: tokens (N,length), soft targets (N,) and is_sample (N,)."""
+    """Rated passages as tensors: tokens (N,length), soft targets (N,), is_sample (N,) bool."""
     texts, ratings, is_sample = zip(*passages)
     ids = data.make_tokenizer(vocabulary).encode_ordinary_batch(texts)
     targets = (torch.tensor(ratings) + 2) / 4
@@ -208,16 +213,16 @@ def prepare(passages, vocabulary, length):
 
 
 def rating_metrics(log_odds, targets):
-    """How well log-odds (N,) of positive predict soft targets (N,): a dict of numbers."""
+    """How well log-odds (N,) predict soft targets (N,): a dict of numbers, log_loss in nats."""
     p = log_odds.sigmoid()
     # Pearson's r is the cosine similarity of the centred vectors.
     pearson = F.cosine_similarity(p - p.mean(), targets - targets.mean(), dim=0)
-    # For each pair of a better and a worse passage: 1 if the better has the higher p, -1 if not.
+    # For each pair of a better and a worse passage: 1 if the better has the higher p, else -1.
     better = p[targets > 0.5]
     worse = p[targets < 0.5]
     wins = (better[:, None] - worse).sign()
     auc = (1 + wins.mean().nan_to_num()) / 2            # without any pair: 1/2
-    # Above 1 the model is underconfident, below 1 overconfident.
+    # The calibration slope: above 1 the model is underconfident, below 1 overconfident.
     slope, _ = regress(log_odds.mul, targets.new_ones(1), targets)
     log_loss = soft_loss(log_odds, targets).mean()
     return {"n": len(p),
@@ -228,7 +233,8 @@ def rating_metrics(log_odds, targets):
 
 
 def fit_reward(options, pretrained, rated, loop):
-    """Fit the reward model that PPO optimises: the content of reward.pt, a dict."""
+    """Fit the reward model that PPO optimises: the content of reward.pt, a dict.
+    options: the stage's. pretrained: pretrain.pt. rated: read_ratings(). loop: a train.Stage."""
     vocabulary, words = pretrained["vocabulary"], rated["words"]
     model = Bag(vocabulary, words)
     if options.reward_model == "head":
@@ -238,13 +244,13 @@ def fit_reward(options, pretrained, rated, loop):
 
 
 def fit_judge(options, pretrained, rated, loop):
-    """Fit the judge, which PPO never optimises: the content of judge.pt, a dict."""
+    """Fit the judge, which PPO never optimises: the content of judge.pt; as fit_reward."""
     model = Bag(pretrained["vocabulary"], {})
     return fit_ratings(options, pretrained, rated, loop, model, "judge", soft_loss)
 
 
 def fit_ratings(options, pretrained, rated, loop, model, part, loss):
-    """Fit a model to its part of the ratings, calibrate it on "choose", measure it on "report"."""
+    """Fit model to its part of the ratings, calibrate it on "choose", measure it on "report"."""
     vocabulary = pretrained["vocabulary"]
     with torch.device(options.device):                  # where the tensors are made
         learn, choose, report = [
@@ -254,7 +260,7 @@ def fit_ratings(options, pretrained, rated, loop, model, part, loss):
     # Samples of models count twice: PPO asks the reward model about samples.
     model.to(options.device).fit(tokens, targets, 1 + is_sample, loss)
     tokens, targets, is_sample = choose
-    # Samples are PPO's kind of text; if they are too few, calibrate on all passages.
+    # Samples are PPO's kind of text; if they are fewer than ENOUGH, calibrate on all passages.
     rows = is_sample | (is_sample.sum() < ENOUGH)
     calibrate(model, tokens[rows], targets[rows])
     tokens, targets, is_sample = report
@@ -265,9 +271,8 @@ def fit_ratings(options, pretrained, rated, loop, model, part, loss):
             measures[kind] = rating_metrics(log_odds[rows], targets[rows])
             print("{} model, {n} held-out {}: Pearson {pearson:.3f}, AUC {auc:.3f}, "
                   "calibration slope {slope:.2f}".format(part, kind, **measures[kind]))
-    # Show the three most negative and the three most positive.
     order = log_odds.argsort().tolist()
-    for i in order[:3] + order[-3:]:
+    for i in order[:3] + order[-3:]:        # the three most negative and the three most positive
         text = data.decode(vocabulary, tokens[i])
         loop.show(f"P(positive) {log_odds[i].sigmoid():.2f}", text)
     return {"model": model.state_dict(),
@@ -279,7 +284,7 @@ def fit_ratings(options, pretrained, rated, loop, model, part, loss):
 
 
 def load_reward(state, device="cpu", dtype=torch.float32):
-    """The frozen model of a reward.pt or judge.pt checkpoint."""
+    """The frozen Bag or RewardModel of state, a reward.pt or judge.pt checkpoint."""
     told = state["vocabulary"], state["words"]
     model = Bag(*told)
     if "head" in state["model"]:

@@ -1,10 +1,10 @@
-"""Look at the results: samples, blind ratings, figures and the report. It holds no RLHF.
+"""Look at the results: samples, blind ratings, figures and the report. This file holds no RLHF.
 
 Positive Prob is P(positive) by the reward model. ref_kl is log pi - log rho of a completion, in
 nats; its mean is KL(pi to rho), unless --temperature or --top-k changes the sampling.
 
     python sample.py --checkpoint out/ppo_beta0.2.pt --num 20   samples with Positive Prob
-    python sample.py --rate out/pretrain.pt out/ppo_beta0.2.pt  rate blind; to label: one, or plays
+    python sample.py --rate out/pretrain.pt out/ppo_beta0.2.pt  rate samples of both, blind
     python sample.py --report out                               figures, report.md, summary.json
 """
 
@@ -40,7 +40,7 @@ way from rho to J*; judge: the score by a model never optimised.\n
 {judge[val_log_loss]:.3f} |\n
 ![](figures/frontier.png)\n\n![](figures/ppo.png)\n\n```\n{samples}```
 """
-# A run's row and line; where the effective sample size is too small, J* is not known.
+# A run's row in the table and its printed line, if J* is known; if the ESS is too small, UNKNOWN.
 KNOWN = """| {label} | {score:.2f} | {judge:.2f} | {positive:.2f} | {ref_kl:.2f} | \
 {objective:.2f} ± {objective_se:.2f} | {optimum[objective]:.2f} ± {optimum[objective_se]:.2f} | \
 {optimum[ess]:.0f} | {fraction_of_optimum:.2f} ± {fraction_se:.2f} | {kl_to_optimum:.2f} |
@@ -55,7 +55,7 @@ METRICS = """objective score judge ref_kl policy_loss clipfrac
 
 
 def load_beside(path, state, kind):
-    """The checkpoint kind.pt in path's folder. Raises UserError if state was not made from it."""
+    """The checkpoint kind.pt beside path; UserError if path's state was not made from it."""
     beside = data.load_checkpoint(path.parent / f"{kind}.pt")
     if beside["key"] != state["inputs"][kind]:
         raise UserError(f"{kind}.pt beside {path} is of another study. Run train.py again.")
@@ -64,9 +64,9 @@ def load_beside(path, state, kind):
 
 @torch.no_grad()
 def draw(path, num, seed=0, prompt="", temperature=1.0, top_k=None):
-    """Yield num samples of a checkpoint's policy: dicts of text, positive and ref_kl."""
+    """Yield num samples of a checkpoint's policy: dicts of text, positive (0 to 1) and ref_kl."""
     state = data.load_checkpoint(path, "pretrain", "ppo")
-    # rho gets the same prompts as the policies tuned from it.
+    # The pretrained model gets the same prompts as the policies tuned from it.
     if state["kind"] == "ppo":
         rho = load_beside(path, state, "rho")
     else:
@@ -88,7 +88,7 @@ def draw(path, num, seed=0, prompt="", temperature=1.0, top_k=None):
 
 # ---- ratings ------------------------------------------------------------------------------
 def read_ratings(path):
-    """The rows of a ratings file: dicts of text, rating, sense and drawn_from."""
+    """The rows of a ratings file: an iterator of dicts of text, rating, sense and drawn_from."""
     text = data.read_text(path)
     if not text.startswith(HEADER):
         raise UserError(f"{path} does not begin with {HEADER.strip()}. Give another file.")
@@ -115,7 +115,7 @@ def rate(args):
             random.shuffle(texts)
         else:
             texts = [row["text"] for row in draw(path, args.num, args.seed)]
-        # A model can write any byte; a CSV file does not preserve these two.
+        # A model can write any character; a CSV file does not preserve these two.
         passages += [(re.sub("[\0\r]", " ", text), path.stem) for text in texts[:args.num]]
     random.shuffle(passages)
     if not args.ratings.exists():
@@ -132,13 +132,13 @@ def rate(args):
         # Append each row at once, so that no crash loses it.
         with open(args.ratings, "a", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerow([text, feeling, sense, name])
-    # Results are shown only at the end: a reader who resumes must still be blind.
+    # Show no results before the end: a reader who resumes must still be blind.
     print(f"\nAll are rated. In numbers: python results/readers.py {args.ratings}")
 
 
 # ---- the report ---------------------------------------------------------------------------
 def drift_axis(axis, ylabel):
-    """Prepare an axis for what is drawn against KL(pi to rho)."""
+    """Prepare a matplotlib axis whose x is KL(pi to rho), on a root scale."""
     # Scores at first grow linearly with the square root of the KL (Gao 2022).
     axis.set_xscale("function", functions=(lambda kl: kl.clip(0) ** 0.5, lambda root: root ** 2))
     # A margin would reach below 0, which has no root.
@@ -146,9 +146,8 @@ def drift_axis(axis, ylabel):
 
 
 def draw_figures(runs, folder):
-    """frontier.png: score and judge against KL. ppo.png: PPO's metrics by iteration."""
-    # Plot column y of rows against column x. matplotlib leaves out what is None.
-    def plot(axis, rows, x, y, style, **options):
+    """Draw load_runs' runs: frontier.png, scores against KL; ppo.png, metrics by iteration."""
+    def plot(axis, rows, x, y, style, **options):       # column y against x; None is left out
         axis.plot([row[x] for row in rows], [row[y] for row in rows], style, **options)
 
     frontier, panels = [Figure(figsize=(13, y), layout="constrained") for y in (5, 9)]
@@ -158,7 +157,7 @@ def draw_figures(runs, folder):
         color = f"C{i}"
         for axis, key, column in ((left, "score", 1), (right, "judge", 2)):
             drift_axis(axis, f"{key}, standard deviations of rho's")
-            # The path ends in a dot, the finished policy.
+            # The line of the training run ends in a dot, the finished policy.
             plot(axis, [*run["history"], run], "ref_kl", key, color + "o-", markevery=[-1],
                  label=run["label"])
             plot(axis, run["frontier"], 0, column, "k")
@@ -169,7 +168,7 @@ def draw_figures(runs, folder):
             axis.set_title(key)
             plot(axis, run["history"], "step", key, color, label=run["label"])
             plot(axis, logged, "step", key, color, alpha=0.3)
-        # Star and dotted line are not drawn if J* is not known.
+        # The optimum's star and dotted line; not drawn if J* is not known.
         plot(left, [run["optimum"]], "ref_kl", "score", color + "*", ms=14, zorder=3)
         axes[0].hlines(run["optimum"]["objective"], 1, run["iterations"], color, "dotted")
     left.legend(title="black: the optimum\ngrey: best of n\nPPO, beta:")
@@ -180,21 +179,20 @@ def draw_figures(runs, folder):
 
 
 def load_runs(out, rho):
-    """Yield a folder's finished PPO runs that were made with its rho.pt, with their results."""
+    """Yield the finished PPO runs in folder out made from rho, its rho.pt: dicts with results."""
     for path in sorted(out.glob("ppo_*.pt")):
         run = data.load_checkpoint(path)
-        result = run.get("result")          # an intermediate policy has none
+        result = run.get("result")          # a policy kept during a run has none
         if result and run["inputs"]["rho"] == rho["key"]:
             result["seconds_per_iteration"] = run["seconds"] / result["iterations"]
-            # The algorithm is told only where it is not PPO.
+            # The algorithm is named only where it is not PPO.
             label = re.sub("ppo_|beta|, ppo", "", f"{path.stem}, {run['inputs']['algorithm']}")
             yield {**run, **result, "path": path, "label": label}
 
 
 def report(out):
-    """Write a study's figures/*.png, samples/*.txt, summary.json, report.md; print samples."""
-    # Keep 20 samples of a checkpoint; show the first, as lines.
-    def first_sample(path):
+    """Write figures/*.png, samples/*.txt, summary.json, report.md in folder out; print samples."""
+    def first_sample(path):             # write 20 samples; return the first, as lines
         texts = [SAMPLE.format_map(row) for row in draw(path, 20)]
         data.write_file(out / f"samples/{path.stem}.txt", "\n".join(texts))
         return texts[0].split("\n")
@@ -212,7 +210,7 @@ def report(out):
         if name == "pretrain":
             summary[name] = {key: state[key] for key in ("parameters", "val_bits_per_byte")}
         elif name != "data":
-            # The metrics on passages, or on samples if the labels have no passages.
+            # Those on passages, which come first, or on samples if the labels have no passages.
             metrics, *_ = state["report"].values()
             metrics = {f"val_{key}": x for key, x in metrics.items()}
             summary[name] = metrics | rho["scales"][name]["positive"]

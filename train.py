@@ -1,6 +1,6 @@
 """The whole study: pretrain a GPT, train a reward model, tune the GPT by PPO, report.
 
-Read main() first, then TABLE, which has every knob. Between them is the loop that remembers: each
+Read main() first, then TABLE, which has the options. Between them is the loop that remembers: each
 stage writes a checkpoint into --out and is done again only if something it depends on has changed.
 A stage that was cut off resumes, on a CPU (with as many threads and processes) to the same bits.
 
@@ -26,27 +26,26 @@ import ppo
 import reward
 import sample
 
-# tiny is a smoke run, small is for a laptop's CPU, base for a GPU of 80 GB. An option belongs to
-# the stages named; changing it repeats these stages and all that depend on them. The columns, two
-# spaces apart: stages, name, value (of tiny, small and base; or one for all; or choices, the first
-# the default), reason to change it.
+# tiny is a smoke run, small is for a laptop's CPU, base for a GPU of 80 GB. The columns, at least
+# two spaces apart: the stages that a change of the option repeats, with all that depend on them;
+# name; values (of tiny, small and base, or one for all; or choices, the default first); help.
 SIZES = ("tiny", "small", "base")
 TABLE = """\
-data      vocab_size      512 2048 4096  more make texts shorter, but each token rarer
+data      vocab_size      512 2048 4096  more make texts fewer tokens, but each token rarer
 pretrain  block_size      128 128 256    tokens of a training window
 pretrain  n_layer         2 4 8          depth of the transformer
 pretrain  n_head          2 4 8          attention heads; n_embd must be a multiple
 pretrain  n_embd          64 256 512     width of the transformer
-pretrain  pretrain_steps  150 300 1000   more make a better language model
+pretrain  pretrain_steps  150 300 1000   optimizer steps: more make a better language model
 reward    reward_model    head|bag       a classifier head on the GPT, or a bag of words to compare
 reward    feedback        ratings|comparisons  soft targets, or which of two is rated higher
 reward judge rho ppo  length  64         tokens per completion and per rated passage
 rho       task            speeches|continue  sample without a prompt, or continue openings
-rho       prompts         8              openings to continue in PPO, and as many for testing
+rho       prompts         8              openings to continue in PPO, and as many for measuring
 rho       rho_samples     2048 3072 16384  more samples of rho estimate J* more precisely
 ppo       toward          positive|negative  rewards log P(positive) or log P(negative)
 ppo       algorithm       ppo|simple|rloo|grpo  the estimator in PPO.advantages
-ppo       iterations      8 50 50        more come closer to the optimum
+ppo       iterations      8 50 50        of PPO: more come closer to the optimum
 ppo       batch           128 512 2048   completions per iteration: more mean less noise
 ppo       group           4              completions per prompt within a batch (one prompt: all)
 ppo       minibatch       16 32 128      completions per optimizer step
@@ -56,7 +55,7 @@ ppo       lr              1.2e-3 1.2e-3 6e-4  PPO's learning rate; if too high, 
 ppo       clip            0.2            PPO's clip range; lower limits each update more
 ppo       lam             0.8            GAE's lambda: lower trusts the value function more
 ppo       max_update_kl   0.02           approx_kl, nats per token, that ends an update
-ppo       adaptive_kl_target  0.0        ref_kl that an adaptive beta keeps (Ziegler 2019); 0: fixed
+ppo       adaptive_kl_target  0.0        ref_kl, nats, that an adaptive beta keeps; 0: fixed
 ppo       adaptive_kl_horizon  1e4       completions in which that beta may change by a fifth
 ppo       fresh_samples   512 2048 4096  samples for measuring a run: more are more precise
 """
@@ -66,13 +65,12 @@ for line in TABLE.splitlines():
     stages, name, values, why = re.split("  +", line)
     choices = values.split("|") if "|" in values else None
     defaults = choices[:1] if choices else list(map(ast.literal_eval, values.split()))
-    # A single value is for all three sizes.
     OPTIONS.append(Option(stages, name, *(defaults * 3)[:3], choices, f"{why} ({values})"))
-CHECKPOINT_EVERY = 30.0     # seconds of work that a crash or Ctrl-C may cost
+CHECKPOINT_EVERY = 30.0     # seconds: about as much work is lost in a crash or by Ctrl-C
 
 
 def parse(argv=None):
-    """The options below and those of OPTIONS, filled in by --size and by the machine, checked."""
+    """The options of argv, checked, with defaults by --size; device and dtype become torch's."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = data.Parser(description="The whole study, from text to plots.")
     add = parser.add_argument
@@ -81,7 +79,7 @@ def parse(argv=None):
         help="KL coefficients: smaller lets the policy drift farther for reward (default 0.2)")
     add("--out", default="out", type=Path, help="checkpoints, figures and report (default out)")
     add("--until", choices=["pretrain", "reward", "ppo"], help="stop after this stage")
-    add("--seed", type=data.number(int, 0), default=0, help="another shows what is chance")
+    add("--seed", type=data.number(int, 0), default=0, help="default 0; others show what is chance")
     add("--device", choices=sorted({device, "cpu"}), default=device, help="default: cuda, if any")
     add("--fp32", action="store_true", help="compute in float32 where bfloat16 would be faster")
     add("--keep", action="store_true", help="reuse finished stages although source code changed")
@@ -108,11 +106,11 @@ def parse(argv=None):
 
 # ---- the loop that remembers --------------------------------------------------------------
 def source(file):
-    """Fingerprint of a script's syntax tree, without comments, blank lines and docstrings."""
+    """SHA-256 of a script's syntax tree without docstrings; comments are not in it. Hexadecimal."""
     tree = ast.parse((data.HERE / file).read_bytes())
     for node in ast.walk(tree):
         match node:
-            # No stage calls a script's own command or the reward that users replace.
+            # No stage calls a script's own command, or the reward that users replace.
             case ast.FunctionDef(name="main" | "my_reward"):
                 node.body = []
             case ast.Expr(value=ast.Constant()):        # a docstring
@@ -120,12 +118,13 @@ def source(file):
     return data.digest(ast.dump(tree))
 
 
-# As they are now: edits during a run count from the next run on.
+# Read once, at the start: edits during a run count from the next run on.
 SOURCES = {name: source(f"{name}.py") for name in ("data", "gpt", "reward", "ppo")}
 
 
 class Stage:
-    """A stage's checkpoints and metrics. about: its kind, key and inputs (all it depends on)."""
+    """A stage's checkpoint, at path, and metrics; the stage's function gets it as loop.
+    about: kind, the stage's name; inputs, a dict of all that it depends on; key, its digest."""
 
     def __init__(self, path, **about):
         self.path, self.partial = path, path.with_stem(path.stem + "_partial")
@@ -142,13 +141,14 @@ class Stage:
             print(f"{path.name}: {', '.join(sorted(changed))} changed, so this stage is done again")
 
     def keep(self, *mark, **state):
-        """Write and return the stage's checkpoint, a dict (*mark: name suffixes)."""
+        """Write and return a checkpoint, a dict with state; *mark is added to the file's name."""
         state = {**self.about, "seconds": time.monotonic() - self.began, **state}
         data.save_checkpoint(self.path.with_stem("_".join([self.path.stem, *mark])), state)
         return state
 
     def steps(self, n, **parts):
-        """Yield the steps of n still to do. parts: all that they change, saved now and then."""
+        """Yield the steps, from 0 to n - 1, still to do. parts: the models, optimizers and so on
+        that they change, saved every CHECKPOINT_EVERY seconds, with the random state."""
         self.n, start, partial = n, 0, self.reuse(self.partial)
         if partial:
             for name, part in parts.items():
@@ -167,30 +167,31 @@ class Stage:
                 saved = time.monotonic()
 
     def log(self, shown=None, **metrics):
-        """Keep a step's metrics; print those shown or all, and the time left."""
+        """Keep a step's metrics, floats; print those named in shown, or all, and the time left."""
         done = self.step + 1
         self.history.append({"step": done, **metrics})
-        # The whole file each time: so no step stands in it twice after a kill.
+        # Write the whole file each time, so that no step is in it twice after a kill.
         lines = "\n".join(map(json.dumps, self.history)) + "\n"
         data.write_file(self.path.with_suffix(".metrics.jsonl"), lines)
         left = (time.monotonic() - self.began) / done * (self.n - done)
         values = [f"{key} {metrics[key]:.3g}" for key in shown or metrics]
         print(f"{self.path.stem} {done}/{self.n}", *values, f"{left:.0f} s left", sep="  ")
 
-    def show(self, title, text):
+    def show(self, title, text):        # prints a sample, say, under its title
         print(f"--- {title}\n{text.strip()}")
 
 
 def run(args, name, function, *earlier, **options):
-    """A stage's state: its checkpoint if it still holds, else the results of function, saved."""
+    """A stage's state: its checkpoint if no input changed, else what function returns, saved.
+    earlier: function's arguments, states or texts. options: beta, for PPO; the rest are args'."""
     kind = name.split("_")[0]
-    # function gets the stage's own options and no others, so the key holds all that it depends on.
+    # function gets the stage's own options and no others, so the key has all that it depends on.
     options |= {row.name: getattr(args, row.name) for row in OPTIONS if kind in row.stages}
     inputs = {"seed": args.seed, "device": args.device.type, "dtype": str(args.dtype), **options}
-    # A key stands for all that an earlier stage read, so keys chain.
+    # The key of an earlier stage stands for all of its inputs, so keys chain.
     inputs |= {state["kind"]: state["key"] for state in earlier if "key" in state}
     inputs["files"] = data.digest(str([texts for texts in earlier if "key" not in texts]))
-    if not args.keep:       # what a script imports counts through the stages before
+    if not args.keep:       # scripts that it imports are in the keys of earlier stages
         inputs[function.__module__ + ".py"] = SOURCES[function.__module__]
     stage = Stage(args.out / f"{name}.pt", kind=kind, key=data.digest(str(inputs)), inputs=inputs)
     state = stage.reuse(stage.path)
@@ -200,7 +201,7 @@ def run(args, name, function, *earlier, **options):
         torch.manual_seed(data.fold(f"{args.seed} {name}", 2**31))
         options = SimpleNamespace(**options, device=args.device, dtype=args.dtype)
         state = stage.keep(size=args.size, **function(options, *earlier, stage))
-    if data.is_first_process():         # the others may be here before it has written
+    if data.is_first_process():         # others may get here before it has saved the stage
         stage.partial.unlink(missing_ok=True)
     return state
 
@@ -208,7 +209,7 @@ def run(args, name, function, *earlier, **options):
 def main():
     """The study: every stage in turn, as far as --until."""
     args, began = parse(), time.monotonic()
-    for first in (True, False):         # the first process fetches the plays, once for all
+    for first in (True, False):         # the first process downloads the plays for all
         if data.is_first_process() == first:
             corpus = data.load_corpus(args.corpus)
             rated = reward.read_ratings(args.labels)
