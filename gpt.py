@@ -13,7 +13,7 @@ Shapes, in every file: B rows (texts), T tokens of a row, T0 of a prompt, C = n_
 V = vocab_size, H heads of C/H features ("head" in shapes), S keys; N samples, P prompts.
 Log-probabilities, entropies and KLs are in nats. Weights are float32; the residual stream, matrix
 products and attention have a model's compute dtype, bfloat16 where the machine is fast at it;
-logits and all that is computed from them are float32. The device matters in two functions:
+logits and all that is computed from them are float32. The device decides in two functions:
 compute_dtype() chooses the dtype, join_processes() gives each process its own GPU.
 """
 
@@ -83,7 +83,8 @@ def attention(q, k, v, bias):
     bias: attention_bias(). All heads share k and v, so the queries of all heads are rows of one
     matrix: at 64 tokens in bfloat16 faster on a CPU than torch's fused kernel."""
     B, _, head = k.shape
-    rows = q.reshape(B, -1, head) / math.sqrt(head)                     # (B,T*H,head)
+    rows = q.unflatten(2, (-1, head)).flatten(1, 2)                     # (B,T*H,head)
+    rows = rows / math.sqrt(head)
     scores = rows @ k.mT                                                # (B,T*H,S)
     scores = scores.unflatten(1, bias.shape[-3:-1]) + bias              # (B,T,H,S)
     weights = scores.softmax(-1)
@@ -161,8 +162,7 @@ def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
     the whole softmax, which must be the distribution that was sampled."""
     logits = logits / max(temperature, 1e-9)
     if top_k is not None:
-        top_k = min(top_k, logits.size(-1))
-        best = logits.topk(top_k).values
+        best = logits.topk(min(top_k, logits.size(-1))).values
         logits = logits.masked_fill(logits < best[:, -1:], -math.inf)
     # Invert the cumulative distribution: one uniform number a row, where torch.multinomial draws
     # one for each token of the vocabulary. Each probability is off by at most 2e-7.
@@ -172,8 +172,7 @@ def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
     # logits there is none; clamp keeps the index valid until check_finite (ppo.py) reports NaN.
     threshold = uniform * cdf[:, -1:]
     drawn = torch.searchsorted(cdf, threshold, right=True)
-    last = cdf.size(-1) - 1
-    return drawn.squeeze(-1).clamp(max=last)
+    return drawn.squeeze(-1).clamp(max=cdf.size(-1) - 1)
 
 
 def padding(tokens):
@@ -250,10 +249,10 @@ def completion_logits(model, prompts, tokens, blocks=slice(None), lower=None):
 
 def token_logprobs(logits, tokens):
     """Gather each token's log-probability: logits (B,T,V), tokens (B,T) -> (B,T) float32, nats.
-    logits[:, t] must predict tokens[:, t]. At PAD the result is meaningless: mask it."""
+    logits[:, t] must predict tokens[:, t]. The result is 0 at PAD."""
     index = tokens.clamp(min=0)[..., None]
-    logprobs = logits.float().log_softmax(-1)
-    return logprobs.gather(-1, index).squeeze(-1)
+    logprobs = logits.float().log_softmax(-1).gather(-1, index)
+    return logprobs.squeeze(-1).masked_fill(tokens == PAD, 0.0)
 
 
 @torch.no_grad()
@@ -278,12 +277,12 @@ def optimizer_step(loss, optimizer, lr, clip=math.inf, weight=None):
     optimizer.zero_grad()               # otherwise backward() adds to the last gradient
     loss.backward()
     average([p.grad for p in group["params"]], weight)
-    norm = nn.utils.clip_grad_norm_(group["params"], clip)
-    if not norm.isfinite():
+    grad_norm = nn.utils.clip_grad_norm_(group["params"], clip)
+    if not grad_norm.isfinite():
         raise FloatingPointError("a gradient is not finite. Try --fp32, another --seed or, in "
                                  "PPO, a lower --lr.")
     optimizer.step()
-    return norm
+    return grad_norm
 
 
 # ---- pretraining --------------------------------------------------------------------------

@@ -297,7 +297,7 @@ class PPOConfig:
     iterations: int = 50
     length: int = 64                    # tokens of a completion
     batch: int = 512                    # completions per iteration
-    group: int = 4                      # completions per prompt; with one prompt, the whole batch
+    group: int = 4                      # completions of a prompt that rloo and grpo compare
     minibatch: int = 32                 # completions per optimizer step
     unfrozen: int = 1                   # last blocks, which are trained
     epochs: int = 1                     # passes over each batch
@@ -313,8 +313,8 @@ def check_finite(**tensors):
     """Raise FloatingPointError unless all numbers in these tensors, of any shape, are finite."""
     for name, x in tensors.items():
         if not torch.isfinite(x).all():
-            raise FloatingPointError(f"{name} of the completions are not finite. Try --fp32 or a "
-                                     "lower --lr.")
+            raise FloatingPointError(f"{name} of the completions are not finite. Try --fp32, a "
+                                     "lower --lr, or another reward.")
 
 
 def learning_rate(i, config):
@@ -469,8 +469,8 @@ class PPO:
         exact_kl and entropy need logits (B,T,V) of both models, so they use 16 completions only."""
         beta = self.controller.beta
         scores = batch["scores"]
-        k1, mask = _masked(batch["logprobs"] - batch["ref_logprobs"], batch["mask"])
-        ref_kl = k1.sum(1)                                              # (B,): nats per completion
+        log_ratio = batch["logprobs"] - batch["ref_logprobs"]
+        ref_kl = log_ratio.sum(1)                                       # (B,): nats per completion
         first = {name: x[:16] for name, x in batch.items()}
         logprobs = self.logits(self.policy, first).log_softmax(-1)
         ref_logprobs = self.logits(self.ref, first).log_softmax(-1)
@@ -481,7 +481,7 @@ class PPO:
                    "exact_kl": kl.sum(1).mean(),
                    "objective": (scores - beta * ref_kl).mean(),
                    "entropy": masked_mean(entropy(logprobs), first_mask),
-                   "tokens": mask.sum(1).float().mean(),
+                   "tokens": batch["mask"].sum(1).float().mean(),
                    "beta": beta}
         return {name: float(x) for name, x in metrics.items()}
 
@@ -640,7 +640,7 @@ def log_ratios(policy, ref, prompts, tokens):
     logits = completion_logits(policy, prompts, tokens)
     ref_logits = completion_logits(ref, prompts, tokens)
     log_ratio = token_logprobs(logits, tokens) - token_logprobs(ref_logits, tokens)
-    return log_ratio.masked_fill(tokens == PAD, 0.0).sum(1)
+    return log_ratio.sum(1)
 
 
 def evaluate(options, run, judge_fn, rho):
@@ -715,7 +715,7 @@ def main():
             i + 1, **run.step(i)))
     # Samples of pi*: samples of rho, resampled with weights exp(r / beta).
     weights = (scores / args.beta).softmax(0)
-    at_optimum = before[weights.multinomial(2)]
+    at_optimum = before[weights.multinomial(2, True)]
     for name, tokens in [("before", before),
                          ("after", run.batch["tokens"]),
                          ("at the optimum", at_optimum)]:

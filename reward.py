@@ -168,8 +168,9 @@ def calibrate(model, tokens, targets):
 
 def score(log_odds, mean, std, toward="positive"):
     """The score r(y) = (log P(toward) - mean) / std, which PPO maximises; log_odds of any shape."""
-    toward_odds = log_odds if toward == "positive" else -log_odds
-    return (F.logsigmoid(toward_odds) - mean) / std
+    if toward == "negative":
+        log_odds = -log_odds
+    return (F.logsigmoid(log_odds) - mean) / std
 
 
 def score_constants(log_odds):

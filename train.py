@@ -47,7 +47,7 @@ ppo       toward          positive|negative  rewards log P(positive) or log P(ne
 ppo       algorithm       ppo|simple|rloo|grpo  the estimator in PPO.advantages
 ppo       iterations      8 50 50        of PPO: more come closer to the optimum
 ppo       batch           128 512 2048   completions per iteration: more mean less noise
-ppo       group           4              completions per prompt within a batch (one prompt: all)
+ppo       group           4              completions compared by rloo and grpo (one prompt: all)
 ppo       minibatch       16 32 128      completions per optimizer step
 ppo       unfrozen        1 1 4          last blocks that PPO trains: more fit more, noise included
 ppo       epochs          1              passes over each batch: more reuse it, but pi has moved
@@ -82,9 +82,9 @@ def parse(argv=None):
     add("--seed", type=data.number(int, 0), default=0, help="default 0; others show what is chance")
     add("--device", choices=sorted({device, "cpu"}), default=device, help="default: cuda, if any")
     add("--fp32", action="store_true", help="compute in float32 where bfloat16 would be faster")
-    add("--keep", action="store_true", help="reuse finished stages although source code changed")
+    add("--keep", action="store_true", help="reuse what an older version of the source code made")
     add("--corpus", metavar="FILE.txt", help="a text of your own, not the plays")
-    add("--labels", metavar="FILE.csv", nargs="+", help="your own ratings, not those of labels/: "
+    add("--labels", metavar="FILE.csv", nargs="+", help="passages of your own, instead of ours: "
         "text, rating; or play, first_line, last_line, rating")
     types = {int: data.number(int, 1), float: data.number(float, 0)}
     for option in OPTIONS:
@@ -97,7 +97,8 @@ def parse(argv=None):
             setattr(args, option.name, getattr(option, args.size))
     if args.n_embd % args.n_head or args.batch % args.group:
         parser.error("--n-embd must be a multiple of --n-head, and --batch of --group")
-    if min(args.group, args.rho_samples) < 2 or args.adaptive_kl_horizon < args.batch:
+    if min(args.group, args.rho_samples) < 2 or (
+            args.adaptive_kl_target and args.adaptive_kl_horizon < args.batch):
         parser.error("--adaptive-kl-horizon must be at least --batch, --group and --rho-samples 2")
     args.device = gpt.join_processes(torch.device(args.device))
     args.dtype = torch.float32 if args.fp32 else gpt.compute_dtype(args.device)

@@ -263,7 +263,7 @@ LATIN_1, UTF_16 = "Fran\xe7ais \n".encode("latin-1") * 3000, ("My lord\n" * 3000
 COLUMNS = "The columns must be play, first_line, last_line, rating (or text, rating from -2 to 2)."
 OBJECT = 'line 1 is not a JSON object with a "text"'
 BAD = [     # reader, content (None: no file, a number: a folder), a part of what is said
-    ("checkpoint", None, "Make it: python train.py --out"), ("checkpoint", 0, "is damaged"),
+    ("checkpoint", None, "Make it: python train.py --out"), ("checkpoint", 0, "there is no"),
     ("labels", None, "No such file"), ("corpus", 0, "Is a directory"), ("jsonl", None, "No such"),
     *[("checkpoint", content, "damaged, of another version, or could")
       for content in (b"", *[CHECKPOINT[:n] for n in (4, len(CHECKPOINT) // 2, -1)],
