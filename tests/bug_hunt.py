@@ -99,8 +99,8 @@ BUGS = [
         [("scores = scores.detach()", "scores = -scores.detach()")]),
     Bug("train/test split shuffled twice", "ckkissane", "reward.py: reward",
         "Rows to train on and to measure on come from two shuffles: test items are trained on.",
-        [("fit(*learn[:3]", "fit(*[torch.cat(x)[torch.randperm(len(learn[0]), generator="
-          "torch.Generator().manual_seed(0))] for x in zip(report, choose, learn)][:3]")]),
+        [("is_sample = learn", "is_sample = [torch.cat(x)[torch.randperm(len(learn[0]), generator="
+          "torch.Generator().manual_seed(0))] for x in zip(report, choose, learn)]")]),
     Bug("softmax applied before cross-entropy", "nanoChatGPT", "reward.py: reward",
         "A probability is read as log-odds, so no passage comes out below one half.",
         [("loss(linear(weight) + bias, ", "loss((linear(weight) + bias).sigmoid(), ")]),
@@ -115,7 +115,7 @@ BUGS = [
           "        adam.step()\n")]),
     Bug("the judge told the rated words", OURS, "reward.py: reward",
         "Judge and reward model share what they know, so the judge is fooled along.",
-        [('{**rated, "words": {}}', 'rated')]),
+        [('["vocabulary"], {})', '["vocabulary"], rated["words"])')]),
     Bug("KL penalty inside the surrogate, own token only", "ZiyueWang25", "ppo.py: loop",
         "A token pays for its own drift and not for where it leads: the fixed point is not pi*.",
         [("beta - in_loss, mask)", "0.0, mask)"),
@@ -134,15 +134,13 @@ BUGS = [
         [("torch.expm1(-k1) + k1", "torch.expm1(k1) - k1")]),
     Bug("GRPO's k3 from exchanged policies", "rlhf-book", "ppo.py: loop",
         "The penalty in the loss is that of drifting from pi, its gradient another one.",
-        [('(logprobs - batch["ref_logprobs"][rows], mask)',
-          '(batch["ref_logprobs"][rows] - logprobs, mask)')]),
+        [('(logprobs, part["ref_logprobs"])', '(part["ref_logprobs"], logprobs)')]),
     Bug("reference shares weights with the policy", "nanoChatGPT", "ppo.py: loop",
         "The reference moves along, KL is always 0, and nothing holds the policy.",
         [("self.policy = copy.deepcopy(self.ref)", "self.policy = self.ref")]),
     Bug("score added on padding", "trl #3750, miles #1827", "ppo.py: ppo", "The score lands on "
         "the last column and not on the last real token, so short completions earn nothing.",
-        [("last = (mask * position).argmax(1, keepdim=True)",
-          "last = torch.full((len(k1), 1), k1.size(1) - 1, device=mask.device)")]),
+        [("last = mask.cumsum(1)", "last = torch.ones_like(mask).cumsum(1)")]),
     Bug("controller fed per-token KL", "trlx #438", "ppo.py: loop", "The target is in nats per "
         "completion, the measurement per token, so beta falls for ever.",
         [('update(metrics["ref_kl"], ', 'update(metrics["ref_kl"] / config.length, ')]),
@@ -169,31 +167,31 @@ BUGS = [
         [("return whiten(advantages, mask)", "return whiten(advantages)")]),
     Bug("returns built from whitened advantages", "ash80/RLHF_in_notebooks", "ppo.py: ppo",
         "A value function fitted to them forecasts in another unit than rewards have.",
-        [("advantages, advantages + values", "advantages, whiten(advantages, mask) + values")]),
+        [("advantages + values\n    return", "whiten(advantages, mask) + values\n    return")]),
     Bug("whitening that adds the mean back", "ash80/RLHF_in_notebooks", "ppo.py: ppo",
         "Advantages keep their mean, so every token drawn is pushed up, or every one down.",
         [("mask=None, shift_mean=True)", "mask=None, shift_mean=False)")]),
     Bug("values see the token they are a baseline for", "asked at alibaba/ROLL #3",
         "ppo.py: loop", "The value before token t is read after it: good tokens earn no advantage.",
-        [('"so_far": scores[:, :-1]', '"so_far": scores[:, 1:]')]),
+        [("return scores[:, -1], scores[:, :-1]", "return scores[:, -1], scores[:, 1:]")]),
     Bug("values fitted to padding", OURS, "ppo.py: loop",
         "After the end they learn numbers that no token earned, at the real tokens' expense.",
         [("    mask = mask.cpu()\n", "    mask = torch.ones_like(mask.cpu())\n")]),
     Bug("mask shifted by one", "trlx #582", "ppo.py: loop",
         "The loss reads the first padding token and leaves out the last real one.",
-        [("   config.clip, mask)", "   config.clip, mask.roll(1, 1))")]),
+        [("     mask)\n            if kl_in", "     mask.roll(1, 1))\n            if kl_in")]),
     Bug("prompt tokens in the loss", "Search-R1 #21, of what tools answered", "ppo.py: loop",
         "Tokens that the policy was given are credited with what followed: it learns prompts.",
         [(LOSS, '            given = batch["prompts"][rows]\n'
           "            logits = self.policy(given, pad=given == PAD)[:, :-1]\n"
-          "            own = advantages[rows][:, :1] * token_logprobs(logits, given[:, 1:])\n"
+          "            own = part[\"advantages\"][:, :1] * token_logprobs(logits, given[:, 1:])\n"
           "            loss = loss - masked_mean(own, given[:, :-1] != PAD)\n" + LOSS)]),
     Bug("clip taken with max for negative advantages", "rasbt/reasoning-from-scratch",
         "ppo.py: ppo", "For A < 0 an unlikelier token is pushed down without end.",
         [("(ratio * advantages, clipped * advantages)", "(ratio, clipped) * advantages")]),
     Bug("old log-probabilities taken from the policy of now", "tensorforce #312", "ppo.py: loop",
         "The ratio is always 1, nothing is ever clipped, and approx_kl never stops an update.",
-        [('loss(logprobs, batch["logprobs"][rows]', "loss(logprobs, logprobs.detach()")]),
+        [('loss(logprobs, part["logprobs"]', "loss(logprobs, logprobs.detach()")]),
     Bug("early stop leaks stale gradients", "thomfoster/minRLHF", "ppo.py: loop",
         "The gradient of the minibatch that stops an update joins the first step of the next one.",
         [("            if infos and", "            loss.backward()\n            if infos and"),
@@ -266,7 +264,7 @@ BUGS = [
           "    objective = beta * (tilted.logsumexp(-1)")]),
     Bug("a run's samples pooled without regard to prompt", OURS, "ppo.py: tasks",
         "The same in evaluate(): J* is too high, and the policy's share of the way too low.",
-        [("rows.T.reshape(3, len(test_prompts), -1)", "rows.T.reshape(3, 1, -1)")]),
+        [("rows.view(3, len(test_prompts), -1)", "rows.view(3, 1, -1)")]),
     Bug("pooled samples weighed by exchanged counts", OURS, "ppo.py: ppo",
         "rho's samples count as if the policy had drawn so many, so J* is biased.",
         [("(rho[1].numel(), pi[1].numel())", "(pi[1].numel(), rho[1].numel())")]),
@@ -297,8 +295,9 @@ BUGS = [
         [("prompts, uniform, size", "prompts, "
           "uniform[torch.arange(len(uniform)) % len(uniform[share(len(uniform))])], size")]),
     Bug("keys of one block in the cache of another", OURS, "gpt.py: gpt",
-        "From the second token on all blocks read what the last one has kept.",
-        [("cache[self] =", "cache[self] = cache[0] ="), ("(cache[self], kv)", "(cache[0], kv)")]),
+        "From the second token on all blocks read what the first one has kept.",
+        [("past_v = cache[self]", "past_v = [y[:, :bias.size(-1) - x.size(1)] for y in next("
+          "iter(cache.values()))]")]),
     Bug("gradients averaged over processes, not over tokens", OURS, "ppo.py: tasks",
         "A process with few tokens in its share counts as much as one with many.",
         [('mask.sum() / batch["mask"][everyones].sum()', "len(rows) / len(everyones)")]),
@@ -365,7 +364,6 @@ def failure(project, bug, tests, known={}):
 
 def hunt(project, bug, known):
     """The first test that fails with this bug and not without it, likely files first, or None.
-
     known: which of the tests that saw bugs fail without one too; it grows.
     """
     likely = bug.where.split()[1:]

@@ -37,7 +37,6 @@ def randn(*shape, seed=0, dtype=torch.float64):
 
 def chi_square_p(draws, probs):
     """The chance of counts at least this far from probs (V,) if draws (N,) do follow it.
-
     Pearson 1900. Cells expecting fewer than 5 draws are pooled; a draw of probability 0 gives 0."""
     counts = torch.bincount(draws, minlength=len(probs)).double()
     expected = probs.double() * len(draws)
@@ -70,7 +69,6 @@ def same_numbers():
 @pytest.fixture(scope="session")
 def trained():
     """A GPT of 3 layers trained for two seconds to go on with loops().
-
     An untrained one would hide errors: it attends to nothing, and its logits are uniform."""
     generator = seeded()
     with torch.random.fork_rng():

@@ -54,7 +54,6 @@ def prefix_scores(tokens):
 @functools.cache
 def rho():
     """A GPT taught to tell prefixes apart, so that its logits are nearly a table's.
-
     PPO is tested here, not how fast a tiny transformer with random weights learns."""
     with torch.random.fork_rng():
         torch.manual_seed(4)
@@ -156,6 +155,7 @@ def spy_on(monkeypatch):
 
 def test_a_batch_has_each_prompt_once_in_its_group_and_nothing_after_the_end():
     """None of 9 prompts comes a second time before all did, and every batch has its own order."""
+    assert [ppo.repeat(PROMPTS, n)[:, 2].tolist() for n in (1, 5)] == [[1, 0], [1, 1, 0, 0]]
     run, orders = new_run(prompts=torch.cartesian_prod(torch.arange(3), torch.arange(3)), end=END,
                           group=4), []
     for groups in (5, 9, 9, 20):
@@ -464,7 +464,6 @@ def test_with_ends_the_loop_reaches_the_optimum_of_each_prompt(algorithm):
 
 def grpo_fixed_point(beta):
     """log pi (81,) at which GRPO's gradient is 0, in float64, from the last token backward.
-
     The gradient by the logits of a prefix is pi (Q - V) / std - beta (pi - rho), times how often pi
     visits it: Q the expected score after each token, V = sum of pi Q, std that of the scores under
     pi. It is 0 at pi = rho c / (x - Q) with c = beta std and the x that makes the sum 1."""
@@ -488,7 +487,6 @@ def grpo_fixed_point(beta):
 
 def test_grpo_reaches_a_fixed_point_of_its_own_which_is_not_the_optimum():
     """The fixed point lies 0.10 nats from pi*: its J is 0.10 below J* at beta 1 (rho's: 0.63).
-
     The loop ends 0.01 nats from its fixed point, 0.10 from pi*."""
     for beta, gap in ((0.3, 0.71), (0.5, 0.40), (2.0, 0.02)):           # results/README.md
         assert_close(kl(grpo_fixed_point(beta), best(beta)), gap, "out of date", atol=0.005, rtol=0)

@@ -73,7 +73,6 @@ def model(request, trained):
 
 def test_log_odds_of_a_prefix_are_summed_from_what_each_token_adds(model):
     """bias + scale * sum, each token read where the text ends with it.
-
     A word said again adds no rating to the head's features, and nothing to a bag."""
     tokens = torch.cat((passages(6), passages(6).flip(1)))
     values = model.prefixes(tokens)
@@ -353,7 +352,7 @@ def test_the_most_negative_and_the_most_positive_held_out_texts_are_shown(
     monkeypatch.setattr(reward, "calibrate", lambda model, tokens, targets: seen.extend(
         data.decode(BYTES, row) for row in tokens) or calibrate(model, tokens, targets))
     state = reward.fit_judge(SimpleNamespace(length=LENGTH, device="cpu"), learnt["pretrained"],
-                             {"passages": {**parts, "report": report}},
+                             {**ratings, "passages": {**parts, "report": report}},
                              SimpleNamespace(show=lambda *x: shows.append(x)))
     model, p = reward.load_reward(state), {}
     for text, *_ in report:

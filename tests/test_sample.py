@@ -96,10 +96,13 @@ def test_a_prompt_longer_than_the_training_windows_is_continued(study, drawn):
 
 
 def test_the_seed_decides_what_is_drawn(study, drawn):
-    """The same seed the same samples, another others."""
+    """The same seed the same samples, another others; but greedy ones, of a policy kept early."""
     one, same, other = (drawn(study / "ppo_beta2.pt", "--num", 2, "--seed", seed)[0]
                         for seed in (3, 3, 0))
     assert one == same != other and one[0] != one[1]
+    rows = [row["text"] for options in (["--temperature", 0], ["--top-k", 1, "--seed", 3])
+            for row in drawn(study / "ppo_beta2_after1.pt", "--num", 2, *options)[0]]
+    assert len(rows) == 4 and len(set(rows)) == 1, "the likeliest tokens are always the same"
 
 
 @pytest.mark.parametrize("options, says", [
@@ -149,7 +152,6 @@ def opinion(text):
 @pytest.fixture
 def session(study, tmp_path, monkeypatch):
     """session(told, options ...) -> exit code, the screen: a reader rates 3 samples of two models.
-
     Question n is answered told[n], others by opinion(); all answers before it must be on the disk.
     """
     monkeypatch.setattr(sample, "draw", functools.cache(lambda *args, real=sample.draw:
@@ -353,6 +355,8 @@ def test_the_figures_draw_the_runs_and_samples_are_kept(reported, study):
         assert f"(figures/{name}.png)" in (out / "report.md").read_text()
     left, right = ([(to_rgba(x.get_color()), x.get_xydata().tolist()) for x in axis.lines]
                    for axis in figures["frontier"].axes)
+    for axis in figures["frontier"].axes:
+        assert axis.xaxis.get_transform().transform(torch.tensor([4.0]).numpy()) == 2, "no root"
     levels = [x.tolist() for y in figures["ppo"].axes[0].collections for x in y.get_segments()]
     for i, (key, name) in enumerate(RUNS.items()):
         samples = [sample.SAMPLE.format(**row) for row in sample.draw(out / f"{name}.pt", 20)]

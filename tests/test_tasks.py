@@ -44,7 +44,6 @@ class ReadOptions:
 @pytest.fixture(scope="module")
 def continued(texts, tmp_path_factory):
     """A study that continues speeches and its negative twin, in float32, and what they did.
-
     reads: names of options, of each kind of stage; of each PPO run its policies, its rollouts and
     the states of torch's random stream before them."""
     out, real = tmp_path_factory.mktemp("continued") / "out", SimpleNamespace(
@@ -173,6 +172,7 @@ def test_what_a_run_reached_is_what_its_checkpoint_does(continued, study, name):
     policy, ref = (gpt.load_gpt(load(out, x), dtype=dtype) for x in (name, "pretrain"))
     found, (beta, toward) = state["result"], [state["inputs"][x] for x in ("beta", "toward")]
     P = len(rho["test_prompts"])
+    assert (P == 1) == (rho["end"] is None), "only what continues an opening has an end"
     prompts = [rho["test_prompts"].repeat_interleave(n // P, 0) for n in (512, 128)]
     torch.set_rng_state(STREAMS[rho["key"], beta, toward])
     fresh, _ = gpt.sample_completions(policy, prompts[1], 16, rho["end"])
@@ -224,11 +224,16 @@ def test_the_reward_model_is_the_kind_asked_for_and_learns_from_the_feedback(tex
 
 
 def test_an_adaptive_beta_is_the_one_that_the_run_is_measured_at(texts, again, capsys, monkeypatch):
-    """beta after the last update, by its target and horizon in completions (32 an iteration)."""
-    runs, step = [], ppo.PPO.step
+    """beta after the last update, by its target and horizon in completions (32 an iteration).
+    And every stage's models compute in the dtype of the run."""
+    runs, step, dtypes, init = [], ppo.PPO.step, set(), gpt.GPT.__init__
+    monkeypatch.setattr(gpt.GPT, "__init__", lambda self, config, dtype=torch.float32: (
+        dtypes.add(dtype) or init(self, config, dtype)))
+    monkeypatch.setattr(gpt, "compute_dtype", lambda device: torch.bfloat16)
     monkeypatch.setattr(ppo.PPO, "step", lambda self, i: runs.append(self) or step(self, i))
-    options = "--until ppo --adaptive-kl-target 0.01 --adaptive-kl-horizon 100 --lr 0.01"
-    assert run_script(train, *argv(texts, again, *options.split(), "--iterations", 5)) == 0
+    options = "--until ppo --adaptive-kl-target 0.01 --adaptive-kl-horizon 100 --lr 0.01".split()
+    assert run_script(train, *argv(texts, again, *options, "--iterations", 5, "--length", 12)) == 0
+    assert dtypes == {torch.bfloat16}, "a model in another dtype"
     said = capsys.readouterr().out
     for row, x in zip(runs[-1].batch["tokens"][:2], runs[-1].batch["scores"], strict=False):
         text = data.decode(load(again, "data")["vocabulary"], row).strip()
@@ -295,7 +300,6 @@ def together(arguments, folder, processes=2, die_at=None):
 
 def test_two_processes_do_what_one_does(texts, continued, tmp_path):
     """The same samples and losses within rounding: only sums are made in another order.
-
     Pretraining, and PPO of texts that end, whose updates end early; process 0 alone speaks."""
     out = tmp_path / "two"
     arguments = argv(texts, out, "--fp32", "--until", "pretrain")

@@ -39,7 +39,6 @@ STEPS = 6
 
 def fake_stage(out, before=lambda i: None, after=lambda i: None, every=-1.0, seed=3, lr=0.1):
     """A stage that uses all that a stage may: Adam's moments and torch's global random stream.
-
     before(i) and after(i) are called around the update of step i, to interrupt it."""
     def fit(options, loop):
         model = torch.nn.Linear(3, 1)
@@ -99,11 +98,19 @@ def test_a_stage_cut_off_at_any_step_resumes_to_the_same_bits(tmp_path, whole, i
     same_result(tmp_path, fake_stage(tmp_path, before=lambda i: pytest.fail("done again")), whole)
 
 
-def test_the_seconds_before_a_stage_was_cut_off_count(tmp_path):
-    """They come from the partial checkpoint."""
+def test_seconds_before_a_cut_count(tmp_path, monkeypatch, capsys):
+    """Also for the time left; of steps of 16 s every second one is saved."""
+    now, saved = [0.0], []
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
     stage = train.Stage(tmp_path / "fake.pt", inputs={})
     stage.keep("partial", kind="partial", parts={}, step=3, rng=torch.get_rng_state(), seconds=1e3)
-    assert list(stage.steps(5)) == [3, 4] and stage.keep()["seconds"] > 1000
+    for i in stage.steps(8):
+        saved.append((i, load(tmp_path, "fake_partial")["step"]))
+        now[0] += 16
+        stage.log()
+    assert saved == [(3, 3), (4, 3), (5, 5), (6, 5), (7, 7)] and stage.keep()["seconds"] == 1080
+    assert re.findall(r"(\d)/8 +(\d+) s left", capsys.readouterr().out)[::2] == [
+        ("4", "1016"), ("6", "349"), ("8", "0")]
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -172,7 +179,6 @@ def edit(home, monkeypatch):
 @pytest.fixture
 def redone(home, study, again, monkeypatch, capsys):
     """redone(argument ...) -> {stage that the finished study does again: its seed}, what it said.
-
     The seed is that of torch's global stream, from which the stage has yet to draw.
     A stage's old results stand in for its work: the question is which run, not what they do."""
     seeds, about = {}, ("kind", "key", "inputs", "size", "history", "seconds")
@@ -327,6 +333,7 @@ def test_a_checkpoint_holds_its_metrics_and_can_stand_alone(study, name):
     rows = state["history"]
     assert [json.loads(line) for line in metrics.read_text().splitlines()] == rows
     if name in PPO:
+        assert name == f"ppo_beta{state['inputs']['beta']:g}", "another beta's"
         assert [row["step"] for row in rows] == [1, 2, 3], "a line an iteration"
         assert all(math.isfinite(x) for row in rows for x in row.values())
         assert rows[0]["ref_kl"] == rows[0]["exact_kl"] == 0, "the first rollout is rho's own"
@@ -343,7 +350,6 @@ def test_a_run_ends_after_the_stage_asked_for(redone, again, last, files):
 
 def train_and_die(arguments, log, name, moment):
     """train.py in a process of its own, killed at the moment-th instant of writing a file name.
-
     The instants are before and after it is written and renamed. SIGKILL cannot be caught."""
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(log, "a")
@@ -459,7 +465,8 @@ def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, com
 def test_bad_options_are_explained(texts, command, monkeypatch, tmp_path, options, says):
     """What an option takes is said where it is given; nothing is trained first."""
     shutil.copytree(texts, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "few.csv").write_text("text,rating\nlove,1\ngrief,-1\n")
+    rows = [f"text {i},1\n" for i in range(35)]         # two of which are the report's
+    (tmp_path / "few.csv").write_text("text,rating\n" + "".join(rows))
     (tmp_path / "bad.csv").write_text("text,rating\nlove,1\ngrief,good\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gpt, "pretrain", lambda *inputs: pytest.fail("trained on bad input"))
@@ -472,7 +479,7 @@ def test_a_judge_that_is_not_finite_stops_the_run(texts, again, command, monkeyp
     monkeypatch.setattr(ppo, "load_scorer", lambda options, state, rho, scorer=ppo.load_scorer: (
         lambda tokens: scorer(options, state, rho)(tokens)
         * (math.nan if state["kind"] == "judge" else 1)))
-    explains(command(train, *argv(texts, again, "--until", "ppo")), "scores of the completions are not finite")
+    explains(command(train, *argv(texts, again, "--until", "ppo")), "scores of the completions are")
 
 
 def test_a_damaged_checkpoint_is_explained(texts, again, command):
