@@ -450,7 +450,7 @@ def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, com
     *[(f"--seed {x}", f"invalid int from 0 to 1000000000 value: '{x}'") for x in (-1, 1.5)],
     ("--length 0", "--length: invalid int from 1 to 1000000000 value: '0'"),
     *[(f"--{option}", "--adaptive-kl-horizon must be at least --batch, --group and --rho-samples 2")
-      for option in ("adaptive-kl-horizon 31", "group 1", "rho-samples 1")],
+      for option in ("adaptive-kl-target 3 --adaptive-kl-horizon 31", "group 1", "rho-samples 1")],
     *[(option, "--n-embd must be a multiple of --n-head, and --batch of --group")
       for option in ("--n-head 3", "--group 5")],
     ("--device meta", "invalid choice: 'meta'"),
