@@ -109,7 +109,7 @@ def test_the_seed_decides_what_is_drawn(study, drawn):
     ("--checkpoint reward.pt", "is a reward checkpoint. Give one of kind pretrain or ppo."),
     ("--top-k 0", "--top-k: invalid int from 1 to 1000000000 value: '0'"),
     ("--temperature nan", "float from 0 "), ("--seed -1", "int from 0 "), ("--num 0", "from 1 "),
-    ("--checkpoint .", "is damaged"),
+    ("--checkpoint .", "there is no ."),
     ("--rate a.pt b/a.pt --ratings new.csv", "apart by their file names. Rename a copy")])
 def test_bad_options_are_explained(study, command, monkeypatch, options, says):
     """In one line, with what to give instead."""
