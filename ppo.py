@@ -18,7 +18,6 @@ completion, a reward per token; ref_kl is in nats per completion, approx_kl in n
 
     python ppo.py                        a reward of your own, at the end of this file, in a minute
     python train.py --beta 0.1           the study (its part here: sample_reference, tune)
-    pytest tests/test_ppo.py tests/test_loop.py
 """
 
 import copy
