@@ -256,8 +256,7 @@ def choose_prompts(openings, n):
 
 def read_labels(path):
     """The rated passages of a CSV file: a list of (text, rating from -2 to 2, play).
-    A passage is given by play and lines, counted from 1, or by its text. Without a column play,
-    play is "" if drawn_from is plays, else None: the text is a model's sample."""
+    Without a column play, play is "" if drawn_from is plays, else None: a model's sample."""
     rows, passages = csv.DictReader(io.StringIO(read_text(path)), restval=""), []
     try:
         for row in rows:

@@ -80,8 +80,7 @@ def attention_bias(start, end, heads, device, pad=None):
 
 def attention(q, k, v, bias):
     """softmax(q k' / sqrt(head) + bias) v for each head: q (B,T,C), k and v (B,S,head) -> (B,T,C).
-    bias: attention_bias(). All heads share k and v, so the queries of all heads are rows of one
-    matrix: at 64 tokens in bfloat16 faster on a CPU than torch's fused kernel."""
+    bias: attention_bias(). As k and v are shared, all heads' queries are rows of one matrix."""
     B, _, head = k.shape
     rows = q.unflatten(2, (-1, head)).flatten(1, 2)                     # (B,T*H,head)
     rows = rows / math.sqrt(head)
@@ -306,8 +305,7 @@ def learning_rate(i, steps, n_embd):
 def bigram_start(model, tokens, smooth=20.0):
     """Initialise embedding and output layer to predict, nearly, the bigrams of tokens (N,).
     An SVD of rank n_embd factorises the log-frequencies (V,V) of each token's successors (Levy
-    2014). smooth: unigram counts added to each row. The blocks start as the identity, so the
-    untrained model predicts from the last token alone: this saves steps (results/README.md)."""
+    2014), smoothed by unigrams. As blocks start as the identity, only the last token counts."""
     V, C = model.embed.weight.shape
     tokens = tokens.long()
     pairs = tokens[:-1] * V + tokens[1:]
@@ -360,7 +358,8 @@ def pretrain(options, texts, loop):
     if len(held_out) <= T:
         raise data.UserError(f"the held-out text has no {T + 1} tokens. Give a longer --corpus, or "
                              "a smaller --block-size.")
-    config = GPTConfig(len(vocabulary), T, options.n_layer, options.n_head, options.n_embd)
+    config = GPTConfig(len(vocabulary), T,
+                       options.n_layer, options.n_head, options.n_embd)
     model = GPT(config, options.dtype)
     if config.n_embd < config.vocab_size:           # an SVD (V,V) has at most rank V
         bigram_start(model, train)
@@ -370,7 +369,8 @@ def pretrain(options, texts, loop):
     weight = (rows.stop - rows.start) / batch
     # An SVD may differ in its last bits between processes; all must start from equal weights.
     average([p.data for p in model.parameters()], weight)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.8, 0.95), eps=1e-10,
+    optimizer = torch.optim.AdamW(model.parameters(),
+                                  betas=(0.8, 0.95), eps=1e-10,
                                   weight_decay=0.0, fused=True)
     start = torch.full((1, 1), texts["start"], device=options.device)
     n = len(train) - T

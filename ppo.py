@@ -350,7 +350,8 @@ class PPO:
         # learning rates are not comparable with published ones.
         self.optimizer = torch.optim.AdamW(trained.parameters(), eps=1e-3, betas=(0.9, 0.95),
                                            weight_decay=0.0, fused=True)
-        self.controller = AdaptiveKL(config.beta, config.adaptive_kl_target,
+        self.controller = AdaptiveKL(config.beta,
+                                     config.adaptive_kl_target,
                                      config.adaptive_kl_horizon)
         self.parts = {"policy": self.policy,
                       "optimizer": self.optimizer,
@@ -382,7 +383,8 @@ class PPO:
         # Each prompt is used once before any is used again; a group's rows are adjacent.
         groups = torch.arange(config.batch) // self.group
         prompts = self.prompts[torch.randperm(P)[groups % P]]
-        tokens, lower = sample_completions(self.policy, prompts, config.length, self.end,
+        tokens, lower = sample_completions(self.policy, prompts,
+                                           config.length, self.end,
                                            self.frozen)
         # Half minibatches: their logits fit the processor's cache.
         read = in_chunks(self.read, prompts, tokens, lower, size=(config.minibatch + 1) // 2)
@@ -498,8 +500,7 @@ def bootstrap(function, *samples):
 
 def pool(rho, pi):
     """Pool samples of rho (K,P,M) and pi (K,P,N): (K,P,M+N), and their log(rho/q) (P,M+N).
-    Row 0 of K holds scores, row 1 log pi - log rho; q is the mixture of rho and pi. With pi's
-    samples the ESS is larger, so optimum() reaches smaller betas."""
+    Row 0 of K holds scores, row 1 log pi - log rho; q, both mixed, reaches smaller betas."""
     both = torch.cat((rho, pi), dim=-1)
     log_ratio = both[1].flatten()
     # Only rho/q matters, so log pi - log rho and 0 can stand for log pi and log rho.
