@@ -289,6 +289,8 @@ def test_completions_are_scored_by_what_stands_before_each_token_and_by_no_paddi
         inputs = torch.cat((prompts[row], real[None]), dim=1)[:, :-1]
         assert_close(logits[row, :len(real)], trained(inputs)[0, -len(real):],
                      "logits are shifted, or padding counts", atol=1e-4, rtol=0)
+    assert not gpt.token_logprobs(logits, tokens)[tokens == PAD].any(), "padding has no probability"
+    assert completion_logits(trained, padded[:0], tokens[:0]).shape == (0, 15, 16), "a share of 0"
 
 
 @both_dtypes
