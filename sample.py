@@ -82,8 +82,8 @@ def draw(path, num, seed=0, prompt="", temperature=1.0, top_k=None):
     positive = load_reward(rewarded)(tokens).sigmoid().tolist()
     ref_kl = log_ratios(policy, ref, prompts, tokens).tolist()
     for row, p, kl in zip(torch.cat((prompts, tokens), dim=1), positive, ref_kl):
-        text = data.decode(state["vocabulary"], row).removeprefix(data.BOUNDARY)
-        yield {"text": text, "positive": p, "ref_kl": kl}
+        yield {"text": data.decode(state["vocabulary"], row).removeprefix(data.BOUNDARY),
+               "positive": p, "ref_kl": kl}
 
 
 # ---- ratings ------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def report(out):
     rho = data.load_checkpoint(out / "rho.pt")
     runs = list(load_runs(out, rho))
     if not runs:
-        raise UserError(f"{out} has no finished PPO run. Run train.py --out {out} first.")
+        raise UserError(f"{out} has no finished PPO run. Run train.py first.")
     seconds = {"rho": rho["seconds"]}
     summary = {"size": rho["size"], "device": rho["inputs"]["device"], "seconds": seconds,
                "ppo": [run["result"] for run in runs]}

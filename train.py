@@ -172,8 +172,8 @@ class Stage:
         done = self.step + 1
         self.history.append({"step": done, **metrics})
         # Write the whole file each time, so that no step is in it twice after a kill.
-        lines = "\n".join(map(json.dumps, self.history)) + "\n"
-        data.write_file(self.path.with_suffix(".metrics.jsonl"), lines)
+        data.write_file(self.path.with_suffix(".metrics.jsonl"),
+                        "\n".join(map(json.dumps, self.history)) + "\n")
         left = (time.monotonic() - self.began) / done * (self.n - done)
         values = [f"{key} {metrics[key]:.3g}" for key in shown or metrics]
         print(f"{self.path.stem} {done}/{self.n}", *values, f"{left:.0f} s left", sep="  ")

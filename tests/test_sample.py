@@ -392,7 +392,7 @@ def test_the_committed_run_is_drawn_for_its_size(again, tmp_path, monkeypatch, c
         drawn = [curve.get_xydata().tolist() for curve in figures["ppo"].axes[1].lines]
         assert ([[i * 0.125] * 2 for i in range(5)] in drawn) == (size == "small")
     (again / "ppo_beta2.pt").unlink()
-    explains(command(sample, "--report", again), "has no finished PPO run. Run train.py --out")
+    explains(command(sample, "--report", again), "has no finished PPO run. Run train.py first")
 
 
 def test_a_run_by_another_algorithm_says_so(study, monkeypatch):
