@@ -10,6 +10,7 @@ import ctypes
 import io
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -24,9 +25,9 @@ from zipfile import ZipFile
 import tiktoken
 import torch
 
-# A step allocates its large tensors anew; to have their pages from Linux again each time takes a
-# tenth of an iteration (results/). So keep freed memory: no mmap (-4 is M_MMAP_MAX), no trim (-1).
-if sys.platform == "linux":
+# A step allocates its large tensors anew. To get their pages from Linux again each time takes a
+# tenth of an iteration (results/); so freed memory is kept: no mmap (-4, M_MMAP_MAX), no trim (-1).
+if platform.libc_ver()[0] == "glibc":
     ctypes.CDLL(None).mallopt(-4, 0)
     ctypes.CDLL(None).mallopt(-1, -1)
 HERE = Path(__file__).parent

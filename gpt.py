@@ -473,6 +473,6 @@ def compute_dtype(device):
     else:
         capable = torch.cpu.get_capabilities()
         # AVX-512 bfloat16 runs at half float32's speed on Intel, at twice it on AMD; AMX is fast.
-        intel = "Intel" in capable.get("cpu_name", "")
-        fast = capable.get("amx_bf16") or (capable.get("avx512_bf16") and not intel)
+        fast = capable.get("amx_bf16") or (
+            capable.get("avx512_bf16") and "Intel" not in capable.get("cpu_name", ""))
     return torch.bfloat16 if fast else torch.float32

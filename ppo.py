@@ -629,7 +629,6 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
             for row, score in zip(tokens[:2], run.batch["scores"]):
                 text = data.decode(pretrained["vocabulary"], row)
                 loop.show(f"score {score:.2f}", text)
-
     result = evaluate(options, run, judge_fn, rho)
     return {**about, "model": run.policy.state_dict(), "result": result}
 
