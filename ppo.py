@@ -278,7 +278,7 @@ def best_of_n(scores, n):
     scores = scores.sort(-1).values
     N = scores.size(-1)
     if not 1 <= n <= N:
-        raise ValueError(f"n must be from 1 to the number of scores, {N}")
+        raise ValueError("n must be from 1 to the number of scores")
     i = torch.arange(N, dtype=torch.float64)
     # log C(i, n-1) up to a constant; for i < n - 1 lgamma is infinite and this is the log of 0.
     log_ways = torch.lgamma(i + 1) - torch.lgamma(i + 2 - n)

@@ -194,9 +194,10 @@ def read_ratings(labels=None):
         for text, rating, play in data.read_labels(path):
             part = PARTS[data.fold(play or text, 10)]
             passages[part].append((text, rating, play is None))
-    if min(map(len, passages.values())) < 3:
-        raise data.UserError("the labels have too few passages to train and to measure on. "
-                             "Give a hundred or more.")
+    for rows in passages.values():
+        if len({rating for _, rating, _ in rows}) < 2:
+            raise data.UserError("the labels have too few passages to train and to measure on, or "
+                                 "rate all alike. Give a hundred or more, rated differently.")
     ratings = {}
     for word, rating, _ in data.read_labels(folder / "words.csv"):
         ratings.setdefault(word[:LETTERS], []).append(rating)

@@ -276,7 +276,7 @@ def test_words_cut_alike_share_their_mean_and_texts_of_plays_are_no_samples(monk
     """Of all the files of labels/."""
     words, seen = [("gracious", 2.0, None), ("graciously", 1.0, None), ("grace", -1.0, None)], []
     monkeypatch.setattr(data, "read_labels", lambda path: seen.append(path.stem) or (
-        words if path.stem == "words" else [(f"text {i}", 1.0, "") for i in range(200)]))
+        words if path.stem == "words" else [(f"text {i}", i % 2, "") for i in range(200)]))
     found = reward.read_ratings()
     assert seen == ["passages", "more_passages", "samples", "words"]
     assert found["words"] == {"graciou": 1.5, "grace": -1.0}

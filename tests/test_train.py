@@ -460,14 +460,15 @@ def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, com
     ("--corpus none.txt", "No such file or directory: 'none.txt'. Put that right"),
     ("--labels none.csv", "No such file or directory: 'none.csv'. Put that right"),
     ("--labels play.txt", "The columns must be play, first_line, last_line, rating (or"),
-    ("--labels few.csv", "too few passages to train and to measure on"),
+    *[(f"--labels {x}.csv", "too few passages to train and to") for x in ("few", "alike")],
     ("--labels labels.csv bad.csv", "bad.csv line 3: could not convert string to float: 'good'"), ])
 def test_bad_options_are_explained(texts, command, monkeypatch, tmp_path, options, says):
     """What an option takes is said where it is given; nothing is trained first."""
     shutil.copytree(texts, tmp_path, dirs_exist_ok=True)
-    rows = [f"text {i},1\n" for i in range(35)]         # two of which are the report's
-    (tmp_path / "few.csv").write_text("text,rating\n" + "".join(rows))
-    (tmp_path / "bad.csv").write_text("text,rating\nlove,1\ngrief,good\n")
+    for name, rows in {"few": [f"text {i},{i % 2}" for i in range(25)],     # none for report
+                       "alike": [f"text {i},1" for i in range(99)],
+                       "bad": ["love,1", "grief,good"]}.items():
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,rating", *rows]))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gpt, "pretrain", lambda *inputs: pytest.fail("trained on bad input"))
     explains(command(train, *argv(tmp_path, "out", *options.split())), says)
