@@ -209,7 +209,7 @@ def read_ratings(labels=None):
 def prepare(passages, vocabulary, length):
     """Rated passages as tensors: tokens (N,length), soft targets (N,), is_sample (N,) bool."""
     texts, ratings, is_sample = zip(*passages)
-    ids = data.make_tokenizer(vocabulary).encode_ordinary_batch(texts)
+    ids = map(data.make_tokenizer(vocabulary).encode_ordinary, texts)
     targets = (torch.tensor(ratings) + 2) / 4
     return data.pad(ids, length), targets, torch.tensor(is_sample)
 
