@@ -77,10 +77,13 @@ def run(main):
     except (KeyboardInterrupt, EOFError):       # Ctrl-C, or Ctrl-D where an answer is wanted
         code, line = 130, "stopped. Run the same command again to resume from the last checkpoint."
     except (MemoryError, RuntimeError) as error:
-        # torch has no exception of its own for running out of CPU memory: read the message.
-        if not re.search("MemoryError|out of memory|allocate", repr(error)):
+        # torch has no exceptions of its own for these: read the message.
+        if re.search("MemoryError|out of memory|allocate", repr(error)):
+            line = "error: out of memory. Lower --batch, --minibatch or --num, or the --size."
+        elif "loading state_dict" in repr(error):
+            line = "error: a checkpoint is of another version of the code. Run train.py again."
+        else:
             raise
-        line = "error: out of memory. Lower --batch, --minibatch or --num, or the --size."
     print(line, file=sys.stderr)
     sys.exit(code)
 
@@ -242,9 +245,8 @@ def prepare(options, corpus, loop):
     short, long = r"\n\n.+\n.+\n(?=.)", r"\n\n.+\n.+\n.+\n(?=.)"
     openings, others = [{*re.findall(short, text), *re.findall(long, text)} for text in corpus]
     train, held_out = [torch.tensor(encode(text)) for text in corpus]
-    return {"vocabulary": vocabulary, "start": encode(BOUNDARY)[0],
-            "train": train, "held_out": held_out,
-            "openings": list(map(encode, sorted(openings))),
+    return {"vocabulary": vocabulary, "start": encode(BOUNDARY)[0], "train": train,
+            "held_out": held_out, "openings": list(map(encode, sorted(openings))),
             "test_openings": list(map(encode, sorted(others - openings)))}
 
 

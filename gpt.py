@@ -364,6 +364,7 @@ def pretrain(options, texts, loop):
     if config.n_embd < config.vocab_size:           # an SVD (V,V) has at most rank V
         bigram_start(model, train)
     model.to(options.device)
+
     rows = share(batch)                             # each process trains on its share of the batch
     weight = (rows.stop - rows.start) / batch
     # An SVD may differ in its last bits between processes; all must start from equal weights.

@@ -335,7 +335,6 @@ class PPO:
         self.end = end
         # With one prompt, the whole batch continues it; with several, --group completions each.
         self.group = config.batch if len(prompts) == 1 else config.group
-        assert config.batch % self.group == 0, "batch must be a multiple of group"
         # Copies, because with shared weights rho would change with pi, and KL would stay 0.
         self.ref = copy.deepcopy(ref).requires_grad_(False)
         self.policy = copy.deepcopy(self.ref)
@@ -433,8 +432,7 @@ class PPO:
 
     def update(self, batch, lr, kl_in_loss=0.0):
         """Step 6: epochs of minibatches over rollout()'s batch. Returns metrics, means over steps.
-        Stops early, before the step, at a minibatch whose approx_kl exceeds max_update_kl.
-        kl_in_loss: GRPO's beta, else 0."""
+        Stops before a step whose approx_kl exceeds max_update_kl. kl_in_loss: GRPO's beta or 0."""
         config = self.config
         minibatches = []
         infos = []
@@ -592,8 +590,7 @@ def sample_reference(options, texts, pretrained, rewarded, judged, loop):
     for state in (rewarded, judged):
         model = reward.load_reward(state, options.device, options.dtype)
         scales[state["kind"]] = reward.score_constants(in_chunks(model, tokens))
-    return {"prompts": prompts,
-            "test_prompts": test_prompts,
+    return {"prompts": prompts, "test_prompts": test_prompts,
             "end": end,
             "tokens": tokens.int().cpu(),
             "scales": scales}

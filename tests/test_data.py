@@ -378,11 +378,13 @@ def test_a_script_ends_with_one_line_and_an_exit_code(capsys, error, code, said)
 
 
 def test_other_ends_of_scripts(capsys, monkeypatch):
-    """A bug keeps its traceback; half a character can be printed; `| head` ends in silence."""
+    """Bugs keep a traceback, other weights do not; half characters print; `| head` ends quietly."""
     with pytest.raises(RuntimeError, match="size of tensor"):
         data.run(lambda: torch.zeros(2) + torch.zeros(3))
-    data.run(lambda: print("fair \ud800 \xe9"))
-    assert capsys.readouterr().out == "fair \\ud800 \xe9\n"
+    with pytest.raises(SystemExit, match="2"):
+        data.run(lambda: [print("fair \ud800 \xe9"), torch.nn.Linear(2, 1).load_state_dict({})])
+    out, err = capsys.readouterr()
+    assert out == "fair \\ud800 \xe9\n" and "of another version of the code. Run train" in err, err
 
     def main():
         raise BrokenPipeError

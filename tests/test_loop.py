@@ -357,12 +357,10 @@ def test_values_are_the_least_squares_fit_over_real_tokens_alone():
     torch.zeros(8, 4), torch.zeros(8, 1), torch.zeros(1), torch.zeros(8, dtype=torch.long)],
     ids=lambda x: f"{tuple(x.shape)} {x.dtype}")
 def test_what_has_another_shape_or_type_is_refused_in_a_sentence(scores):
-    """Scores (8,1) would broadcast against (8,); a batch is whole groups."""
+    """Scores (8,1) would broadcast against (8,)."""
     with pytest.raises(AssertionError, match=re.escape(
             f"score_fn must give floats (8,) or (8,5), not {tuple(scores.shape)}")):
         new_run(score=lambda tokens: scores, batch=8).step(0)
-    with pytest.raises(AssertionError, match="batch must be a multiple of group"):
-        new_run(prompts=PROMPTS, group=3)
     with pytest.raises(AssertionError, match="no algorithm reinforce"):
         new_run(algorithm="reinforce").step(0)
 
