@@ -25,8 +25,8 @@ from zipfile import ZipFile
 import tiktoken
 import torch
 
-# A step allocates its large tensors anew. To get their pages from Linux again each time takes a
-# tenth of an iteration (results/); so freed memory is kept: no mmap (-4, M_MMAP_MAX), no trim (-1).
+# A step allocates its large tensors anew; to get their pages from Linux again takes a tenth of an
+# iteration (results/). Keep freed memory: M_MMAP_MAX (-4) is 0, M_TRIM_THRESHOLD (-1) is never.
 if platform.libc_ver()[0] == "glibc":
     ctypes.CDLL(None).mallopt(-4, 0)
     ctypes.CDLL(None).mallopt(-1, -1)
@@ -251,7 +251,7 @@ def prepare(options, corpus, loop):
 
 
 def choose_prompts(openings, n):
-    """n random openings (lists of ids) that fit, padded left (by reversal): (n,LONGEST_PROMPT)."""
+    """n random openings (lists of ids) that fit: (n,LONGEST_PROMPT), padded left by two reversals."""
     short = [ids for ids in openings if len(ids) <= LONGEST_PROMPT]
     if len(short) < n:
         raise UserError(f"the corpus has only {len(short)} openings of speeches to continue. "

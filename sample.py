@@ -91,7 +91,7 @@ def read_ratings(path):
     """The rows of a ratings file: an iterator of dicts of text, rating, sense and drawn_from."""
     text = data.read_text(path)
     if not text.startswith(HEADER):
-        raise UserError(f"{path} has not the header of a file of ratings. Give another.")
+        raise UserError(f"{path} lacks the header of a ratings file. Give another.")
     return csv.DictReader(io.StringIO(text))
 
 
