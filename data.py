@@ -251,7 +251,7 @@ def prepare(options, corpus, loop):
 
 
 def choose_prompts(openings, n):
-    """n random openings (lists of ids) that fit: (n,LONGEST_PROMPT), padded left by two reversals."""
+    """n random openings (lists of ids) that fit: (n,LONGEST_PROMPT), padded left by reversals."""
     short = [ids for ids in openings if len(ids) <= LONGEST_PROMPT]
     if len(short) < n:
         raise UserError(f"the corpus has only {len(short)} openings of speeches to continue. "

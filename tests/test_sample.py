@@ -254,7 +254,7 @@ def test_passages_of_the_plays_are_rated_as_labels(monkeypatch, tmp_path, comman
 
 @pytest.mark.parametrize("content, says", [
     (HEADER + "a,1,1\n", "was begun with other --rate"), *[
-        (x, "lacks the header of a ratings") for x in ("play,first_line\n", "To be\n", "", "a\0b")]])
+        (x, "lacks the header of a") for x in ("play,first_line\n", "To be\n", "", "a\0b")]])
 def test_a_bad_file_of_ratings_is_explained_and_left_alone(study, tmp_path, command, content, says):
     """One line, and no byte of somebody's file is changed."""
     (path := tmp_path / "notes.csv").write_text(content)
