@@ -76,7 +76,7 @@ def run(main):
     except OSError as error:    # no such file, a full disk, or another process has ended
         line = f"stopped: {error}. Put that right and run the same command again."
     except (KeyboardInterrupt, EOFError):       # Ctrl-C, or Ctrl-D where an answer is wanted
-        code, line = 130, "stopped. Run the same command again to resume from the last checkpoint."
+        code, line = 130, "stopped. The same command goes on from the last checkpoint, if any."
     except (MemoryError, RuntimeError) as error:
         # torch has no exceptions of its own for these: read the message.
         if re.search("MemoryError|out of memory|allocate", repr(error)):

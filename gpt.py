@@ -129,7 +129,7 @@ class GPT(nn.Module):
         self.dtype = dtype
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.lm_head = Linear(config.n_embd, config.vocab_size)         # zeros: uniform predictions
+        self.lm_head = Linear(config.n_embd, config.vocab_size)         # zeros until bigram_start()
 
     def stream(self, x, start=0, cache=None, pad=None, blocks=slice(None)):
         """The residual stream (B,T,C), in the compute dtype, after blocks, a slice of self.blocks.
@@ -184,8 +184,8 @@ def padding(tokens):
 def extend(model, prompt, uniform, temperature=1.0, top_k=None, frozen=0):
     """Continue each prompt (B,T0), padded left, by T tokens: tokens (B,T0+T), lower (B,T0+T-1,C).
     uniform (B,T): sample_tokens' random numbers. tokens begin with the prompt. lower is the stream
-    after the first blocks, frozen in number, at every token but the last, for PPO to reuse (at
-    padding it is meaningless). A key-value cache lets the model read each token only once."""
+    after the first `frozen` blocks, which PPO does not train and so computes once, at every token
+    but the last (meaningless at padding). With a key-value cache each token is read only once."""
     # A copy in the compute dtype; otherwise every weight would be cast again for each token.
     model = copy.deepcopy(model).to(model.dtype)
     cache = {}
@@ -259,11 +259,18 @@ def in_chunks(function, *tensors, size=64):
     """function(*tensors), a tensor or several, computed size rows at a time to save memory.
     Row i of a result may depend on row i alone: processes share the rows. No gradient flows."""
     n = len(tensors[0])
-    mine = [x[share(n)].split(size) for x in tensors]
-    parts = [function(*chunk) for chunk in zip(*mine)]
-    if torch.is_tensor(parts[0]):
-        return gather(torch.cat(parts), n)
-    return [gather(torch.cat(column), n) for column in zip(*parts)]
+    wholes = []
+    for rows in torch.arange(n)[share(n)].split(size):
+        result = function(*[x[rows] for x in tensors])
+        parts = [result] if torch.is_tensor(result) else result
+        # Copied at once: if they stayed where they are until the end, between the chunks' large
+        # temporary tensors, the memory freed of those would lie in pieces, and more be taken.
+        wholes = wholes or [part.new_zeros(n, *part.shape[1:]) for part in parts]
+        for whole, part in zip(wholes, parts):
+            whole[rows] = part
+    for whole in wholes:
+        all_reduce(whole)               # adds the other processes' rows, which are 0 here
+    return wholes[0] if torch.is_tensor(result) else wholes
 
 
 # ---- gradient steps -----------------------------------------------------------------------
@@ -435,27 +442,16 @@ def share(n):
 
 def all_reduce(x):
     """Sum a tensor over all processes, in place. Raises ConnectionError if one has ended."""
-    try:
-        dist.all_reduce(x)
-    except RuntimeError:
-        raise ConnectionError("another process of this run has ended") from None
-    return x
+    if dist.is_initialized():
+        try:
+            dist.all_reduce(x)
+        except RuntimeError:
+            raise ConnectionError("another process of this run has ended") from None
 
 
 def barrier(device):
     """Wait until every process has reached this point."""
-    if dist.is_initialized():
-        all_reduce(torch.zeros(1, device=device))
-
-
-def gather(rows, n):
-    """All n rows (n,...), from each process's share of them, rows. No gradient flows through."""
-    if not dist.is_initialized():
-        return rows
-    # A sum of zero-padded shares, because all_gather would need shares of equal size.
-    whole = rows.new_zeros(n, *rows.shape[1:])
-    whole[share(n)] = rows
-    return all_reduce(whole)
+    all_reduce(torch.zeros(1, device=device))
 
 
 def average(tensors, weight):

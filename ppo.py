@@ -7,8 +7,8 @@ The policy pi starts as a copy of the reference rho and is trained to maximise
     J(pi) = E[score(y)] - beta * KL(pi to rho)          (Ziegler 2019)
 
 The six steps of an iteration have the same numbers in PPO.step and in the README. Two departures
-from the textbook: the value function is no network but a polynomial, fitted by least squares to the
-reward model's score of each prefix (Stiennon 2020 initialise their critic from the reward model);
+from the textbook: the value function is no network but a polynomial in the reward model's score of
+each prefix, fitted by least squares (Stiennon 2020 initialise their critic from the reward model);
 and each batch is used for one epoch, because the time is better spent on fresh samples.
 
 A completion is T token ids. If it ends early, PAD (-1) fills the rest, and mask (B,T), True at real
@@ -76,8 +76,8 @@ def gae(rewards, values, gamma=1.0, lam=0.8, mask=None):
     """Generalised advantage estimation (Schulman 2015, equation 16): advantages, returns (B,T).
     advantage_t = sum over l >= 0 of (gamma lam)^l delta_{t+l},
     delta_t = reward_t + gamma value_{t+1} - value_t, with value 0 after the last token.
-    rewards, values (B,T). returns = advantages + values; PPO.step fits its values to rewards_to_go
-    instead. Masked positions are skipped and come out 0."""
+    rewards, values (B,T). returns = advantages + values, the usual target of a value network;
+    PPO.step uses rewards_to_go instead. Masked positions are skipped and come out 0."""
     rewards, mask = _masked(rewards, mask)
     values, _ = _masked(values, mask)
     advantages = torch.zeros_like(rewards + values)
@@ -103,7 +103,7 @@ def rewards_to_go(rewards, mask=None):
 def fit_values(so_far, returns, mask):
     """Values (B,T): a forecast of returns (B,T) from so_far (B,T), the score before each token.
     A quadratic polynomial in t, the position from 0 to 1, and k, the score so far, is fitted by
-    least squares: six weights, no learning rate. Fitted to the batch whose baseline they are, they
+    least squares: six weights, no learning rate. Fitted to the returns they are compared with, they
     bias the gradient, less in larger batches; so does a lambda below 1, as they know no words."""
     T = so_far.size(1)
     k = so_far.double().cpu()
@@ -133,8 +133,8 @@ def whiten_groups(returns, group):
     """GRPO's advantages (B,T) (Shao 2024, DeepSeekMath): each score whitened within its group.
     returns (B,T) are the score at every token, because GRPO keeps the penalty out of the rewards
     and adds beta * mean of k3 (kl_estimates) to the loss. Its optimum is not J's (test_loop.py):
-    E_pi[grad k3] = E_pi[(1 - rho/pi) grad log pi] = -E_rho[grad log pi], the gradient of the next
-    token's KL(rho to pi); and dividing scores by the group's deviation multiplies beta by it."""
+    E_pi[grad k3] = E_pi[(1 - rho/pi) grad log pi] = -E_rho[grad log pi], as E_pi[grad log pi] = 0:
+    that of the next token's KL(rho to pi). Dividing scores by a deviation multiplies beta by it."""
     scores = returns[:, 0].view(-1, group)
     mean = scores.mean(1, keepdim=True)
     deviation = scores.std(1, correction=0, keepdim=True)
@@ -459,7 +459,7 @@ class PPO:
             infos.append(info)
         metrics = {"epochs": config.epochs * len(infos) / len(minibatches)}
         for key in infos[0]:
-            metrics[key] = fmean(info[key].item() for info in infos)
+            metrics[key] = fmean(info[key] for info in infos)
         return metrics
 
     @torch.no_grad()
@@ -488,7 +488,7 @@ class PPO:
 # ---- what a run reached -------------------------------------------------------------------
 def bootstrap(function, *samples):
     """Bootstrap standard errors (Efron 1979) of function(*samples), K numbers: a list of K.
-    100 times, the N completions of samples (...,P,N) are drawn anew; the P prompts are fixed."""
+    100 times each prompt's N completions in samples (...,P,N) are redrawn; N must not be small."""
     again = []
     for _ in range(100):
         drawn = [x[..., torch.randint(x.size(-1), x.shape[-1:])] for x in samples]
@@ -498,7 +498,7 @@ def bootstrap(function, *samples):
 
 def pool(rho, pi):
     """Pool samples of rho (K,P,M) and pi (K,P,N): (K,P,M+N), and their log(rho/q) (P,M+N).
-    Row 0 of K holds scores, row 1 log pi - log rho; q, both mixed, reaches smaller betas."""
+    Row 0 of K: scores; row 1: log pi - log rho. q mixes rho and pi, which has high scores."""
     both = torch.cat((rho, pi), dim=-1)
     log_ratio = both[1].flatten()
     # Only rho/q matters, so log pi - log rho and 0 can stand for log pi and log rho.
@@ -514,9 +514,9 @@ def compare(rho, pi, beta):
     = (J(pi) - J(rho)) / (J* - J(rho)); kl_to_optimum = KL(pi to pi*) = (J* - J(pi)) / beta."""
     both, log_weights = pool(rho, pi)
     best = optimum(both[0], beta, log_weights)
-    # The sampled log-ratio, not exact_kl: near pi*, score - beta * log-ratio has little variance.
+    # Sampled log-ratios, not exact_kl: at pi*, score - beta * log-ratio is J* for every completion.
     objective = (pi[0] - beta * pi[1]).mean().item()
-    start = rho[0].mean().item()
+    start = rho[0].mean().item()        # J(rho): its KL is 0
     return {"objective": objective,
             "reference_objective": start,
             "optimum": best,

@@ -25,8 +25,8 @@ from gpt import GPT, GPTConfig, in_chunks, load_gpt, norm
 
 ENOUGH = 100            # rated samples that suffice to calibrate on samples alone
 LETTERS = 7             # words are cut to 7 letters, so kindness and kindnesses share a number
-# Ratings are split by play, so that no play is in two splits; a passage of no play is hashed by its
-# words. Entry i says what fold i is for. "report" is never trained on, and its plays (fold 0) are
+# A hash puts each play, with all its passages, into one of ten folds (a passage of no play by its
+# words); entry i is the use of fold i. "report" is never trained on, and its plays (fold 0) are
 # held out from pretraining too; "choose" is for calibration and for choosing settings.
 PARTS = ["report", "choose", "judge", "judge", *["reward"] * 6]
 
@@ -161,7 +161,7 @@ def regress(linear, start, targets, weights=1.0, ridge=0.0, loss=soft_loss):
 
 def calibrate(model, tokens, targets):
     """Set model's scale and bias (Platt 1999) on tokens (N,T), targets (N,) that are new to it."""
-    # fit() does not keep its bias, which comparisons do not determine.
+    # fit() keeps no bias, as comparisons determine none: both numbers are fitted here.
     log_odds = in_chunks(model, tokens)
     model.scale, model.bias = regress(log_odds.mul, model.scale, targets)
 

@@ -33,7 +33,7 @@ REPORT = """# Size {size}: {pretrain[val_bits_per_byte]:.3f} bits per byte on he
 {results}
 ± a standard error; KL in nats; J* takes an effective sample size (ESS) of 100; fraction: of the \
 way from rho to J*; judge: the score by a model never optimised.\n
-| model | Pearson | AUC | calibration slope | log loss |\n|---|---|---|---|---|
+| on held-out passages | Pearson | AUC | calibration slope | log loss |\n|---|---|---|---|---|
 | reward | {reward[val_pearson]:.3f} | {reward[val_auc]:.3f} | {reward[val_slope]:.2f} | \
 {reward[val_log_loss]:.3f} |
 | judge | {judge[val_pearson]:.3f} | {judge[val_auc]:.3f} | {judge[val_slope]:.2f} | \
@@ -138,10 +138,9 @@ def rate(args):
 
 # ---- the report ---------------------------------------------------------------------------
 def drift_axis(axis, ylabel):
-    """Prepare a matplotlib axis whose x is KL(pi to rho), on a root scale."""
+    """Give a matplotlib axis KL(pi to rho) as x, on a root scale; without margin, as x >= 0."""
     # Scores at first grow linearly with the square root of the KL (Gao 2022).
     axis.set_xscale("function", functions=(lambda kl: kl.clip(0) ** 0.5, lambda root: root ** 2))
-    # A margin would reach below 0, which has no root.
     axis.set(xmargin=0, ylabel=ylabel, xlabel="KL(pi to rho), nats per completion (root scale)")
 
 
@@ -185,8 +184,9 @@ def load_runs(out, rho):
         result = run.get("result")          # a policy kept during a run has none
         if result and run["inputs"]["rho"] == rho["key"]:
             result["seconds_per_iteration"] = run["seconds"] / result["iterations"]
-            # The algorithm is named only where it is not PPO.
-            label = re.sub("ppo_|beta|, ppo", "", f"{path.stem}, {run['inputs']['algorithm']}")
+            # The beta at the end, if adapted; the algorithm is named only where it is not PPO.
+            label = re.sub(r"ppo_|beta\S+ |, ppo", "", f"{path.stem} {result['beta']:.3g}, "
+                           f"{run['inputs']['algorithm']}")
             yield {**run, **result, "path": path, "label": label}
 
 
@@ -225,7 +225,7 @@ def report(out):
         for pair in zip_longest(before, ["after", *first_sample(run["path"])], fillvalue=""):
             samples += "{:52.52}  {}\n".format(*pair)
         samples += line + "\n\n"
-    print(samples, end="")
+    print(samples)
     draw_figures(runs, out / "figures")
     data.write_file(out / "summary.json", json.dumps(summary, indent=1))
     data.write_file(out / "report.md", REPORT.format(results=results, samples=samples, **summary))

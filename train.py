@@ -27,8 +27,8 @@ import reward
 import sample
 
 # tiny is a smoke run, small is for a laptop's CPU, base for a GPU of 80 GB. The columns, at least
-# two spaces apart: the stages that a change of the option repeats, with all that depend on them;
-# name; values (of tiny, small and base, or one for all; or choices, the default first); help.
+# two spaces apart: the stages that use the option (a change repeats them and all that depend on
+# them); name; values of tiny, small and base, or one for all, or choices, default first; help.
 SIZES = ("tiny", "small", "base")
 TABLE = """\
 data      vocab_size      512 2048 4096  more make texts fewer tokens, but each token rarer

@@ -9,8 +9,11 @@ step of pretraining, on random weights: medians of --repeats after a warm-up.
 
 - total_seconds of an iteration = rollout (sampling) + scoring (all of PPO.read) + update (the rest:
   nearly all of it gradient_seconds, step 6). Scoring = policy_and_rho + reward_model.
-- matmul_gflops is the rate of a block's largest product in the same run; floor_seconds is what the
-  matrix products of an iteration take at that rate; floor_ratio = total / floor.
+- matmul_gflops is the rate of a block's largest product, timed after each iteration; floor_seconds
+  is what the matrix products of an iteration take at that rate; floor_ratio = total / floor.
+- products_seconds is what they do take, at the shapes they have; softmax_seconds what softmax,
+  log-softmax, its gradient and cumulative sums take, nearly all over the vocabulary; rest_seconds =
+  total less both. Each operation is timed as it runs, in iterations of their own.
 - naive_seconds: one iteration in float32 without a key-value cache; naive_ratio = naive / total.
 """
 
@@ -27,6 +30,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
@@ -41,6 +45,9 @@ from tables import table  # noqa: E402
 SHAPE = {"batch": "batch", "length": "length", "epochs": "epochs", "minibatch": "minibatch",
          "layers": "n_layer", "width": "n_embd", "vocab": "vocab_size", "context": "block_size"}
 PRETRAIN_BATCH = 16     # windows, as in gpt.pretrain
+# The kinds of operations that are told apart; all others are "other".
+KINDS = {"mm": "products", "bmm": "products", "cumsum": "softmax", "_softmax": "softmax",
+         "_log_softmax": "softmax", "_log_softmax_backward_data": "softmax"}
 
 
 class Stopwatch:
@@ -74,14 +81,30 @@ class Stopwatch:
                 for name in counted[0]}
 
 
-def matmul_rate(args, times=20):
-    """FLOP/s of a block's largest product: (minibatch tokens, n_embd) by (n_embd, 4 n_embd)."""
+class Kinds(TorchDispatchMode):
+    """While active, times every operation, forward and backward, as the part of its KIND."""
+
+    def __init__(self, watch):
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kind = KINDS.get(operation.overloadpacket.__name__, "other")
+        return self.watch.part(kind, operation)(*args, **kwargs or {})
+
+
+def largest_product(args, times=20):
+    """A function that does a block's largest product so many times, and its number of FLOP.
+    It is (minibatch tokens, n_embd) by (n_embd, 4 n_embd)."""
     rows, n_in, n_out = args.minibatch * args.length, args.width, 4 * args.width
     x = torch.randn(rows, n_in, device=args.device, dtype=args.dtype)
     weight = torch.randn(n_out, n_in, device=args.device, dtype=args.dtype)
-    product = Stopwatch(args.device)
-    seconds = product.medians(lambda: [F.linear(x, weight) for _ in range(times)], 5)["total"]
-    return 2 * rows * n_in * n_out * times / seconds
+
+    def multiply():
+        for _ in range(times):
+            F.linear(x, weight)
+
+    return multiply, 2 * rows * n_in * n_out * times
 
 
 def forward_flops(args, batch, length, blocks, vocab):
@@ -119,15 +142,29 @@ def make_run(args, dtype):
     return ppo.PPO(rho, score_fn, torch.zeros(1, 1, device=args.device).long(), settings)
 
 
-def iteration_seconds(run, repeats, sampler=sample_completions, warm_ups=1):
-    """Median seconds of run.step, which draws with sampler, and of its parts: a dict."""
+def iteration_seconds(run, repeats, sampler=sample_completions, warm_ups=1, product=None):
+    """Median seconds of run.step, drawing with sampler, of its parts, and of product: a dict."""
     watch = Stopwatch(run.prompts.device)
     run.score_fn = watch.part("reward_model", run.score_fn)
     run.update = watch.part("gradient", run.update)
+    iterate = watch.part("iteration", run.step)
+    multiply = watch.part("product", product or (lambda: None))
+
+    def step():
+        iterate(0)
+        multiply()          # right after it, because the speed of a shared machine varies
+
     # These two names of ppo.py are called once an iteration each.
     with mock.patch.multiple(ppo, sample_completions=watch.part("rollout", sampler),
                              in_chunks=watch.part("scoring", in_chunks)):
-        return watch.medians(lambda: run.step(0), repeats, warm_ups)
+        return watch.medians(step, repeats, warm_ups)
+
+
+def kind_seconds(run, repeats):
+    """Median seconds of each kind of operation in run.step: a dict."""
+    watch = Stopwatch(run.prompts.device)
+    with Kinds(watch):
+        return watch.medians(lambda: run.step(0), repeats)
 
 
 @torch.no_grad()
@@ -160,12 +197,15 @@ def measure(args):
     """All numbers of one shape, a dict in the order of the table."""
     torch.manual_seed(0)
     has_cuda = args.device.type == "cuda"
-    parts = iteration_seconds(make_run(args, args.dtype), args.repeats)
+    product, flops = largest_product(args)
+    parts = iteration_seconds(make_run(args, args.dtype), args.repeats, product=product)
+    rate = flops / parts["product"]
     # The most so far, MiB, before anything else takes some: of the process, on CUDA of tensors.
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     if has_cuda:
         memory = torch.cuda.max_memory_allocated() / 2**20
-    pretrain, rate = pretrain_seconds(args), matmul_rate(args)
+    kinds = kind_seconds(make_run(args, args.dtype), args.repeats)
+    pretrain = pretrain_seconds(args)
     # Sampling runs all blocks; reading the trained ones for policy and reference, and the reward
     # model's block; an epoch the trained ones forward and, at twice the cost, backward.
     shape = args.batch, args.length
@@ -179,8 +219,9 @@ def measure(args):
     pretrain_floor = 3 * forward_flops(args, *windows, args.layers, args.vocab) / rate
     naive = None
     if not args.no_naive:
-        naive = iteration_seconds(make_run(args, torch.float32), 1, naive_completions, 0)["total"]
-    total, rollout, scoring = [parts[name] for name in ("total", "rollout", "scoring")]
+        run = make_run(args, torch.float32)
+        naive = iteration_seconds(run, 1, naive_completions, 0)["iteration"]
+    total, rollout, scoring = [parts[name] for name in ("iteration", "rollout", "scoring")]
     return {"shape": {name: getattr(args, name) for name in SHAPE},
             "device": torch.cuda.get_device_name() if has_cuda else "cpu",
             "torch": torch.__version__, "threads": torch.get_num_threads(),
@@ -190,6 +231,8 @@ def measure(args):
             "reward_model_seconds": parts["reward_model"],
             "update_seconds": total - rollout - scoring, "gradient_seconds": parts["gradient"],
             "total_seconds": total,
+            "products_seconds": kinds["products"], "softmax_seconds": kinds["softmax"],
+            "rest_seconds": total - kinds["products"] - kinds["softmax"],
             "rollout_tokens_per_second": args.batch * args.length / rollout,
             "pretrain_tokens_per_second": PRETRAIN_BATCH * args.context / pretrain["total"],
             "pretrain_step_seconds": pretrain["total"],

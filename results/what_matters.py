@@ -90,7 +90,7 @@ class BatchScale(ppo.PPO):
 # know the score so far; eps: Adam's.
 CHANGES = {
     "default": ({}, ppo.PPO),
-    "no baseline (simple)": ({"algorithm": "simple"}, ppo.PPO),
+    "baseline of the batch (simple)": ({"algorithm": "simple"}, ppo.PPO),
     "leave-one-out baseline (rloo)": ({"algorithm": "rloo"}, ppo.PPO),
     "values from the position alone": ({"reading": False}, ppo.PPO),
     "values from rho's hidden states": ({}, HiddenValues),

@@ -356,7 +356,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
 
 
 RIGHT = "Put that right and run the same command again.\n"
-AGAIN = "Run the same command again to resume from the last checkpoint.\n"
+AGAIN = "The same command goes on from the last checkpoint, if any.\n"
 MEMORY = "error: out of memory. Lower --batch, --minibatch or --num, or the --size.\n"
 
 

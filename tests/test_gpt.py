@@ -337,10 +337,9 @@ def pretrain(texts=TEXTS, steps=105, block_size=64):
     options = SimpleNamespace(block_size=block_size, n_layer=1, n_head=2, n_embd=16,
                               pretrain_steps=steps, device=torch.device("cpu"), dtype=F32)
     done, shown, rows = [], [], {}
-    loop = SimpleNamespace(
-        steps=lambda n, **parts: (done.append(i) or i for i in range(n)),
-        show=lambda title, text: shown.append((done[-1], title, text)),
-        log=lambda **metrics: rows.update({len(done): metrics}))
+    loop = SimpleNamespace(steps=lambda n, **parts: (done.append(i) or i for i in range(n)),
+                           show=lambda title, text: shown.append((done[-1], title, text)),
+                           log=lambda **metrics: rows.update({len(done): metrics}))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return gpt.pretrain(options, texts, loop), shown, rows

@@ -485,12 +485,12 @@ def grpo_fixed_point(beta):
 
 def test_grpo_reaches_a_fixed_point_of_its_own_which_is_not_the_optimum():
     """The fixed point lies 0.10 nats from pi*: its J is 0.10 below J* at beta 1 (rho's: 0.63).
-    The loop ends 0.01 nats from its fixed point, 0.10 from pi*."""
-    for beta, gap in ((0.3, 0.71), (0.5, 0.40), (2.0, 0.02)):           # results/README.md
-        assert_close(kl(grpo_fixed_point(beta), best(beta)), gap, "out of date", atol=0.005, rtol=0)
+    The loop ends 0.01 nats from its fixed point, 0.10 from pi*. (rho is trained: machines differ.)"""
+    for beta, gap in ((0.3, 0.71), (0.5, 0.40), (1.0, 0.10), (2.0, 0.02)):      # results/README.md
+        distance = kl(grpo_fixed_point(beta), best(beta))
+        assert_close(distance, gap, "results/ is out of date", atol=0.005, rtol=0.05)
     fixed, target = grpo_fixed_point(1.0), best(1.0)
     p = logprobs(train(beta=1.0, **SETTINGS["grpo"])[0].policy)
-    assert_close(kl(fixed, target), 0.10, "the docstring is out of date", atol=0.005, rtol=0)
     assert kl(p, fixed) < 0.03, f"{kl(p, fixed):.4f} nats from its own fixed point"
     assert kl(p, target) > 0.08, f"only {kl(p, target):.4f} nats from pi*"
 

@@ -416,7 +416,7 @@ def test_a_study_killed_in_every_stage_ends_with_the_same_bits(study, killed):
 
 
 @pytest.mark.parametrize("fault, code, says", [
-    (KeyboardInterrupt, 130, "Run the same command again"),
+    (KeyboardInterrupt, 130, "The same command goes on"),
     (math.nan, 2, "scores of the completions are not")], ids=["Ctrl-C", "NaN"])
 def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, command, monkeypatch,
                                                         fault, code, says):
