@@ -485,7 +485,7 @@ def grpo_fixed_point(beta):
 
 def test_grpo_reaches_a_fixed_point_of_its_own_which_is_not_the_optimum():
     """The fixed point lies 0.10 nats from pi*: its J is 0.10 below J* at beta 1 (rho's: 0.63).
-    The loop ends 0.01 nats from its fixed point, 0.10 from pi*. (rho is trained: machines differ.)"""
+    The loop ends 0.01 nats from its fixed point. (rho is trained, so machines differ a little.)"""
     for beta, gap in ((0.3, 0.71), (0.5, 0.40), (1.0, 0.10), (2.0, 0.02)):      # results/README.md
         distance = kl(grpo_fixed_point(beta), best(beta))
         assert_close(distance, gap, "results/ is out of date", atol=0.005, rtol=0.05)
