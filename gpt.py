@@ -263,8 +263,8 @@ def in_chunks(function, *tensors, size=64):
     for rows in torch.arange(n)[share(n)].split(size):
         result = function(*[x[rows] for x in tensors])
         parts = [result] if torch.is_tensor(result) else result
-        # Copied at once: if they stayed where they are until the end, between the chunks' large
-        # temporary tensors, the memory freed of those would lie in pieces, and more be taken.
+        # Copied at once: results kept where they are would lie between the chunks' large temporary
+        # tensors, whose freed memory, cut into pieces, could not be used again for the next ones.
         wholes = wholes or [part.new_zeros(n, *part.shape[1:]) for part in parts]
         for whole, part in zip(wholes, parts):
             whole[rows] = part
