@@ -121,7 +121,7 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, *kinds):
     """The state that save_checkpoint wrote; its "kind" must be one of kinds, if any is given."""
     if not path.is_file():
-        raise UserError(f"there is no {path}. Make it: python train.py --out {path.parent}.")
+        raise UserError(f"there is no file {path}. python train.py --out {path.parent} makes it.")
     try:
         # weights_only: a file that would run code is refused.
         state = dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -197,7 +197,7 @@ def load_corpus(path=None):
 def train_bpe(text, vocab_size):
     """The bytes of each token, at most vocab_size tokens, by byte-level BPE (Sennrich 2016)."""
     # In a piece chr(i) stands for token i, so that Python's fast string search finds and merges
-    # pairs. Equal pieces are merged once, with their count: 40 times fewer. At first all are new.
+    # pairs. Equal pieces are merged once, with their count: 35 times fewer. At first all are new.
     pieces = changes = Counter(re.findall(PIECES, text.encode().decode("latin-1")))
     vocabulary = [bytes([b]) for b in range(256)]
     pairs = Counter()           # negative counts, so that min() finds the commonest pair
@@ -255,15 +255,15 @@ def choose_prompts(openings, n):
     """n random openings (lists of ids) that fit: (n,LONGEST_PROMPT), padded left by reversals."""
     short = [ids for ids in openings if len(ids) <= LONGEST_PROMPT]
     if len(short) < n:
-        raise UserError(f"the corpus has only {len(short)} openings of speeches to continue. "
-                        "Give a longer text, lower --prompts, or choose --task speeches.")
+        raise UserError(f"the corpus has only {len(short)} openings: a blank line, two or three "
+                        "short lines, and more. Lower --prompts or choose --task speeches.")
     return pad([short[i][::-1] for i in torch.randperm(len(short))[:n]], LONGEST_PROMPT).flip(1)
 
 
 def read_labels(path):
     """The rated passages of a CSV file: a list of (text, rating from -2 to 2, play).
     Without a column play, play is "" if drawn_from is plays, else None: a model's sample."""
-    rows, passages = csv.DictReader(io.StringIO(read_text(path)), restval=""), []
+    rows, passages = csv.DictReader(io.StringIO(read_text(path)), restval="", strict=True), []
     try:
         for row in rows:
             text = row.get("text", "").strip()

@@ -1,9 +1,9 @@
 """The transformer: a small GPT, sampling from it, scoring with it, and its pretraining.
 
-Read this file first. The model follows nanoGPT (Karpathy) with the changes that help most at this
-size: positions by a bias on attention (Press 2021), layer norm without weights, one key and value
-for all heads (Shazeer 2019), squared ReLU (So 2021), output projections that start at zero, and an
-embedding and output layer that start as a bigram model. Two more differences serve PPO:
+Read this file first. The model follows nanoGPT (Karpathy) with the changes that help or save most
+at this size: positions by a bias on attention (Press 2021), layer norm without weights, one key and
+value for all heads (Shazeer 2019), squared ReLU (So 2021), output projections that start at zero,
+and an embedding and output layer that start as a bigram model. Two more differences serve PPO:
 - forward() returns logits at *every* position: sampling uses the last one, scoring all of them;
 - stream() gives the hidden states after any block: the reward model's classifier head reads them,
   and PPO computes those of its frozen blocks once per batch.
@@ -64,7 +64,7 @@ def norm(x):
 def attention_bias(start, end, heads, device, pad=None):
     """The bias added to attention scores, float32: (T,H,S), or (B,T,H,S) with pad.
     The T queries are positions start to end - 1, the S = end keys all positions before end. Head h
-    lowers a key's score by 2^-h for each token between query and key (ALiBi, Press 2021): the
+    lowers a key's score by 2^-h times its distance from the query (ALiBi, Press 2021): the
     model's only sense of position. Later keys and padding are blocked: pad (B,T0) is True at
     padding among the first T0 keys. The output at a padded query is meaningless and never used."""
     query = torch.arange(start, end, device=device)[:, None, None]
@@ -81,7 +81,7 @@ def attention_bias(start, end, heads, device, pad=None):
 def attention(q, k, v, bias):
     """softmax(q k' / sqrt(head) + bias) v for each head: q (B,T,C), k and v (B,S,head) -> (B,T,C).
     bias: attention_bias(). As k and v are shared, all heads' queries are rows of one matrix."""
-    B, _, head = k.shape
+    head = k.size(2)
     rows = q.unflatten(2, (-1, head)).flatten(1, 2)                     # (B,T*H,head)
     rows = rows / math.sqrt(head)
     scores = rows @ k.mT                                                # (B,T*H,S)
@@ -99,7 +99,7 @@ class Block(nn.Module):
         C = config.n_embd
         head = C // config.n_head
         # A query for each head, but one key and one value for all of them (multi-query attention,
-        # Shazeer 2019): with a pair for each head, sampling takes 1.7 times as long.
+        # Shazeer 2019): with a pair for each head, sampling takes 1.5 times as long.
         self.sizes = (C, head, head)
         self.qkv = Linear(C, sum(self.sizes), C ** -0.5)
         self.proj = Linear(C, C)            # zeros, like out: a block starts as the identity
@@ -115,7 +115,7 @@ class Block(nn.Module):
                 v = torch.cat((past_v, v), dim=1)
             cache[self] = k, v
         x = x + self.proj(attention(q, k, v, bias))     # only attention mixes positions
-        # The MLP works on each position alone. relu(y)^2 learns faster than GELU here.
+        # The MLP works on each position alone. nanoGPT has GELU here, no worse (results/).
         y = F.relu(self.fc(norm(x)))
         return x + self.out(y * y)
 
@@ -164,7 +164,7 @@ def sample_tokens(logits, uniform, temperature=1.0, top_k=None):
         best = logits.topk(min(top_k, logits.size(-1))).values
         logits = logits.masked_fill(logits < best[:, -1:], -math.inf)
     # Invert the cumulative distribution: one uniform number a row, where torch.multinomial draws
-    # one for each token of the vocabulary. Each probability is off by at most 2e-7.
+    # one for each token of the vocabulary. Each probability is off by 2e-7 at most (CPU).
     probs = logits.softmax(-1)
     cdf = probs.cumsum(-1)                                              # (B,V)
     # Draw the first token whose cdf exceeds the threshold, never one of probability 0. For NaN
@@ -319,10 +319,10 @@ def bigram_start(model, tokens, smooth=20.0):
     counts = torch.bincount(pairs, minlength=V * V)
     counts = counts.view(V, V).float()                  # (this, next)
     often = counts.sum(0) + 1
-    counts = counts + smooth * often / often.sum()
+    counts += smooth * often / often.sum()
     logits = counts.log()
     # Softmax ignores a row's mean: counts need no division by their sum, the SVD need not fit it.
-    logits = logits - logits.mean(1, keepdim=True)
+    logits -= logits.mean(1, keepdim=True)
     u, s, v = torch.svd_lowrank(logits, C)
     embed = u * s.sqrt()
     scale = embed.std(1).mean()         # norm divides rows by their std; output multiplies back

@@ -6,10 +6,10 @@ The policy pi starts as a copy of the reference rho and is trained to maximise
 
     J(pi) = E[score(y)] - beta * KL(pi to rho)          (Ziegler 2019)
 
-The six steps of an iteration have the same numbers in PPO.step and in the README. Two departures
-from the textbook: the value function is no network but a polynomial in the reward model's score of
-each prefix, fitted by least squares (Stiennon 2020 initialise their critic from the reward model);
-and each batch is used for one epoch, because the time is better spent on fresh samples.
+The six steps of an iteration have the same numbers in PPO.step and in the README. The main
+departures from the textbook: the value function is no network but a polynomial in the reward
+model's score of each prefix, fitted by least squares (Stiennon 2020 initialise their critic from
+the reward model); only the last block and output layer are trained, for one epoch a batch.
 
 A completion is T token ids. If it ends early, PAD (-1) fills the rest, and mask (B,T), True at real
 tokens, keeps padding out of every sum; where mask is None, all are real. Prompts are padded on the
@@ -80,7 +80,7 @@ def gae(rewards, values, gamma=1.0, lam=0.8, mask=None):
     PPO.step uses rewards_to_go instead. Masked positions are skipped and come out 0."""
     rewards, mask = _masked(rewards, mask)
     values, _ = _masked(values, mask)
-    advantages = torch.zeros_like(rewards + values)
+    advantages = torch.zeros_like(rewards)
     advantage = next_value = torch.zeros_like(advantages[:, 0])
     for t in reversed(range(rewards.size(1))):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
@@ -104,7 +104,7 @@ def fit_values(so_far, returns, mask):
     """Values (B,T): a forecast of returns (B,T) from so_far (B,T), the score before each token.
     A quadratic polynomial in t, the position from 0 to 1, and k, the score so far, is fitted by
     least squares: six weights, no learning rate. Fitted to the returns they are compared with, they
-    bias the gradient, less in larger batches; so does a lambda below 1, as they know no words."""
+    bias the gradient, less in larger batches; a lambda below 1 does, too: values know no words."""
     T = so_far.size(1)
     k = so_far.double().cpu()
     t = (torch.arange(T) / T).expand_as(k)
@@ -134,7 +134,8 @@ def whiten_groups(returns, group):
     returns (B,T) are the score at every token, because GRPO keeps the penalty out of the rewards
     and adds beta * mean of k3 (kl_estimates) to the loss. Its optimum is not J's (test_loop.py):
     E_pi[grad k3] = E_pi[(1 - rho/pi) grad log pi] = -E_rho[grad log pi], as E_pi[grad log pi] = 0:
-    that of the next token's KL(rho to pi). Dividing scores by a deviation multiplies beta by it."""
+    that of the next token's KL(rho to pi). Dividing scores by a deviation multiplies beta by it.
+    update() means over a minibatch's tokens; Shao's loss first over those of each completion."""
     scores = returns[:, 0].view(-1, group)
     mean = scores.mean(1, keepdim=True)
     deviation = scores.std(1, correction=0, keepdim=True)
@@ -150,7 +151,7 @@ def whiten(x, mask=None, shift_mean=True):
     variance = masked_mean((x - mean) ** 2, mask)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
     if not shift_mean:
-        whitened = whitened + mean
+        whitened += mean
     return whitened.masked_fill(~mask, 0.0)
 
 
@@ -312,8 +313,8 @@ def check_finite(**tensors):
     """Raise FloatingPointError unless all numbers in these tensors, of any shape, are finite."""
     for name, x in tensors.items():
         if not torch.isfinite(x).all():
-            raise FloatingPointError(f"{name} of the completions are not finite. Try --fp32, a "
-                                     "lower --lr, or another reward.")
+            raise FloatingPointError(f"{name} of the completions are not finite. Try another "
+                                     "reward, a lower --lr, or --fp32.")
 
 
 def learning_rate(i, config):
@@ -535,8 +536,7 @@ def fraction_of_optimum(rho, pi, beta):
     result["objective_se"], best["objective_se"], result["fraction_se"] = bootstrap(
         estimates, rho, pi)
     if best["ess"] < MIN_ESS:
-        for name in ("fraction_of_optimum", "fraction_se", "kl_to_optimum"):
-            result[name] = None
+        result |= dict.fromkeys(("fraction_of_optimum", "fraction_se", "kl_to_optimum"))
         result["optimum"] = {**dict.fromkeys(best), "ess": best["ess"]}
     return result
 
@@ -617,7 +617,7 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
              "explained_variance"]
     for i in loop.steps(options.iterations, **run.parts):
         if i in KEPT:                   # i iterations are done
-            loop.keep(f"after{i}", **about, model=run.policy.state_dict())
+            loop.keep(f"_after{i}", **about, model=run.policy.state_dict())
         metrics = run.step(i)
         tokens = run.batch["tokens"]
         metrics["judge"] = in_chunks(judge_fn, tokens)[:, -1].mean().item()
@@ -701,6 +701,7 @@ def main():
     torch.manual_seed(0)
     before, _ = sample_completions(rho, prompt.expand(4096, 1), config.length)
     scores = score_fn(before)[:, -1]
+    check_finite(scores=scores)
     best = optimum(scores, args.beta)
     print("rho: J {:.2f}; the optimum: J* {objective:.2f}, score {score:.2f}, KL {ref_kl:.2f} "
           "(effective sample size {ess:.0f})".format(scores.mean(), **best))
@@ -715,7 +716,7 @@ def main():
                          ("after", run.batch["tokens"]),
                          ("at the optimum", at_optimum)]:
         for text in map(read, tokens[:2]):
-            print(f"\n----- {name}, reward {my_reward(text):g}\n{text}")
+            print(f"\n----- {name}, reward {my_reward(text)}\n{text}")
 
 
 def my_reward(text):

@@ -55,9 +55,9 @@ METRICS = """objective score judge ref_kl policy_loss clipfrac
 
 
 def load_beside(path, state, kind):
-    """The checkpoint kind.pt beside path; UserError if path's state was not made from it."""
+    """The checkpoint kind.pt beside path; UserError if path's state was made from another one."""
     beside = data.load_checkpoint(path.parent / f"{kind}.pt")
-    if beside["key"] != state["inputs"][kind]:
+    if state["inputs"].get(kind, beside["key"]) != beside["key"]:
         raise UserError(f"{kind}.pt beside {path} is of another study. Run train.py again.")
     return beside
 
@@ -66,11 +66,7 @@ def load_beside(path, state, kind):
 def draw(path, num, seed=0, prompt="", temperature=1.0, top_k=None):
     """Yield num samples of a checkpoint's policy: dicts of text, positive (0 to 1) and ref_kl."""
     state = data.load_checkpoint(path, "pretrain", "ppo")
-    # The pretrained model gets the same prompts as the policies tuned from it.
-    if state["kind"] == "ppo":
-        rho = load_beside(path, state, "rho")
-    else:
-        rho = data.load_checkpoint(path.parent / "rho.pt", "rho")
+    rho = load_beside(path, state, "rho")       # its prompts serve the pretrained model, too
     policy, ref = load_gpt(state), load_gpt(load_beside(path, rho, "pretrain"))
     rewarded = load_beside(path, rho, "reward")
     encode = data.make_tokenizer(state["vocabulary"]).encode_ordinary

@@ -99,7 +99,7 @@ def parse(argv=None):
         parser.error("--n-embd must be a multiple of --n-head, and --batch of --group")
     if min(args.group, args.rho_samples) < 2 or (
             args.adaptive_kl_target and args.adaptive_kl_horizon < args.batch):
-        parser.error("--adaptive-kl-horizon must be at least --batch, --group and --rho-samples 2")
+        parser.error("--group and --rho-samples must be at least 2, --adaptive-kl-horizon --batch")
     args.device = gpt.join_processes(torch.device(args.device))
     args.dtype = torch.float32 if args.fp32 else gpt.compute_dtype(args.device)
     return args
@@ -138,13 +138,15 @@ class Stage:
             state = data.load_checkpoint(path)
             changed = dict(self.about["inputs"].items() - state["inputs"].items())
             if not changed:
+                self.history += state["history"]
+                self.write_history()    # an unfinished run of other options may have replaced it
                 return state
             print(f"{path.name}: {', '.join(sorted(changed))} changed, so this stage is done again")
 
-    def keep(self, *mark, **state):
-        """Write and return a checkpoint, a dict with state; *mark is added to the file's name."""
+    def keep(self, suffix="", **state):
+        """Write and return a checkpoint, a dict with state; suffix is added to the file's name."""
         state = {**self.about, "seconds": time.monotonic() - self.began, **state}
-        data.save_checkpoint(self.path.with_stem("_".join([self.path.stem, *mark])), state)
+        data.save_checkpoint(self.path.with_stem(self.path.stem + suffix), state)
         return state
 
     def steps(self, n, **parts):
@@ -155,15 +157,17 @@ class Stage:
             for name, part in parts.items():
                 part.load_state_dict(partial["parts"][name])
             torch.set_rng_state(partial["rng"])
-            self.history += partial["history"]
-            start, self.began = partial["step"], self.began - partial["seconds"]
+            start = partial["step"]
+            self.began -= partial["seconds"]
             print(f"{self.path.name}: resuming after step {start} of {n}")
+        else:                           # what an earlier run kept is not this run's
+            for old in self.path.parent.glob(self.path.stem + "_after*"):
+                old.unlink(missing_ok=True)
         saved = time.monotonic()
         for self.step in range(start, n):
-            # The loop has done all of step i when it asks for the next one.
-            yield self.step
+            yield self.step             # all of it is done when the loop asks for the next one
             if time.monotonic() - saved > CHECKPOINT_EVERY:
-                self.keep("partial", kind="partial", step=self.step + 1, rng=torch.get_rng_state(),
+                self.keep("_partial", kind="partial", step=self.step + 1, rng=torch.get_rng_state(),
                           parts={name: part.state_dict() for name, part in parts.items()})
                 saved = time.monotonic()
 
@@ -171,12 +175,15 @@ class Stage:
         """Keep a step's metrics, floats; print those named in shown, or all, and the time left."""
         done = self.step + 1
         self.history.append({"step": done, **metrics})
-        # Write the whole file each time, so that no step is in it twice after a kill.
-        data.write_file(self.path.with_suffix(".metrics.jsonl"),
-                        "\n".join(map(json.dumps, self.history)) + "\n")
+        self.write_history()
         left = (time.monotonic() - self.began) / done * (self.n - done)
         values = [f"{key} {metrics[key]:.3g}" for key in shown or metrics]
         print(f"{self.path.stem} {done}/{self.n}", *values, f"{left:.0f} s left", sep="  ")
+
+    def write_history(self):            # whole each time: no step is in it twice after a kill
+        if self.history:
+            data.write_file(self.path.with_suffix(".metrics.jsonl"),
+                            "\n".join(map(json.dumps, self.history)) + "\n")
 
     def show(self, title, text):        # prints a sample, say, under its title
         print(f"--- {title}\n{text.strip()}")

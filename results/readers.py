@@ -78,7 +78,8 @@ def print_models(passages):
     """What each model's passages are like, and how they differ from the pretrained model's."""
     means = {name: [mean_se(x) for x in values.T] for name, values in passages.items()}
     for name, values in passages.items():
-        words = [f"{what} {mean:.2f} ± {se:.2f}" for what, (mean, se) in zip(MEASURES, means[name])]
+        words = [f"{what} {mean:.2f} ± {se:.2f}" for what, (mean, se) in zip(MEASURES, means[name])
+                 if not math.isnan(mean)]       # of one source alone sense is not asked
         print(f"{name}, {len(values)} passages: {', '.join(words)}")
         if name != "pretrain" and "pretrain" in passages:
             gaps = [f"{mean - at:+.2f} ± {math.hypot(se, at_se):.2f}"
@@ -122,7 +123,8 @@ def drift(name, study):
     stem, _, after = name.partition("_after")
     run = data.load_checkpoint(study / f"{stem}.pt", "ppo")
     if after and data.load_checkpoint(study / f"{name}.pt")["key"] != run["key"]:
-        raise data.UserError(f"{name}.pt is of another run than {stem}.pt. Run train.py again.")
+        raise data.UserError(f"{name}.pt is of another run than {stem}.pt. Delete both "
+                             "and run train.py again.")
     # A row of the history describes the policy before its update.
     return run["history"][int(after)]["ref_kl"] if after else run["result"]["ref_kl"]
 

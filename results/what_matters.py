@@ -1,14 +1,13 @@
 """What is each ingredient of PPO worth? PPO again on a finished study, with one thing changed.
 
-    python results/what_matters.py --study out                  63 runs: 20 minutes of one core
-    python results/what_matters.py --study out --table          the table of the runs there are
+    python results/what_matters.py --study out                  63 runs: 15 minutes of one core
+    python results/what_matters.py --csv results/what_matters.csv --table       of the runs kept
 
 Each run is a row of --csv, written when it ends; a run that is there is not done again. Rows name
 the study (the key of its rho.pt), the machine and the code: a digest of the scripts that PPO is
-made of, not of this one, so who edits a change here deletes its rows. The table shows the present
-code's. J is measured on 1,024 fresh samples; fraction = (J - J(rho)) / (J* - J(rho)) with the J* of
-the study's own run at that beta, whose settings hold but for what is said here. A run depends on
-its row alone, not on those before it.
+made of, not of this one, so who edits a change here deletes its rows. J is measured on 1,024 fresh
+samples; fraction = (J - J(rho)) / (J* - J(rho)) with the J* of the study's own run at that beta,
+whose settings hold but for what is said here. A run depends on its row alone, not on those before.
 """
 
 import csv
@@ -172,7 +171,8 @@ def print_table(rows):
     """Means and standard errors over seeds."""
     groups, lines = {}, []
     for row in rows:
-        key = (row["study"][:6], row["beta"], row["iterations"], row["batch"], row["change"])
+        key = (row["study"][:6], row["code"][:6], row["beta"], row["iterations"], row["batch"],
+               row["change"])
         groups.setdefault(key, []).append(row)
     for key, runs in groups.items():
         cells = []
@@ -180,7 +180,7 @@ def print_table(rows):
             mean, se = mean_se([float(row[name]) for row in runs])
             cells.append((mean, se) if len(runs) > 1 else mean)
         lines.append([*key, len(runs), *cells])
-    print(*table(["study", "beta", "iterations", "batch", "change", "seeds", "score",
+    print(*table(["study", "code", "beta", "iterations", "batch", "change", "seeds", "score",
                   "ref_kl", "J", "fraction of optimum", "seconds"], lines), sep="\n")
 
 
@@ -198,7 +198,7 @@ def main():
     args = parser.parse_args()
     path = args.csv or args.study / "what_matters.csv"
     code = data.digest(" ".join(train.SOURCES.values()))[:16]
-    rows = [row for row in read_rows(path) if row["code"] == code]
+    rows = read_rows(path)
     if args.table:
         return print_table(rows)
     study = load_study(args.study, args.beta)

@@ -204,7 +204,7 @@ def test_prompts_are_short_openings_at_random_without_replacement():
     assert sum(counts) == 4000, "a prompt is none of the openings, padded"
     chosen = torch.arange(8).repeat_interleave(torch.tensor(counts))
     assert chi_square_p(chosen, torch.full((8,), 1 / 8)) > 1e-4
-    with pytest.raises(UserError, match="only 8 openings of speeches to continue.*--prompts"):
+    with pytest.raises(UserError, match="only 8 openings: .*--prompts"):
         data.choose_prompts(openings, 9)
     assert data.pad([[1, 2, 3, 4], [5], []], 3).tolist() == [[1, 2, 3], [5, PAD, PAD], 3 * [PAD]]
 
@@ -264,7 +264,7 @@ LATIN_1, UTF_16 = "Fran\xe7ais \n".encode("latin-1") * 3000, ("My lord\n" * 3000
 COLUMNS = "The columns must be play, first_line, last_line, rating (or text, rating from -2 to 2)."
 OBJECT = 'line 1 is not a JSON object with a "text"'
 BAD = [     # reader, content (None: no file, a number: a folder), a part of what is said
-    ("checkpoint", None, "Make it: python train.py --out"), ("checkpoint", 0, "there is no"),
+    ("checkpoint", None, "python train.py --out"), ("checkpoint", 0, "there is no file"),
     ("labels", None, "No such file"), ("corpus", 0, "Is a directory"), ("jsonl", None, "No such"),
     *[("checkpoint", content, "damaged, of another version, or could")
       for content in (b"", *[CHECKPOINT[:n] for n in (4, len(CHECKPOINT) // 2, -1)],
@@ -277,7 +277,7 @@ BAD = [     # reader, content (None: no file, a number: a folder), a part of wha
     *[("labels", rated(f"comedies/play-1,{first},{last},1"), "line 3: there is no such passage")
       for first, last in [(0, 2), (7, 8), (3, 2), (-1, 2)]],
     ("labels", rated("comedies/play-1,1,2.5,1"), "line 3: invalid literal for int"),
-    ("labels", b'text,rating\nfine,1\n"open,1\n', "line 3: could not convert string to float"),
+    ("labels", b'text,rating\nfine,1\n"open,1\n', "line 3: unexpected end of data"),
     ("labels", rated("comedies/play-1,1,2,3"), "line 3: out of range"),
     ("labels", b"text,rating\n" + b"a" * 200_000 + b",1\n", "line 2: field larger than"),
     *[("corpus", content, "is not UTF-8 text") for content in (LATIN_1, UTF_16)],

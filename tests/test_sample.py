@@ -109,7 +109,7 @@ def test_the_seed_decides_what_is_drawn(study, drawn):
     ("--checkpoint reward.pt", "is a reward checkpoint. Give one of kind pretrain or ppo."),
     ("--top-k 0", "--top-k: invalid int from 1 to 1000000000 value: '0'"),
     ("--temperature nan", "float from 0 "), ("--seed -1", "int from 0 "), ("--num 0", "from 1 "),
-    ("--checkpoint .", "there is no ."),
+    ("--checkpoint .", "there is no file ."),
     ("--rate a.pt b/a.pt --ratings new.csv", "apart by their file names. Rename a copy")])
 def test_bad_options_are_explained(study, command, monkeypatch, options, says):
     """In one line, with what to give instead."""
@@ -123,7 +123,7 @@ def test_where_nothing_was_made_the_command_that_makes_it_is_told(tmp_path, comm
     for script, name, *options in ((sample, "pretrain"), (sample, "rho", "--report", "out"),
                                    (reward, "reward", "--score", "x")):
         explains(command(script, *options),
-                 f"there is no out/{name}.pt. Make it: python train.py --out out.")
+                 f"there is no file out/{name}.pt. python train.py --out out makes it.")
 
 
 def test_a_policy_without_its_study_beside_it_is_explained(study, tmp_path, command):
@@ -131,7 +131,7 @@ def test_a_policy_without_its_study_beside_it_is_explained(study, tmp_path, comm
     shutil.copy(study / "ppo_beta2.pt", tmp_path)
     draw = [sample, "--checkpoint", tmp_path / "ppo_beta2.pt", "--num", 1]
     for name in ("rho", "pretrain", "reward"):
-        explains(command(*draw), f"there is no {tmp_path}/{name}.pt")
+        explains(command(*draw), f"there is no file {tmp_path}/{name}.pt")
         data.save_checkpoint(tmp_path / f"{name}.pt", {**load(study, name), "key": "another"})
         explains(command(*draw), f"{name}.pt beside {draw[2]} is of another study")
         shutil.copy(study / f"{name}.pt", tmp_path)

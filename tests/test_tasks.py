@@ -251,7 +251,7 @@ def test_too_few_speeches_are_explained(tmp_path, command):
     rows = "".join(f"sample {i},{i % 3 - 1}\n" for i in range(100))
     (tmp_path / "labels.csv").write_text("text,rating\n" + rows)
     few = argv(tmp_path, tmp_path / "out", "--task", "continue", "--vocab-size", 260)
-    explains(command(train, *few), "only 0 openings of speeches to continue")
+    explains(command(train, *few), "the corpus has only 0 openings: ")
 
 
 def work(rank, processes, port, arguments, log, die_at):

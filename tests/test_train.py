@@ -87,6 +87,7 @@ def test_a_stage_cut_off_at_any_step_resumes_to_the_same_bits(tmp_path, whole, i
     def cut(step):
         if step == i:
             raise KeyboardInterrupt
+    (tmp_path / "fake_after1.pt").touch()       # kept by a run of other options
     with pytest.raises(KeyboardInterrupt):
         fake_stage(tmp_path, after=cut, every=every)
     left = [path.name for path in tmp_path.glob("*.pt")]
@@ -95,6 +96,7 @@ def test_a_stage_cut_off_at_any_step_resumes_to_the_same_bits(tmp_path, whole, i
     same_result(tmp_path, fake_stage(tmp_path, before=done.append), whole)
     assert done == list(range(i if every < 0 else 0, STEPS)), "the wrong steps were done again"
     (tmp_path / "fake_partial.pt").touch()      # as a kill at the very end leaves it
+    (tmp_path / "fake.metrics.jsonl").write_text("of a run of other options, broken off")
     same_result(tmp_path, fake_stage(tmp_path, before=lambda i: pytest.fail("done again")), whole)
 
 
@@ -103,7 +105,7 @@ def test_seconds_before_a_cut_count(tmp_path, monkeypatch, capsys):
     now, saved = [0.0], []
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now[0]))
     stage = train.Stage(tmp_path / "fake.pt", inputs={})
-    stage.keep("partial", kind="partial", parts={}, step=3, rng=torch.get_rng_state(), seconds=1e3)
+    stage.keep("_partial", kind="partial", parts={}, step=3, rng=torch.get_rng_state(), seconds=1e3)
     for i in stage.steps(8):
         saved.append((i, load(tmp_path, "fake_partial")["step"]))
         now[0] += 16
@@ -217,8 +219,7 @@ WORDS = r'((def|class) .*:\n +""")', r"\1Other words. "
     ("ppo.py", r'endswith\("!"\)', 'endswith("?")', set()),       # one's own reward
     ("labels/words.csv", "love,.*", "love,-2", AFTER["reward"] | AFTER["judge"]),
     ("labels.csv", r'",.*', '",1.25', AFTER["reward"] | AFTER["judge"]),
-    ("play.txt", "Love", "Death", ALL),
-])
+    ("play.txt", "Love", "Death", ALL)])
 def test_an_edit_repeats_exactly_what_depends_on_it(redone, edit, file, pattern, new, stages):
     """Functions, constants and texts do; comments and docstrings do not; then all is up to date."""
     assert redone()[0] == {}, "the same once more"
@@ -449,11 +450,10 @@ def test_a_stopped_study_keeps_the_last_good_checkpoint(texts, study, again, com
     ("--algorithm a2c", "--algorithm: invalid choice: 'a2c'"),
     *[(f"--seed {x}", f"invalid int from 0 to 1000000000 value: '{x}'") for x in (-1, 1.5)],
     ("--length 0", "--length: invalid int from 1 to 1000000000 value: '0'"),
-    *[(f"--{option}", "--adaptive-kl-horizon must be at least --batch, --group and --rho-samples 2")
+    *[(f"--{option}", "--group and --rho-samples must be at least 2, --adaptive-kl-horizon --batch")
       for option in ("adaptive-kl-target 3 --adaptive-kl-horizon 31", "group 1", "rho-samples 1")],
     *[(option, "--n-embd must be a multiple of --n-head, and --batch of --group")
-      for option in ("--n-head 3", "--group 5")],
-    ("--device meta", "invalid choice: 'meta'"),
+      for option in ("--n-head 3", "--group 5")], ("--device meta", "invalid choice: 'meta'"),
     pytest.param("--device cuda", "invalid choice: 'cuda'", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is a GPU")),
     ("--out play.txt", "File exists: 'play.txt'. Put that right"),
