@@ -1,9 +1,9 @@
 """The transformer: a small GPT, sampling from it, scoring with it, and its pretraining.
 
-Read this file first. The model follows nanoGPT (Karpathy) with the changes that help or save most
-at this size: positions by a bias on attention (Press 2021), layer norm without weights, one key and
-value for all heads (Shazeer 2019), squared ReLU (So 2021), output projections that start at zero,
-and an embedding and output layer that start as a bigram model. Two more differences serve PPO:
+Read this file first. The model follows nanoGPT (Karpathy), but has positions by a bias on attention
+(Press 2021), layer norm without weights, one key and value for all heads (Shazeer 2019), squared
+ReLU (So 2021), output projections that start at zero, and an embedding and output layer that start
+as a bigram model. Two more differences serve PPO:
 - forward() returns logits at *every* position: sampling uses the last one, scoring all of them;
 - stream() gives the hidden states after any block: the reward model's classifier head reads them,
   and PPO computes those of its frozen blocks once per batch.
