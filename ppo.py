@@ -388,8 +388,7 @@ class PPO:
                                            self.frozen)
         # Half minibatches: their logits fit the processor's cache.
         read = in_chunks(self.read, prompts, tokens, lower, size=(config.minibatch + 1) // 2)
-        names = ("scores", "so_far", "logprobs", "ref_logprobs")
-        batch = dict(zip(names, read))
+        batch = dict(zip(("scores", "so_far", "logprobs", "ref_logprobs"), read))
         check_finite(**batch)
         return batch | {"prompts": prompts, "tokens": tokens, "lower": lower, "mask": tokens != PAD}
 
@@ -626,8 +625,9 @@ def tune(options, pretrained, rewarded, judged, rho, loop):
             for row, score in zip(tokens[:2], run.batch["scores"]):
                 text = data.decode(pretrained["vocabulary"], row)
                 loop.show(f"score {score:.2f}", text)
-    result = evaluate(options, run, judge_fn, rho)
-    return {**about, "model": run.policy.state_dict(), "result": result}
+    return {**about,
+            "model": run.policy.state_dict(),
+            "result": evaluate(options, run, judge_fn, rho)}
 
 
 def log_ratios(policy, ref, prompts, tokens):

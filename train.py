@@ -160,9 +160,6 @@ class Stage:
             start = partial["step"]
             self.began -= partial["seconds"]
             print(f"{self.path.name}: resuming after step {start} of {n}")
-        else:                           # what an earlier run kept is not this run's
-            for old in self.path.parent.glob(self.path.stem + "_after*"):
-                old.unlink(missing_ok=True)
         saved = time.monotonic()
         for self.step in range(start, n):
             yield self.step             # all of it is done when the loop asks for the next one
@@ -211,6 +208,9 @@ def run(args, name, function, *earlier, **options):
         state = stage.keep(size=args.size, **function(options, *earlier, stage))
     if data.is_first_process():         # others may get here before it has saved the stage
         stage.partial.unlink(missing_ok=True)
+        for kept in args.out.glob(name + "_after*"):
+            if data.load_checkpoint(kept)["key"] != state["key"]:       # by a run of other options
+                kept.unlink()
     return state
 
 

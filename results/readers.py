@@ -123,8 +123,7 @@ def drift(name, study):
     stem, _, after = name.partition("_after")
     run = data.load_checkpoint(study / f"{stem}.pt", "ppo")
     if after and data.load_checkpoint(study / f"{name}.pt")["key"] != run["key"]:
-        raise data.UserError(f"{name}.pt is of another run than {stem}.pt. Delete both "
-                             "and run train.py again.")
+        raise data.UserError(f"{name}.pt is of another run than {stem}.pt. Run train.py again.")
     # A row of the history describes the policy before its update.
     return run["history"][int(after)]["ref_kl"] if after else run["result"]["ref_kl"]
 

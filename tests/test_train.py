@@ -87,7 +87,6 @@ def test_a_stage_cut_off_at_any_step_resumes_to_the_same_bits(tmp_path, whole, i
     def cut(step):
         if step == i:
             raise KeyboardInterrupt
-    (tmp_path / "fake_after1.pt").touch()       # kept by a run of other options
     with pytest.raises(KeyboardInterrupt):
         fake_stage(tmp_path, after=cut, every=every)
     left = [path.name for path in tmp_path.glob("*.pt")]
@@ -97,6 +96,7 @@ def test_a_stage_cut_off_at_any_step_resumes_to_the_same_bits(tmp_path, whole, i
     assert done == list(range(i if every < 0 else 0, STEPS)), "the wrong steps were done again"
     (tmp_path / "fake_partial.pt").touch()      # as a kill at the very end leaves it
     (tmp_path / "fake.metrics.jsonl").write_text("of a run of other options, broken off")
+    data.save_checkpoint(tmp_path / "fake_after1.pt", {"kind": "fake", "key": "of that run, too"})
     same_result(tmp_path, fake_stage(tmp_path, before=lambda i: pytest.fail("done again")), whole)
 
 
